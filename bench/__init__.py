@@ -1,0 +1,1 @@
+"""Benchmarks: every published number is a row that one of these programs wrote."""

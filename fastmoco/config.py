@@ -1,0 +1,230 @@
+"""Configuration of a run: frozen dataclasses whose field docstrings are the help text.
+
+A run is fully described by one `Config`. Checks that involve more than one field raise `ConfigError`
+with one sentence that says what is wrong, where, and what to do. Derived values (local batch,
+resolved learning rate) are functions of the configuration and never stored in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Arch = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnext50_32x4d",
+    "resnet50_w2x",
+    "resnet50_w4x",
+]
+Precision = Literal["bf16", "fp16", "fp32"]
+ShuffleBN = Literal["auto", "all_to_all", "loader", "split", "none"]
+
+
+class ConfigError(ValueError):
+    """A configuration or input that cannot train. The message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, how long it may be silent, and on what it runs."""
+
+    dir: str = "runs/moco"
+    """Run directory: configuration, metrics, TensorBoard events, checkpoints and pictures."""
+    seed: int = 0
+    """Seed of the sample order, of every augmentation, of shuffle-BN and of the initial weights."""
+    resume: str = "auto"
+    """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or a path."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes CUDA where there is a device."""
+    precision: Precision = "bf16"
+    """Autocast type of the encoders; fp16 adds a gradient scaler. Weights stay fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the encoders; `auto` is on for CUDA and off for the CPU."""
+    log_every: int = 50
+    """Steps between two log lines, which are the only host synchronizations of the loop."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints. The last epoch is always saved."""
+    keep_checkpoints: int = 3
+    """Number of most recent checkpoints kept; 0 keeps all of them."""
+    max_steps: int = 0
+    """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
+    timeout_s: float = 600.0
+    """Seconds after which a collective that a lost rank never joins fails."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and who decodes them."""
+
+    source: Literal["folder", "demo", "synthetic"] = "folder"
+    """`folder`: images below `data.root`; `demo`: rendered on first use; `synthetic`: noise."""
+    root: str = ""
+    """Folder of training images: flat, nested or class folders. Training never sees a label."""
+    backend: Literal["auto", "dali", "pil"] = "auto"
+    """`auto` takes DALI where it can be imported, else PIL in worker processes."""
+    workers: int = 0
+    """Processes per rank that read (DALI) or read, decode and augment (PIL); 0 chooses."""
+    threads: int = 0
+    """DALI threads per rank; 0 chooses."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step."""
+    synthetic_samples: int = 1_281_167
+    """Length of the synthetic data set."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Distribution of the two views. The defaults are MoCo v2."""
+
+    recipe: Literal["v1", "v2"] = "v2"
+    """Order of operations: v1 turns gray, then jitters; v2 jitters, turns gray, then blurs."""
+    image_size: int = 224
+    """Side of a view in pixels."""
+    min_area: float = 0.2
+    """Smallest share of the image's area that a crop covers; the largest is 1."""
+    brightness: float = 0.4
+    """Brightness factor is uniform in [1 - x, 1 + x]."""
+    contrast: float = 0.4
+    """Contrast factor is uniform in [1 - x, 1 + x]."""
+    saturation: float = 0.4
+    """Saturation factor is uniform in [1 - x, 1 + x]."""
+    hue: float = 0.1
+    """Hue shift is uniform in [-x, x] turns."""
+    jitter_p: float = 0.8
+    """Probability of the colour jitter."""
+    grayscale_p: float = 0.2
+    """Probability of turning a view gray."""
+    blur_p: float = 0.5
+    """Probability of the Gaussian blur."""
+    blur_min: float = 0.1
+    """Smallest standard deviation of the blur in pixels."""
+    blur_max: float = 2.0
+    """Largest standard deviation of the blur in pixels."""
+    flip_p: float = 0.5
+    """Probability of the horizontal flip."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder: torchvision backbone and projection head."""
+
+    arch: Arch = "resnet50"
+    """Backbone. `w2x` and `w4x` multiply every width by 2 or 4, as in the paper."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """`cifar` replaces the strided 7x7 convolution and the max pooling by one 3x3 convolution."""
+    head: Literal["linear", "mlp"] = "mlp"
+    """`linear` is MoCo v1, `mlp` (Linear, ReLU, Linear) is MoCo v2."""
+    dim: int = 128
+    """C, the dimension of queries and keys."""
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """Momentum Contrast itself."""
+
+    queue_size: int = 65536
+    """K, the number of keys in the queue."""
+    momentum: float = 0.999
+    """m of theta_k <- m theta_k + (1 - m) theta_q."""
+    temperature: float = 0.2
+    """T that divides every logit; 0.07 in MoCo v1."""
+    symmetric: bool = False
+    """Contrast both views with the keys of the other and average the two losses."""
+    shuffle_bn: ShuffleBN = "auto"
+    """How keys leave their queries' BN group; `auto`: all_to_all on several ranks, else split."""
+    bn_group_size: int = 32
+    """Samples that share batch statistics; 0 takes the whole local batch."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD on the query encoder and its schedule."""
+
+    epochs: int = 200
+    """Passes over the data; of each, the last incomplete global batch is dropped."""
+    global_batch_size: int = 256
+    """Samples per step over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Micro-batches per step; the queue and encoder_k advance once per step."""
+    lr: float = 0.03
+    """Learning rate, used as it is unless `optim.lr_scaling` is linear."""
+    lr_scaling: Literal["none", "linear"] = "none"
+    """`linear` multiplies `optim.lr` by global_batch_size / 256."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Set once per epoch: half a cosine to 0, or times `optim.gamma` at each milestone."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs at which the step schedule decays."""
+    gamma: float = 0.1
+    """Factor of the step schedule."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter, biases and BN included."""
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """The kNN monitor of the frozen trunk, on labelled images."""
+
+    every: int = 0
+    """Epochs between two kNN evaluations; 0 turns the monitor off."""
+    train_root: str = ""
+    """Class folders that form the memory bank; empty takes `data.root`."""
+    test_root: str = ""
+    """Class folders to classify."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Votes weigh exp(cosine / temperature)."""
+    resize: int = 256
+    """Pixels of the shorter edge before the centre crop of `augment.image_size`."""
+    batch_size: int = 256
+    """Images per forward pass and rank."""
+    max_bank: int = 0
+    """Take at most this many bank images, evenly spaced; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of `torchrun -m fastmoco.train`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+
+    def resolved_lr(self) -> float:
+        """Base learning rate after the opt-in linear scaling rule."""
+        scale = self.optim.global_batch_size / 256 if self.optim.lr_scaling == "linear" else 1.0
+        return self.optim.lr * scale
+
+    def local_batch_size(self, world_size: int) -> int:
+        """Samples per rank and micro-batch.
+
+        Raises `ConfigError` unless world_size * optim.accumulate divides the global batch.
+        """
+        ranks_and_micro = world_size * self.optim.accumulate
+        if self.optim.global_batch_size % ranks_and_micro:
+            raise ConfigError(
+                f"optim.global_batch_size {self.optim.global_batch_size} is not divisible by "
+                f"{world_size} ranks x optim.accumulate {self.optim.accumulate}: "
+                f"choose a multiple of {ranks_and_micro}."
+            )
+        return self.optim.global_batch_size // ranks_and_micro
+
+    def shuffle_bn(self, world_size: int) -> ShuffleBN:
+        """The shuffle-BN strategy that `auto` stands for on this number of ranks."""
+        if self.moco.shuffle_bn != "auto":
+            return self.moco.shuffle_bn
+        return "all_to_all" if world_size > 1 else "split"
+
+    def bn_group_size(self, world_size: int) -> int:
+        """Samples per BN group on one rank: `moco.bn_group_size`, at most the local batch."""
+        local = self.local_batch_size(world_size)
+        return min(self.moco.bn_group_size or local, local)

@@ -1,0 +1,1 @@
+"""What a frozen encoder is worth: features, kNN and linear classification."""

@@ -1,0 +1,1 @@
+"""Fused operations of MoCo as torch custom ops: Triton for CUDA, ATen for the CPU."""
