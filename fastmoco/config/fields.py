@@ -1,13 +1,11 @@
-"""Configuration of a run: frozen dataclasses whose field docstrings are the help text.
+"""The fields of a run as frozen dataclasses; field docstrings are the help text.
 
-A run is fully described by one `Config`. Checks that involve more than one field raise `ConfigError`
-with one sentence that says what is wrong, where, and what to do. Derived values (local batch,
-resolved learning rate) are functions of the configuration and never stored in it.
+Values derived from them (local batch, resolved learning rate) are methods and never stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 Arch = Literal[
@@ -62,7 +60,7 @@ class DataConfig:
     source: Literal["folder", "demo", "synthetic"] = "folder"
     """`folder`: images below `data.root`; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
-    """Folder of training images: flat, nested or class folders. Training never sees a label."""
+    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one."""
     backend: Literal["auto", "dali", "pil"] = "auto"
     """`auto` takes DALI where it can be imported, else PIL in worker processes."""
     workers: int = 0
@@ -172,9 +170,9 @@ class KnnConfig:
     every: int = 0
     """Epochs between two kNN evaluations; 0 turns the monitor off."""
     train_root: str = ""
-    """Class folders that form the memory bank; empty takes `data.root`."""
+    """Class folders of the memory bank; empty takes the training images."""
     test_root: str = ""
-    """Class folders to classify."""
+    """Class folders to classify; empty takes `test` or `val` below `data.root`."""
     k: int = 200
     """Neighbours that vote."""
     temperature: float = 0.07
@@ -228,3 +226,29 @@ class Config:
         """Samples per BN group on one rank: `moco.bn_group_size`, at most the local batch."""
         local = self.local_batch_size(world_size)
         return min(self.moco.bn_group_size or local, local)
+
+    def identity(self) -> dict[str, object]:
+        """The fields that decide what is learned, by dotted name.
+
+        Fields that only decide where, how verbosely or how fast it is computed are left out, so
+        that a run may be resumed with other workers, another log interval or a moved data folder.
+        """
+        values = flatten(self)
+        return {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
+
+
+_NOT_IDENTITY = {
+    *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
+    *("run.checkpoint_every", "run.keep_checkpoints", "run.max_steps"),
+    *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
+    *(f"knn.{field.name}" for field in fields(KnnConfig)),
+}
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Every leaf field by its dotted name, in order of declaration."""
+    return {
+        f"{group}.{name}": value
+        for group, values in asdict(config).items()
+        for name, value in values.items()
+    }

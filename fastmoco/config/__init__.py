@@ -1,0 +1,42 @@
+"""Configuration of a run: typed fields, cross-field checks, YAML and command line.
+
+Every refusal is a `ConfigError` whose one sentence says what is wrong, where, and what to do.
+"""
+
+from fastmoco.config.checks import check, warnings
+from fastmoco.config.fields import (
+    AugmentConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    KnnConfig,
+    MocoConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RunConfig,
+    ShuffleBN,
+    flatten,
+)
+from fastmoco.config.parsing import dump, load, parse, recipe_path
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "KnnConfig",
+    "MocoConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Precision",
+    "RunConfig",
+    "ShuffleBN",
+    "check",
+    "dump",
+    "flatten",
+    "load",
+    "parse",
+    "recipe_path",
+    "warnings",
+]

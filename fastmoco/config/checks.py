@@ -1,0 +1,87 @@
+"""Checks of a configuration before anything expensive starts."""
+
+from __future__ import annotations
+
+from fastmoco.config.fields import Config, ConfigError, flatten
+
+_INFINITE = float("inf")
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        [f"run.{name}" for name in ("log_every", "checkpoint_every", "timeout_s")]
+        + [f"optim.{name}" for name in ("epochs", "global_batch_size", "accumulate")]
+        + ["knn.k", "knn.resize", "knn.batch_size", "data.synthetic_samples"],
+        (1, _INFINITE),
+    ),
+    **dict.fromkeys(
+        [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
+        + ["optim.lr", "optim.weight_decay", "knn.every", "knn.max_bank", "moco.bn_group_size"],
+        (0, _INFINITE),
+    ),
+    **dict.fromkeys(
+        [f"augment.{name}" for name in ("brightness", "contrast", "saturation")]
+        + [f"augment.{name}_p" for name in ("jitter", "grayscale", "blur", "flip")]
+        + ["moco.momentum", "optim.momentum"],
+        (0, 1),
+    ),
+    **dict.fromkeys(["data.workers", "data.threads"], (0, 1024)),
+    **dict.fromkeys(["augment.blur_min", "augment.blur_max"], (0, 16)),
+    "data.prefetch": (1, 64),
+    "augment.image_size": (8, 4096),
+    "augment.min_area": (1e-6, 1),
+    "augment.hue": (0, 0.5),
+    "model.dim": (1, 4096),
+    "moco.queue_size": (1, 2**24),
+}
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` for the first value or pair of values that cannot train."""
+    for name, (low, high) in _BOUNDS.items():
+        value = flatten(config)[name]
+        if not low <= value <= high:  # type: ignore[operator]
+            raise ConfigError(f"{name} is {value}, but must lie between {low:g} and {high:g}.")
+    if config.moco.temperature <= 0 or config.knn.temperature <= 0:
+        raise ConfigError("moco.temperature and knn.temperature must be greater than 0.")
+    if config.augment.blur_min > config.augment.blur_max:
+        raise ConfigError(
+            f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "
+            f"{config.augment.blur_max}: swap them."
+        )
+    local, group = config.local_batch_size(world_size), config.bn_group_size(world_size)
+    if local % group:
+        raise ConfigError(
+            f"moco.bn_group_size {group} does not divide the local batch of {local} "
+            f"(optim.global_batch_size {config.optim.global_batch_size} on {world_size} ranks "
+            f"x {config.optim.accumulate} micro-batches): choose a divisor of {local}."
+        )
+    if group < 2:
+        raise ConfigError(
+            f"A BN group of {group} sample has no variance to normalize with: raise "
+            f"optim.global_batch_size above {world_size * config.optim.accumulate}."
+        )
+    enqueued = config.optim.global_batch_size * (2 if config.moco.symmetric else 1)
+    if enqueued > config.moco.queue_size:
+        raise ConfigError(
+            f"moco.queue_size {config.moco.queue_size} is smaller than the {enqueued} keys that "
+            f"one step enqueues: raise it to at least {enqueued}."
+        )
+
+
+def warnings(config: Config, world_size: int, num_samples: int) -> list[str]:
+    """Settings that train, but probably not as meant; one sentence each."""
+    found = []
+    if config.moco.queue_size > num_samples:
+        found.append(
+            f"moco.queue_size {config.moco.queue_size} exceeds the {num_samples} training "
+            "images, so that a query meets older keys of its own image as negatives; "
+            "a queue of at most half the data set is usual."
+        )
+    one_group = config.bn_group_size(world_size) == config.local_batch_size(world_size)
+    strategy = config.shuffle_bn(world_size)
+    stays = strategy == "split" or (strategy != "none" and world_size == 1)
+    if stays and one_group:
+        found.append(
+            "All samples of a rank share one BN group, so shuffling keys inside it changes "
+            "nothing and BN can leak which key is positive: lower moco.bn_group_size."
+        )
+    return found

@@ -1,0 +1,63 @@
+"""From YAML files and the command line to a `Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fastmoco.config.fields import Config, ConfigError
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a recipe that ships with fastmoco, such as `demo`, in a checkout or installed."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ConfigError(f"The recipe {name}.yaml is not part of this installation of fastmoco.")
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="fastmoco",
+        description="Without arguments the demo recipe runs.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Configuration from `--config FILE` and dotted overrides; none at all means the demo recipe.
+
+    Raises `ConfigError` for an unknown key, a wrong type or an unreadable file.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
+        groups = parser.instantiate(namespace)
+    except (ArgumentError, OSError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return Config(**{field.name: groups[field.name] for field in fields(Config)})
+
+
+def dump(config: Config) -> str:
+    """YAML text that `--config` reads back into an equal configuration."""
+    plain = asdict(config)
+    plain["optim"]["milestones"] = list(config.optim.milestones)
+    return str(yaml.safe_dump(plain, sort_keys=False))
+
+
+def load(path: Path) -> Config:
+    """Configuration from a file that `dump` wrote."""
+    return parse(["--config", str(path)])
