@@ -1,1 +1,7 @@
 """Fused operations of MoCo as torch custom ops: Triton for CUDA, ATen for the CPU."""
+
+from fastmoco_kernels.ema import ema_
+from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqueue
+from fastmoco_kernels.sgd_ema import sgd_ema_
+
+__all__ = ["InfoNCE", "ema_", "enqueue_", "info_nce", "info_nce_enqueue", "sgd_ema_"]

@@ -1,0 +1,68 @@
+"""One plain eager implementation per op: its meaning, and what runs where a kernel is distrusted.
+
+Everything is computed in float32, or in float64 when an input is float64, from the materialized
+N x (1+K) logits. Nothing here reads a value back to the host, so all of it also runs on CUDA.
+N local batch, C feature dimension, K queue length, M gathered keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Two logits tie when they differ by less than this times sum_c |q_c k_c|. A dot product of equal
+# rows taken in two summation orders differs by a few units of 2**-24; without a margin a collapsed
+# encoder, whose queue rows all equal its keys, would be scored by rounding noise.
+TIE_MARGIN = 2.0**-18
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 1 of MoCo (arXiv 1911.05722) per sample, with its gradient.
+
+    q, k (N, C) and queue (K, C) of any floating dtype. Returns losses (N,), rank (N,) int64 and
+    dq (N, C), the gradient of `losses.mean()` with respect to q; floats in the compute dtype.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    q, k, queue = q.to(dtype), k.to(dtype), queue.to(dtype)
+    positive = (q * k).sum(1, keepdim=True)
+    negative = q @ queue.T
+    logits = torch.cat([positive, negative], 1) / temperature
+    losses = torch.logsumexp(logits, 1) - logits[:, 0]
+    p = torch.softmax(logits, 1)
+    dq = (p[:, :1] * k + p[:, 1:] @ queue - k) / (temperature * q.shape[0])
+    threshold = positive - TIE_MARGIN * (q * k).abs().sum(1, keepdim=True)
+    rank = (~(negative < threshold)).sum(1)  # written so that NaN counts against the positive
+    return losses, rank, dq
+
+
+def enqueue_(keys: Tensor, queue: Tensor, queue_ptr: Tensor) -> None:
+    """Write keys (M, C) into the ring queue (K, C) at queue_ptr (1,) int64; advance it modulo K."""
+    rows = torch.arange(keys.shape[0], device=queue.device) + queue_ptr
+    queue.index_copy_(0, rows % queue.shape[0], keys.to(queue.dtype))
+    queue_ptr.add_(keys.shape[0]).remainder_(queue.shape[0])
+
+
+def ema_(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
+    """Equation 2 of MoCo in place: target <- momentum * target + (1 - momentum) * source."""
+    for target, source in zip(targets, sources, strict=True):
+        target.mul_(momentum).add_(source, alpha=1.0 - momentum)
+
+
+def sgd_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    ema_params: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    ema_momentum: float,
+) -> None:
+    """`torch.optim.SGD` (dampening 0, no Nesterov) followed by `ema_`, in place. lr: () or (1,)."""
+    for p, g, buf in zip(params, grads, momentum_buffers, strict=True):
+        buf.mul_(momentum).add_(g.to(p.dtype) + weight_decay * p)
+        p.sub_(buf * lr.to(p.device))
+    ema_(ema_params, params, ema_momentum)
