@@ -1,0 +1,203 @@
+"""Class folders, the fixed view, shares of ranks, and features against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmoco.config import ConfigError
+from fastmoco.evaluate import features
+from fastmoco.evaluate.features import (
+    LabelledImages,
+    eval_view,
+    extract_features,
+    index_class_folders,
+    rank_share,
+    raw_pixel_features,
+)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Classes a (5 images) and b (6), every picture different, 12 x 9 pixels, plus strangers."""
+    rng = np.random.default_rng(0)
+    for name in ["b/5", "b/1", "a/2", "a/1", "b/deep/0", "b/2", "b/3", "b/4", "a/0", "a/3", "a/4"]:
+        write(tmp_path / f"{name}.png", rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "list.txt").write_text("not a class")
+    (tmp_path / ".cache").mkdir()
+    return tmp_path
+
+
+def test_index_is_sorted_and_ignores_strangers(folder: Path) -> None:
+    paths, labels, names = index_class_folders(folder)
+    assert names == ["a", "b"]
+    assert [str(p.relative_to(folder)) for p in paths] == [
+        *(f"a/{i}.png" for i in range(5)),
+        *(f"b/{i}.png" for i in range(1, 6)),
+        "b/deep/0.png",
+    ]
+    assert labels == [0] * 5 + [1] * 6
+
+
+def test_refuses_roots_without_classes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No folder"):
+        index_class_folders(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="holds nothing"):
+        index_class_folders(tmp_path)
+    write(tmp_path / "flat.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    with pytest.raises(ConfigError, match="files but no class folders"):
+        index_class_folders(tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ConfigError, match="None of the 1 class folders"):
+        index_class_folders(tmp_path)
+
+
+def test_view_of_fitting_image_is_its_exact_centre(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 14, 3), dtype=np.uint8)
+    write(tmp_path / "x.png", pixels)
+    np.testing.assert_array_equal(eval_view(tmp_path / "x.png", 8, 6), pixels[1:7, 4:10])
+
+
+def test_view_resizes_the_shorter_edge_and_keeps_the_ratio(tmp_path: Path) -> None:
+    # Left half red, right half blue; 40 x 20 becomes 20 x 10, so the seam stays in the middle of
+    # the crop, which would not be so if the longer edge or both edges became 10.
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, :20, 0] = 255
+    pixels[:, 20:, 2] = 255
+    write(tmp_path / "x.png", pixels)
+    view = eval_view(tmp_path / "x.png", 10, 10)
+    assert view.shape == (10, 10, 3)
+    assert (view[:, :4] == [255, 0, 0]).all()
+    assert (view[:, 6:] == [0, 0, 255]).all()
+    write(tmp_path / "tall.png", pixels.transpose(1, 0, 2))
+    tall = eval_view(tmp_path / "tall.png", 10, 10)
+    np.testing.assert_array_equal(tall.transpose(1, 0, 2), view)
+
+
+def test_view_averages_when_it_shrinks(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    write(tmp_path / "x.png", stripes)
+    inside = eval_view(tmp_path / "x.png", 8, 8)[:, 1:-1]
+    assert abs(inside.astype(float) - 127.5).max() < 4, "aliased"
+
+
+def test_view_of_gray_and_transparent_files_is_rgb(tmp_path: Path) -> None:
+    write(tmp_path / "gray.png", np.full((6, 6), 77, dtype=np.uint8))
+    assert (eval_view(tmp_path / "gray.png", 6, 6) == 77).all()
+    rgba = np.full((6, 6, 4), 99, dtype=np.uint8)
+    write(tmp_path / "rgba.png", rgba)
+    assert eval_view(tmp_path / "rgba.png", 6, 6).shape == (6, 6, 3)
+
+
+def test_unreadable_file_is_named(folder: Path) -> None:
+    (folder / "b" / "3.png").write_bytes(b"not a picture")
+    images = LabelledImages(folder, resize=9, image_size=8)
+    with pytest.raises(ConfigError, match=r"Cannot decode .*3\.png"):
+        raw_pixel_features(images)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 100])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_shares_in_rank_order_are_the_data_set(n: int, world_size: int) -> None:
+    shares = [rank_share(n, rank, world_size) for rank in range(world_size)]
+    assert [i for share in shares for i in share] == list(range(n))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_share_of_unknown_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 2 is outside of world_size 2"):
+        rank_share(4, 2, 2)
+
+
+def flat_trunk(batch: Tensor) -> Tensor:
+    assert batch.dtype == torch.uint8
+    return batch.flatten(1).double() - 100
+
+
+@pytest.mark.parametrize("cache_bytes", [0, features.CACHE_BYTES])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_gathered_features_are_normalized_views_in_order(
+    folder: Path, cache_bytes: int, world_size: int
+) -> None:
+    paths, _, _ = index_class_folders(folder)
+    expected = np.stack([eval_view(p, 9, 8) for p in paths]).reshape(11, -1).astype(float) - 100
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)
+    for _ in range(2):  # the second pass reads the cache
+        gathered = torch.cat(
+            [
+                extract_features(
+                    flat_trunk,
+                    images,
+                    batch_size=2,
+                    device="cpu",
+                    rank=rank,
+                    world_size=world_size,
+                )
+                for rank in range(world_size)
+            ]
+        )
+        assert gathered.dtype == torch.float32
+        np.testing.assert_allclose(gathered.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cache_bytes", "decodings"), [(0, 22), (features.CACHE_BYTES, 11)])
+def test_images_that_fit_are_decoded_once(
+    folder: Path, cache_bytes: int, decodings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+
+    def counted(path: Path, resize: int, image_size: int) -> np.ndarray:
+        decoded.append(path)
+        return eval_view(path, resize, image_size)
+
+    monkeypatch.setattr(features, "eval_view", counted)
+    images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)
+    for _ in range(2):
+        extract_features(flat_trunk, images, batch_size=4, device="cpu")
+    assert len(decoded) == decodings
+
+
+def test_at_most_so_many_images_evenly_spaced(folder: Path) -> None:
+    images = LabelledImages(folder, resize=9, image_size=8, max_images=4)
+    everything = LabelledImages(folder, resize=9, image_size=8)
+    assert images.paths == [everything.paths[i] for i in (0, 2, 5, 8)]
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    assert len(LabelledImages(folder, resize=9, image_size=8, max_images=99)) == 11
+
+
+def test_more_ranks_than_images_is_an_error(folder: Path) -> None:
+    images = LabelledImages(folder, resize=9, image_size=8)
+    with pytest.raises(ValueError, match="11 images on 12 ranks"):
+        extract_features(flat_trunk, images, batch_size=4, device="cpu", rank=0, world_size=12)
+
+
+def test_raw_pixel_cosine_is_the_correlation_of_small_pictures(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        write(tmp_path / "a" / f"{i}.png", image)
+    images = LabelledImages(tmp_path, resize=16, image_size=16)
+    found = raw_pixel_features(images, size=8)
+    small = pixels.astype(float).reshape(3, 8, 2, 8, 2, 3).mean(axis=(2, 4)).reshape(3, -1)
+    np.testing.assert_allclose((found @ found.T).numpy(), np.corrcoef(small), atol=1e-5)
+    gathered = torch.cat([raw_pixel_features(images, size=8, rank=r, world_size=2) for r in (0, 1)])
+    torch.testing.assert_close(gathered, found)
+
+
+def test_raw_pixels_of_one_gray_are_zero(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "flat.png", np.full((8, 8, 3), 60, dtype=np.uint8))
+    images = LabelledImages(tmp_path, resize=8, image_size=8)
+    assert raw_pixel_features(images).abs().max() == 0
