@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "batchnorm": set(),
     "shuffle": {"config", "distributed"},
     "moco": {"fastmoco_kernels", "config", "encoder"},
-    "optim": {"fastmoco_kernels", "config"},
+    "optim": {"fastmoco_kernels", "config", "moco"},
 }
 
 

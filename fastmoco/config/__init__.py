@@ -18,7 +18,7 @@ from fastmoco.config.fields import (
     ShuffleBN,
     flatten,
 )
-from fastmoco.config.parsing import dump, load, parse, recipe_path
+from fastmoco.config.parsing import dump, load, parse, parse_text, recipe_path
 
 __all__ = [
     "AugmentConfig",
@@ -37,6 +37,7 @@ __all__ = [
     "flatten",
     "load",
     "parse",
+    "parse_text",
     "recipe_path",
     "warnings",
 ]

@@ -141,6 +141,9 @@ class MocoConfig:
 class OptimConfig:
     """SGD on the query encoder and its schedule."""
 
+    name: Literal["sgd_ema", "sgd", "apex_sgd", "apex_lars"] = "sgd_ema"
+    """`sgd_ema`: SGD and the EMA in one pass; `sgd`: torch's; `apex_*`: NVIDIA apex where built."""
+
     epochs: int = 200
     """Passes over the data; of each, the last incomplete global batch is dropped."""
     global_batch_size: int = 256

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from fastmoco.config.fields import Config, ConfigError
 
@@ -36,6 +36,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _assemble(parser: ArgumentParser, parsed: Namespace) -> Config:
+    groups = parser.instantiate(parsed)
+    return Config(**{field.name: groups[field.name] for field in fields(Config)})
+
+
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Configuration from `--config FILE` and dotted overrides; none at all means the demo recipe.
 
@@ -44,11 +49,11 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     try:
-        namespace = parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
-        groups = parser.instantiate(namespace)
+        return _assemble(
+            parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
+        )
     except (ArgumentError, OSError, TypeError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return Config(**{field.name: groups[field.name] for field in fields(Config)})
 
 
 def dump(config: Config) -> str:
@@ -61,3 +66,9 @@ def dump(config: Config) -> str:
 def load(path: Path) -> Config:
     """Configuration from a file that `dump` wrote."""
     return parse(["--config", str(path)])
+
+
+def parse_text(text: str) -> Config:
+    """Configuration from the text that `dump` returned, as checkpoints carry it."""
+    parser = _parser()
+    return _assemble(parser, parser.parse_object(yaml.safe_load(text)))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastmoco_kernels import ema_, enqueue_, info_nce, info_nce_enqueue, sgd_ema_
 from torch import Tensor
 
+from fastmoco_kernels import ema_, enqueue_, info_nce, info_nce_enqueue, sgd_ema_
 from tests.kernels.oracle import features, official_info_nce
 
 
@@ -17,7 +17,7 @@ def test_loss_and_gradient_match_the_official_formulation() -> None:
     losses, dq = official_info_nce(q, k, queue, 0.07)
     q.requires_grad_(True)
     out = info_nce(q, k, queue, 0.07)
-    (out.loss * 3).backward()  # type: ignore[no-untyped-call]
+    (out.loss * 3).backward()
     torch.testing.assert_close(out.losses.double(), losses, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.loss.double(), losses.mean(), rtol=1e-6, atol=1e-6)
     assert q.grad is not None
@@ -123,7 +123,7 @@ def test_one_graph_of_loss_and_updates() -> None:
 
     want, dq = official_info_nce(q, k, queue, 0.2)
     loss = step(weight)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert weight.grad is not None
     torch.testing.assert_close(loss.detach().double(), want.mean(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(weight.grad.double(), q.double().T @ dq, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,155 @@
+"""Checkpoints that the official MoCo scripts read as they are, and that resume this run exactly.
+
+A file is `torch.save` of `epoch`, `arch`, `state_dict` and `optimizer` as the official trainer
+writes them (names `module.encoder_q.*`, queue (C, K)), plus one entry `fastmoco` with what exact
+resume needs beyond it: the step, the gradient scaler and the configuration. The sample order and
+the augmentations need nothing: they are functions of the step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmoco
+from fastmoco.config import Config, ConfigError, dump, load, parse_text
+from fastmoco.distributed import World, all_reduce_mean_, barrier
+from fastmoco.step import Step
+
+LATEST = "latest.pth.tar"
+_PREFIX = "module."
+
+
+def official_state_dict(step: Step) -> dict[str, Tensor]:
+    """The model under its official names, on the CPU, queue (C, K) and queue_ptr first."""
+    ours = step.moco.state_dict()
+    state = {f"{_PREFIX}queue": ours.pop("queue").T, f"{_PREFIX}queue_ptr": ours.pop("queue_ptr")}
+    state |= {f"{_PREFIX}{name}": tensor for name, tensor in ours.items()}
+    # Contiguous, so that the file does not carry our memory format into other programs.
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> None:
+    """Write a checkpoint after `steps` steps and point `latest.pth.tar` at it, on every rank.
+
+    BN running statistics are first replaced, on every rank, by their mean over ranks: the file then
+    speaks for all ranks, and a resumed run goes on exactly as this one does. The file appears
+    under its name only when it is complete. `epoch` counts completed epochs.
+    """
+    all_reduce_mean_(step.moco.running_statistics(), world)
+    if world.is_main:
+        content = {
+            "epoch": epoch,
+            "arch": config.model.arch,
+            "state_dict": official_state_dict(step),
+            "optimizer": step.optimizer.state_dict(),
+            "fastmoco": {
+                "version": fastmoco.__version__,
+                "step": steps,
+                "scaler": step.scaler.state_dict(),
+                "config": dump(config),
+            },
+        }
+        path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(path)
+        link = folder / (LATEST + ".partial")
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(folder / LATEST)
+        _forget_old(folder, config.run.keep_checkpoints)
+    barrier(world)
+
+
+def _forget_old(folder: Path, keep: int) -> None:
+    found = sorted(folder.glob("checkpoint_*_step*.pth.tar"), key=_steps_in_name)
+    for path in found[:-keep] if keep else []:
+        path.unlink()
+
+
+def _steps_in_name(path: Path) -> int:
+    match = re.search(r"_step(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def find(config: Config) -> Path | None:
+    """The checkpoint to resume from, or None to start afresh.
+
+    Raises `ConfigError` if `run.resume` names a missing file, or forbids to resume where there is
+    one.
+    """
+    latest = Path(config.run.dir) / LATEST
+    if config.run.resume == "auto":
+        return latest if latest.exists() else None
+    if config.run.resume == "never":
+        if latest.exists():
+            raise ConfigError(
+                f"{config.run.dir} already holds a trained run and run.resume is never: "
+                "choose another run.dir, or delete that one."
+            )
+        return None
+    if not Path(config.run.resume).is_file():
+        raise ConfigError(f"run.resume names {config.run.resume}, which is not a file.")
+    return Path(config.run.resume)
+
+
+def resume(path: Path, step: Step, config: Config) -> int:
+    """Load `path` into the step in place and return the number of steps done.
+
+    Raises `ConfigError` if the file is no checkpoint of fastmoco, or of a run that learns another
+    thing.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        ours = content["fastmoco"]
+    except Exception as error:
+        raise ConfigError(
+            f"{path} cannot be resumed from ({type(error).__name__}): it is not a complete "
+            "checkpoint of fastmoco; name another one in run.resume."
+        ) from error
+    _require_same_run(parse_text(ours["config"]), config, str(path))
+    state = {n.removeprefix(_PREFIX): t for n, t in content["state_dict"].items()}
+    state["queue"] = state["queue"].T
+    step.moco.load_state_dict(state)
+    step.optimizer.load_state_dict(content["optimizer"])
+    step.scaler.load_state_dict(ours["scaler"])
+    return int(ours["step"])
+
+
+def claim_run_directory(config: Config) -> None:
+    """Create `run.dir` and write `config.yaml`, or verify that it belongs to this run.
+
+    Raises `ConfigError` if it cannot be written, or holds a run with another configuration: its
+    checkpoints and logs would mix with ours.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"The run directory {folder} cannot be written ({error.strerror}): "
+            "set run.dir to a folder that you may write to."
+        ) from error
+    written = folder / "config.yaml"
+    if written.exists():
+        _require_same_run(load(written), config, str(folder))
+    written.write_text(dump(config))
+
+
+def _require_same_run(theirs: Config, ours: Config, place: str) -> None:
+    there, here = theirs.identity(), ours.identity()
+    changed = [f"{n} ({there[n]} there, {here[n]} now)" for n in here if there[n] != here[n]]
+    if changed:
+        raise ConfigError(
+            f"{place} holds a run with another configuration: {', '.join(changed)}. "
+            "Set run.dir to a new folder, or restore those values to resume it."
+        )

@@ -1,0 +1,170 @@
+"""Ranks and collectives; the only importer of torch.distributed.
+
+Collectives of the training step are functional (they return new tensors), so that torch.compile
+traces them without a graph break. One rank is the identity of each and needs no process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Torch 2.14 renamed all_gather_tensor; 2.11 knows only the old name.
+_all_gather: Callable[..., Tensor] = getattr(
+    functional, "all_gather_single", functional.all_gather_tensor
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    backend: str
+    """`nccl`, `gloo`, or `none` for a single process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+def start(device: str, timeout_s: float) -> World:
+    """Join the process group that torchrun describes; without torchrun the world is one rank.
+
+    `device` is `cuda`, `cpu` or `auto`. Raises `ValueError` for CUDA where there is none, or fewer
+    CUDA devices than local ranks.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError(
+            "run.device is cuda, but torch finds no CUDA device here: install a driver, or use "
+            "--run.device cpu."
+        )
+    if device == "cpu" or not cuda:
+        chosen, backend = torch.device("cpu"), "gloo"
+    else:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"Local rank {local_rank} has no GPU of its own: start torchrun with "
+                f"--nproc_per_node of at most {torch.cuda.device_count()} on this machine."
+            )
+        chosen, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        return World(rank=0, local_rank=0, size=1, device=chosen, backend="none")
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    return World(rank, local_rank, size, chosen, backend)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(x: Tensor, world: World) -> Tensor:
+    """(N, ...) on each rank to (size * N, ...) in rank order on every rank."""
+    if world.size == 1:
+        return x
+    gathered: Tensor = functional.wait_tensor(_all_gather(x.contiguous(), 0, _group()))
+    return gathered
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: World) -> Tensor:
+    """Send the first send[0] rows to rank 0, the next send[1] to rank 1, and so on.
+
+    Returns (sum(receive), ...): receive[r] rows from each rank r, in rank order.
+    """
+    if world.size == 1:
+        return x
+    moved: Tensor = functional.wait_tensor(
+        functional.all_to_all_single(x.contiguous(), list(receive), list(send), _group())
+    )
+    return moved
+
+
+def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
+    """Replace fp32 tensors by their mean over ranks, in one collective."""
+    if world.size == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for target, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        target.copy_(mean.view_as(target))
+
+
+def gather_objects(value: object, world: World) -> list[Any]:
+    """The picklable `value` of every rank, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether `flag` is set on at least one rank."""
+    if world.size == 1:
+        return flag
+    total = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    return bool(total.item())
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier(device_ids=[world.local_rank] if world.backend == "nccl" else None)
+
+
+def average_gradients(module: nn.Module, world: World) -> nn.Module:
+    """The module wrapped so that its backward averages gradients over ranks.
+
+    Buffers are not broadcast: BN statistics belong to a rank, and the queue is equal by
+    construction.
+    """
+    if world.size == 1:
+        return module
+    devices = [world.local_rank] if world.backend == "nccl" else None
+    return DistributedDataParallel(
+        module,
+        device_ids=devices,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=False,
+    )
+
+
+def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Context of a backward that averages gradients over ranks, or, disabled, only adds them up.
+
+    With several backwards in a step only the last one is to average.
+    """
+    if enabled or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return cast(AbstractContextManager[None], module.no_sync())
+
+
+def _group() -> Any:
+    return cast(Any, dist.group.WORLD)

@@ -1,0 +1,112 @@
+"""Learning-rate schedule and the update of both encoders.
+
+One `optimizer.step()` moves encoder_q by SGD and then encoder_k by its EMA. The paper updates
+encoder_k at the start of the next step from the same query weights; between the two nothing reads
+encoder_k.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.moco import MoCo
+from fastmoco_kernels import ema_, sgd_ema_
+
+
+def lr_at(config: Config, epoch: int) -> float:
+    """Learning rate during `epoch` (from 0), constant within it, as published.
+
+    cosine: lr * (1 + cos(pi * epoch / epochs)) / 2; step: lr * gamma^(milestones passed).
+    """
+    lr = config.resolved_lr()
+    if config.optim.schedule == "cosine":
+        return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / config.optim.epochs))
+    return lr * config.optim.gamma ** sum(epoch >= m for m in config.optim.milestones)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` for every parameter from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class SGDWithEMA(torch.optim.SGD):
+    """SGD with momentum and the EMA of encoder_k in one pass over the parameters.
+
+    Gives what `torch.optim.SGD` followed by `ema_` gives, and shares its state dict.
+    """
+
+    def __init__(self, moco: MoCo, *, lr: float, momentum: float, decay: float, ema: float) -> None:
+        params_q, self._params_k = moco.parameter_pairs()
+        super().__init__(params_q, lr=lr, momentum=momentum, weight_decay=decay)
+        self._ema = ema
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of both encoders from the gradients of encoder_q."""
+        if closure is not None:
+            raise ValueError("SGDWithEMA takes no closure: gradients must already be there")
+        (group,) = self.param_groups
+        params: list[Tensor] = group["params"]
+        grads = [p.grad for p in params if p.grad is not None]
+        if len(grads) != len(params):
+            raise ValueError(
+                f"{len(params) - len(grads)} of {len(params)} parameters lack a gradient"
+            )
+        for p in params:
+            if self.state[p].get("momentum_buffer") is None:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        sgd_ema_(
+            params,
+            grads,
+            [self.state[p]["momentum_buffer"] for p in params],
+            self._params_k,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            ema_momentum=self._ema,
+        )
+
+
+def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` chooses; its `step` ends with the EMA of encoder_k.
+
+    Raises `ConfigError` if NVIDIA apex is asked for and not really there.
+    """
+    settings = config.optim
+    lr, momentum, decay = config.resolved_lr(), settings.momentum, settings.weight_decay
+    if settings.name == "sgd_ema":
+        return SGDWithEMA(moco, lr=lr, momentum=momentum, decay=decay, ema=config.moco.momentum)
+    params_q, params_k = moco.parameter_pairs()
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+    if settings.name != "sgd":
+        make = _apex_optimizer({"apex_sgd": "FusedSGD", "apex_lars": "FusedLARS"}[settings.name])
+    optimizer = make(params_q, lr=lr, momentum=momentum, weight_decay=decay)
+
+    def follow(*_: Any) -> None:
+        ema_(params_k, params_q, config.moco.momentum)
+
+    optimizer.register_step_post_hook(follow)
+    return optimizer
+
+
+def _apex_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """A fused optimizer of NVIDIA apex, told from its namesake on PyPI by what it contains."""
+    try:
+        module = importlib.import_module("apex.optimizers")
+        importlib.import_module("amp_C")  # the compiled extension that every fused optimizer calls
+        found: Callable[..., torch.optim.Optimizer] = getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"optim.name asks for {name} of NVIDIA apex, which is not usable here ({error}): build "
+            "apex from source with its CUDA extensions (the package called apex on PyPI is "
+            "another project), or set optim.name to sgd_ema."
+        ) from error
+    return found
