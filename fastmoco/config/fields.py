@@ -69,6 +69,10 @@ class DataConfig:
     """DALI threads per rank; 0 chooses."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    max_pixels: int = 178_956_970
+    """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
+    max_bad_share: float = 0.01
+    """Stop the run once more than this share of the samples had to be replaced."""
     synthetic_samples: int = 1_281_167
     """Length of the synthetic data set."""
 

@@ -1,0 +1,68 @@
+"""The record of replaced samples: `bad_samples.jsonl`, a count, and the share that stops a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.data.augment import Int64
+from fastmoco.data.header import BadImage, decode
+from fastmoco.data.sources import Source
+
+
+class BadSamples:
+    """What this rank knows to be bad. Rank 0 also lists what indexing found."""
+
+    def __init__(self, config: Config, source: Source | None, rank: int) -> None:
+        self._source, self._max_pixels = source, config.data.max_pixels
+        self._share = config.data.max_bad_share
+        self.path = Path(config.run.dir) / "bad_samples.jsonl"
+        self.reasons: dict[int, str] = {}
+        """Reason by sample number."""
+        if source is None:
+            return
+        self._add(dict(source.bad), write=rank == 0)
+
+    def record(self, replaced: Int64) -> None:
+        """Lists the new ones among the replaced. replaced: (n, 2), asked for and delivered.
+
+        Raises `ConfigError` above `data.max_bad_share`.
+        """
+        asked = replaced[replaced[:, 0] != replaced[:, 1], 0].tolist()
+        new = {sample: self._reason(sample) for sample in asked if sample not in self.reasons}
+        if new:
+            self._add(new, write=True)
+
+    def _reason(self, sample: int) -> str:
+        """Reads the sample once more: reasons do not travel with the batches."""
+        assert self._source is not None
+        try:
+            decode(self._source.read(sample), self._max_pixels)
+        except BadImage as error:
+            return str(error)
+        except OSError as error:
+            return f"{type(error).__name__}: {error.strerror}"
+        return "could not be read once, but can be now"
+
+    def _add(self, reasons: dict[int, str], *, write: bool) -> None:
+        assert self._source is not None
+        self.reasons.update(reasons)
+        if write and reasons:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [self._line(sample, reason) for sample, reason in reasons.items()]
+            with open(self.path, "a") as file:  # one write: ranks share the file
+                file.write("".join(lines))
+        total = len(self._source.sizes)
+        if len(self.reasons) > self._share * total:
+            raise ConfigError(
+                f"{len(self.reasons)} of {total} samples are bad, more than data.max_bad_share "
+                f"{self._share:g}; the latest is {self._source.name(max(reasons))}, all are in "
+                f"{self.path}."
+            )
+
+    def _line(self, sample: int, reason: str) -> str:
+        assert self._source is not None
+        row: dict[str, Any] = {"sample": sample, "name": self._source.name(sample)}
+        return json.dumps({**row, "reason": reason}) + "\n"

@@ -1,0 +1,123 @@
+"""What an encoded image says about itself: size, and whether any JPEG decoder reads it alike.
+
+A JPEG is plain when its components are gray or YCbCr, its process is baseline or progressive, and
+an end marker follows its last scan. Decoders agree on plain files. All others (other formats, CMYK
+and RGB JPEGs, arithmetic coding, cut-off files) are left to PIL, whose reading is the reference.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+_START = b"\xff\xd8"
+_END = b"\xff\xd9"
+_SCAN = b"\xff\xda"
+_FRAMES = frozenset(
+    {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
+)
+_HUFFMAN_8_BIT = frozenset({0xC0, 0xC1, 0xC2})
+_ADOBE = 0xEE
+_YCBCR = 1
+
+
+class BadImage(Exception):
+    """An image that cannot be used. The message is the reason, for `bad_samples.jsonl`."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """Size in pixels, and whether the frame is one that all decoders read alike."""
+
+    width: int
+    height: int
+    plain: bool
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Header of JPEG bytes, of which the first 64 KiB mostly suffice; None if there is none."""
+    if data[:2] != _START:
+        return None
+    at, adobe = 2, -1
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe" and length >= 14:
+            adobe = data[at + 15]
+        if marker in _FRAMES:
+            frame = data[at + 4 : at + 2 + length]
+            return _frame(frame, adobe, marker in _HUFFMAN_8_BIT) if len(frame) >= 9 else None
+        if marker == _SCAN[1] or length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
+def _frame(frame: bytes, adobe: int, common_process: bool) -> JpegHeader:
+    """Reads the payload of a start-of-frame segment."""
+    components = frame[5]
+    identifiers = frame[6::3][:components]
+    luminance_chrominance = adobe == _YCBCR or (adobe < 0 and identifiers != b"RGB")
+    plain = (
+        common_process
+        and frame[0] == 8
+        and (components == 1 or (components == 3 and luminance_chrominance))
+    )
+    width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
+    return JpegHeader(width, height, plain and width > 0 and height > 0)
+
+
+def is_complete_jpeg(data: bytes) -> bool:
+    """Whether an end marker follows the last scan: neither occurs inside entropy-coded data."""
+    return data.rfind(_END) > data.rfind(_SCAN) > 0
+
+
+def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height of encoded bytes. Raises `BadImage` for no image or too many pixels."""
+    header = jpeg_header(data)
+    if header is not None and header.width and header.height:
+        size = header.width, header.height
+    else:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                size = image.size
+        except Exception as error:  # PIL's plugins raise nearly every type on hostile bytes
+            raise BadImage(_reason(data, error)) from error
+    check_pixels(size, max_pixels)
+    return size
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises `BadImage` for an image of more than max_pixels pixels."""
+    if size[0] * size[1] > max_pixels:
+        raise BadImage(f"{size[0]} x {size[1]} pixels exceed data.max_pixels {max_pixels}")
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The image as PIL reads it, as RGB; EXIF orientation is ignored, as torchvision does.
+
+    Raises `BadImage` for bytes that PIL does not decode completely.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_pixels(image.size, max_pixels)
+            return image.convert("RGB")
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(data, error)) from error
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "empty file"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return f"not an image: starts with {data[:8]!r}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,121 @@
+"""The index of a folder: names and sizes of its images in flat arrays, cached on disk.
+
+About 45 bytes per sample: the folder (4), the end of the name in one blob (8), the name itself, and
+width and height (8). The cache is one file of raw arrays that every process maps, so readers share
+its pages. It is valid while no folder below the root has changed its modification time, which every
+added, removed or renamed file changes. A file that is overwritten in place goes unnoticed here; the
+reader compares its size when it reads it.
+
+N samples, F folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAGIC = b"fastmoco index 1\n"
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Index:
+    """Flat arrays that describe N samples, and what is needed to tell whether they still hold."""
+
+    arrays: dict[str, NDArray[Any]]
+    """Named arrays, among them `sizes`: int32 (N, 2), width and height, 0 where unreadable."""
+    facts: dict[str, Any]
+    """JSON: whatever the source needs to validate the index, and `bad`: {sample: reason}."""
+    path: str = ""
+    """The cache file that the arrays are mapped from; empty if they are in memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapped index travels to reader processes as its path: they share its pages.
+        if self.path:
+            return load_index, (self.path,)
+        return Index, (self.arrays, self.facts)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        return self.arrays["sizes"]
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reasons of the samples that were found unreadable while indexing."""
+        return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+
+
+def save_index(index: Index, path: Path) -> Index:
+    """Writes the index atomically and returns it mapped from there. Raises `OSError`."""
+    layout: dict[str, Any] = {}
+    at = 0
+    for name, array in index.arrays.items():
+        layout[name] = [array.dtype.str, list(array.shape), at]
+        at += -(-array.nbytes // _ALIGN) * _ALIGN
+    head = json.dumps({"facts": index.facts, "layout": layout}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+            file.write(b"\0" * (-file.tell() % _ALIGN))
+            for array in index.arrays.values():
+                file.write(np.ascontiguousarray(array).tobytes())
+                file.write(b"\0" * (-file.tell() % _ALIGN))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return load_index(str(path))
+
+
+def load_index(path: str) -> Index:
+    """Maps an index file. Raises `OSError` if it is missing, `ValueError` if it is not one."""
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{path} is not an index of this version")
+        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = -(-file.tell() // _ALIGN) * _ALIGN
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (dtype, shape, at) in head["layout"].items():
+        empty = 0 in shape  # a mapping cannot be empty
+        arrays[name] = (
+            np.zeros(shape, dtype)
+            if empty
+            else np.memmap(path, dtype, "r", offset=start + at, shape=tuple(shape))
+        )
+    return Index(arrays, head["facts"], path)
+
+
+def cache_folder() -> Path:
+    """Folder of cached indices: $FASTMOCO_CACHE, else fastmoco in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("FASTMOCO_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time, so that the ranks of a machine do not all scan the same folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115
+    except OSError:  # read-only: every process works for itself
+        yield
+        return
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield

@@ -1,0 +1,129 @@
+"""Reads the samples of a micro-batch and replaces the bad ones; runs in reader processes.
+
+A sample that cannot be used is replaced by another that is a pure function of (seed, sample,
+attempt), so every rank and every repetition delivers the same image in its place and all others
+stay what they were. What is bad depends on the files alone, not on who reads them or when.
+
+n local batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fastmoco.config import AugmentConfig
+from fastmoco.data.augment import Float32, Int64, view_table
+from fastmoco.data.header import BadImage, check_pixels, decode, is_complete_jpeg, jpeg_header
+from fastmoco.data.order import permute, stream_key
+from fastmoco.data.plan import Draw, Plan
+from fastmoco.data.sources import Source
+
+_ATTEMPTS = 1000
+_REPLACE = 17  # purpose of the key, apart from those of the epoch order
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as it will be decoded."""
+
+    sample: int
+    """Number in the source; not the one asked for where that is bad."""
+    data: bytes
+    """A plain JPEG as it lies in the file, or the pixels that PIL decoded as a PPM."""
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch before any pixel: encoded images and table rows."""
+
+    queries: list[Encoded]
+    keys: list[Encoded]
+    """The same list as `queries` unless the keys are views of other samples."""
+    rows_q: Float32
+    """(n, COLUMNS), see `ViewTable.pack`."""
+    rows_k: Float32
+    """(n, COLUMNS)."""
+    replaced: Int64
+    """(n, 2): the query sample asked for and the one delivered."""
+
+
+class Reader:
+    """Fetches encoded samples. Pickles into reader processes; each keeps its own findings."""
+
+    def __init__(self, source: Source, seed: int, max_pixels: int) -> None:
+        self.source, self.seed, self.max_pixels = source, seed, max_pixels
+        self.bad: dict[int, str] = dict(source.bad)
+        self.by_pil: set[int] = set()
+        """Samples whose JPEG DALI refuses although PIL reads it."""
+
+    def quarantine(self, found: Mapping[int, str]) -> None:
+        """Never deliver these again; reasons by sample."""
+        self.bad.update(found)
+
+    def fetch(self, sample: int) -> Encoded:
+        """The sample, or the one that replaces it. Raises `BadImage` if no sample is good."""
+        for attempt in range(_ATTEMPTS):
+            candidate = sample if attempt == 0 else self._replacement(sample, attempt)
+            if candidate in self.bad:
+                continue
+            try:
+                return self.load(candidate)
+            except BadImage as error:
+                self.bad[candidate] = str(error)
+        raise BadImage(f"no readable sample in {_ATTEMPTS} attempts to replace number {sample}")
+
+    def load(self, sample: int) -> Encoded:
+        """The sample itself. Raises `BadImage` with the reason."""
+        try:
+            data = self.source.read(sample)
+        except OSError as error:
+            raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        header = jpeg_header(data)
+        if header is not None and header.plain and sample not in self.by_pil:
+            check_pixels((header.width, header.height), self.max_pixels)
+            if is_complete_jpeg(data):
+                return Encoded(sample, data, header.width, header.height)
+        image = decode(data, self.max_pixels)
+        return Encoded(sample, ppm(image), image.width, image.height)
+
+    def _replacement(self, sample: int, attempt: int) -> int:
+        key = stream_key(self.seed, _REPLACE, attempt)
+        return int(permute(np.array([sample]), len(self.source.sizes), key)[0])
+
+
+def ppm(image: Image.Image) -> bytes:
+    """RGB pixels with the shortest header that every decoder reads."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+def read_work(
+    reader: Reader, plan: Plan, augment: AugmentConfig, micro_step: int, rows: slice | None = None
+) -> Work:
+    """Everything that an executor needs for the micro-batch, or for some rows of it."""
+    queries = plan.queries(micro_step)
+    keys = plan.keys(micro_step, queries)
+    if rows is not None:
+        queries, keys = queries.part(rows), keys.part(rows)
+    encoded_q = [reader.fetch(sample) for sample in queries.samples.tolist()]
+    encoded_k = encoded_q
+    if plan.key_rows is not None:
+        encoded_k = [reader.fetch(sample) for sample in keys.samples.tolist()]
+    delivered = np.array([one.sample for one in encoded_q], dtype=np.int64)
+    return Work(
+        queries=encoded_q,
+        keys=encoded_k,
+        rows_q=_rows(augment, queries, encoded_q),
+        rows_k=_rows(augment, keys, encoded_k),
+        replaced=np.stack([queries.samples, delivered], axis=1),
+    )
+
+
+def _rows(augment: AugmentConfig, draw: Draw, encoded: list[Encoded]) -> Float32:
+    sizes = np.array([(one.width, one.height) for one in encoded], dtype=np.int32)
+    return view_table(augment, draw.uniforms, sizes).pack()

@@ -1,0 +1,132 @@
+"""Where encoded images come from. A source numbers its samples and knows their sizes.
+
+Training never sees a label. A sample that was unreadable while indexing keeps its number, so that
+one bad file does not change which samples the others are; readers replace it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.data.index import Index, cache_folder, exclusive, load_index, save_index
+from fastmoco.data.scan import folders_unchanged, scan_folder
+
+
+class Source(Protocol):
+    """N encoded images. Objects are small when pickled, so that reader processes start fast."""
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2): width and height in pixels; 0 where the image could not be read."""
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reason by sample, for those found unreadable while indexing."""
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples of each run of neighbours that are fast to read together; they add up to N."""
+
+    def read(self, sample: int) -> bytes:
+        """Encoded bytes. Raises `OSError`."""
+
+    def name(self, sample: int) -> str:
+        """What to call the sample in a report."""
+
+
+class FolderSource:
+    """Images below a folder: flat, nested or class folders, in sorted order."""
+
+    def __init__(self, root: str, index: Index) -> None:
+        self.root, self.index = root, index
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        return self.index.sizes
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self.index.bad
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        return np.bincount(self.index.arrays["folder_of"]).astype(np.int64)
+
+    def read(self, sample: int) -> bytes:
+        with open(self.name(sample), "rb", buffering=0) as file:
+            return file.read()
+
+    def name(self, sample: int) -> str:
+        arrays = self.index.arrays
+        start = arrays["name_ends"][sample - 1] if sample else 0
+        name = arrays["names"][start : arrays["name_ends"][sample]].tobytes()
+        folder: str = self.index.facts["folders"][arrays["folder_of"][sample]][0]
+        return "/".join(part for part in (self.root, folder, name.decode(*_NAMES)) if part)
+
+
+_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them
+
+
+def open_folder(root: str, max_pixels: int) -> FolderSource:
+    """The images below a folder, from the cached index where that still holds.
+
+    Raises `ConfigError` where the folder is missing or holds no image that can be read.
+    """
+    if not root:
+        raise ConfigError("data.root is not set: name the folder of the training images.")
+    if not Path(root).is_dir():
+        raise ConfigError(f"data.root {root} is not a folder.")
+    real = str(Path(root).resolve())
+    digest = hashlib.sha256(f"{real} {max_pixels}".encode(*_NAMES)).hexdigest()[:20]
+    cached = cache_folder() / "index" / digest
+    with exclusive(cached.with_suffix(".lock")):
+        index = _cached(real, cached)
+        if index is None:
+            index = scan_folder(real, max_pixels)
+            if len(index.sizes):
+                with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
+                    index = save_index(index, cached)
+    require_readable(index, f"data.root {root}")
+    return FolderSource(real, index)
+
+
+def _cached(root: str, path: Path) -> Index | None:
+    try:
+        index = load_index(str(path))
+    except (OSError, ValueError, KeyError):
+        return None
+    return index if folders_unchanged(root, index) else None
+
+
+def require_readable(index: Index, what: str) -> None:
+    """Raises `ConfigError` for an index without samples, or without a readable one."""
+    if not len(index.sizes):
+        raise ConfigError(f"{what} holds no image file.")
+    if len(index.bad) == len(index.sizes):
+        sample, reason = next(iter(index.bad.items()))
+        raise ConfigError(
+            f"{what} holds {len(index.sizes)} image files and none can be read; "
+            f"number {sample}: {reason}."
+        )
+
+
+def open_source(config: Config) -> Source:
+    """The source that `config.data` describes. Raises `ConfigError`."""
+    data = config.data
+    if data.source == "demo":
+        # Imported on demand: rendering is needed on the first use only.
+        rendered = importlib.import_module("fastmoco.data.demo").ensure_demo()
+        return open_folder(str(rendered.train), data.max_pixels)
+    if data.source == "folder":
+        train = Path(data.root) / "train"
+        root = str(train) if data.root and train.is_dir() else data.root
+        return open_folder(root, data.max_pixels)
+    raise ConfigError(f"data.source {data.source} has no files to read.")

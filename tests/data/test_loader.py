@@ -1,0 +1,193 @@
+"""The loader: the right samples and rows, on any number of ranks, from any step."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
+from fastmoco.data.augment import draw_uniforms, view_table
+from fastmoco.data.loader import Batch, build_loader
+from fastmoco.data.order import EpochOrder
+from fastmoco.data.reference import execute, open_rgb
+
+CPU = torch.device("cpu")
+BACKENDS = ["pil"]
+
+
+def configuration(root: Path, tmp_path: Path, backend: str = "pil", **optim: int) -> Config:
+    return Config(
+        run=RunConfig(dir=str(tmp_path / "run"), seed=11),
+        data=DataConfig(root=str(root), backend=backend, workers=2),  # type: ignore[arg-type]
+        augment=AugmentConfig(image_size=32),
+        optim=OptimConfig(**({"global_batch_size": 16} | optim)),  # type: ignore[arg-type]
+    )
+
+
+def drawn(config: Config, start: int, end: int, **build: object) -> list[Batch]:
+    with build_loader(config, device=CPU, **build) as loader:  # type: ignore[arg-type]
+        return list(loader.batches(start, end))
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.im_q, y.im_q) and torch.equal(x.im_k, y.im_k)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def rolled(micro_step: int) -> np.ndarray:
+    """A permutation of 16 rows that changes with the micro-batch."""
+    return np.roll(np.arange(16), micro_step + 3)
+
+
+def oracle(config: Config, root: Path, step: int, view: int) -> torch.Tensor:
+    """The global batch of a step, written out: files in sorted order, one row after another."""
+    files = sorted(root.rglob("*.jpg"), key=lambda path: (str(path.parent), path.name))
+    batch = config.optim.global_batch_size
+    epoch, nth = divmod(step, len(files) // batch)
+    views = []
+    for position in range(nth * batch, (nth + 1) * batch):
+        sample = int(EpochOrder(len(files), 11).samples(epoch, np.array([position]))[0])
+        image = open_rgb(files[sample].read_bytes())
+        uniforms = draw_uniforms(11, epoch, view, position, 1)
+        table = view_table(config.augment, uniforms, np.array([image.size], np.int32))
+        views.append(torch.from_numpy(execute(image, table, 0, 32, "v2").copy()))
+    return torch.stack(views)
+
+
+def test_pil_batches_are_the_oracles(photos: Path, tmp_path: Path) -> None:
+    config = configuration(photos, tmp_path)
+    batches = drawn(config, 0, 5)  # 3 steps per epoch: the last batches are of epoch 1
+    for step, batch in enumerate(batches):
+        assert batch.im_q.dtype == torch.uint8
+        assert batch.im_q.shape == (16, 32, 32, 3)
+        assert torch.equal(batch.im_q, oracle(config, photos, step, 0))
+        assert torch.equal(batch.im_k, oracle(config, photos, step, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_epoch_shows_every_sample_at_most_once(
+    photos: Path, tmp_path: Path, backend: str
+) -> None:
+    config = configuration(photos, tmp_path, backend)
+    with build_loader(config, device=CPU) as loader:
+        assert (loader.num_samples, loader.steps_per_epoch) == (60, 3)
+        batches = list(loader.batches(0, 3))
+        assert loader.wait_s > 0
+        assert loader.backend == backend
+        assert backend in loader.description
+    views = torch.cat([batch.im_q for batch in batches]).flatten(1)
+    assert len(torch.unique(views, dim=0)) == 48
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key_rows", [None, rolled])
+def test_resume_anywhere_is_exact(
+    photos: Path, tmp_path: Path, backend: str, key_rows: object
+) -> None:
+    config = configuration(photos, tmp_path, backend)
+    whole = drawn(config, 0, 7, key_rows=key_rows)
+    assert same(drawn(config, 4, 7, key_rows=key_rows), whole[4:])
+    with build_loader(config, device=CPU, key_rows=key_rows) as loader:  # type: ignore[arg-type]
+        piecewise = [
+            batch for first, last in pairwise([0, 2, 3, 7]) for batch in loader.batches(first, last)
+        ]
+        assert same(piecewise, whole)
+        assert same(list(loader.batches(1, 3)), whole[1:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("key_rows", [None, rolled])
+def test_ranks_share_the_global_batches(
+    photos: Path, tmp_path: Path, backend: str, world_size: int, key_rows: object
+) -> None:
+    config = configuration(photos, tmp_path, backend)
+    alone = drawn(config, 2, 5, key_rows=key_rows)
+    ranks = [
+        drawn(config, 2, 5, rank=rank, world_size=world_size, key_rows=key_rows)
+        for rank in range(world_size)
+    ]
+    joined = [
+        Batch(
+            torch.cat([ranks[r][i].im_q for r in range(world_size)]),
+            torch.cat([ranks[r][i].im_k for r in range(world_size)]),
+        )
+        for i in range(3)
+    ]
+    assert same(joined, alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_rows_permute_the_keys_only(photos: Path, tmp_path: Path, backend: str) -> None:
+    config = configuration(photos, tmp_path, backend)
+    plain, permuted = drawn(config, 1, 3), drawn(config, 1, 3, key_rows=rolled)
+    for step, (a, b) in enumerate(zip(plain, permuted, strict=True), start=1):
+        assert torch.equal(a.im_q, b.im_q)
+        assert torch.equal(a.im_k[rolled(step)], b.im_k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulation_cuts_the_global_batch(photos: Path, tmp_path: Path, backend: str) -> None:
+    whole = drawn(configuration(photos, tmp_path, backend), 2, 4)
+    cut = drawn(configuration(photos, tmp_path, backend, accumulate=2), 2, 4)
+    joined = [
+        Batch(torch.cat([a.im_q, b.im_q]), torch.cat([a.im_k, b.im_k]))
+        for a, b in zip(cut[::2], cut[1::2], strict=True)
+    ]
+    assert same(joined, whole)
+
+
+def test_synthetic_batches_agree_between_ranks_and_resume(tmp_path: Path) -> None:
+    config = configuration(tmp_path, tmp_path)
+    config = replace(config, data=DataConfig(source="synthetic", synthetic_samples=100))
+    whole = drawn(config, 0, 6)
+    assert whole[0].im_q.shape == (16, 32, 32, 3)
+    assert not torch.equal(whole[0].im_q, whole[0].im_k)
+    assert same(drawn(config, 3, 6), whole[3:])
+    second = drawn(config, 0, 6, rank=1, world_size=2)
+    assert all(torch.equal(a.im_q[8:], b.im_q) for a, b in zip(whole, second, strict=True))
+
+
+def refused(config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build_loader(config, device=CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unusable_roots_are_one_clear_sentence(photos: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert str(missing) in refused(configuration(missing, tmp_path))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no image file" in refused(configuration(empty, tmp_path))
+    (empty / "a.jpg").write_bytes(b"this is text")
+    assert "none can be read" in refused(configuration(empty, tmp_path))
+    too_large = configuration(photos, tmp_path, global_batch_size=64)
+    assert "exceeds the 60 samples" in refused(too_large)
+
+
+def test_key_rows_and_sources_travel_to_processes(photos: Path, tmp_path: Path) -> None:
+    from fastmoco.data.sources import open_source
+
+    source = open_source(configuration(photos, tmp_path))
+    packed = pickle.dumps(source)
+    again = pickle.loads(packed)
+    assert len(packed) < 1000  # a path, not the index
+    assert [again.name(i) for i in range(60)] == [source.name(i) for i in range(60)]
+    assert again.read(59) == source.read(59)
+
+
+def test_import_needs_no_dali() -> None:
+    code = "import sys, fastmoco.data.loader; assert 'nvidia.dali' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
