@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from torchvision.transforms import functional as F
+from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
 
 from fastmoco.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewTable
 
 UInt8 = NDArray[np.uint8]
+
+# Its annotations name tensors only, although it takes PIL images and is the reference on them.
+F: Any = functional
 
 COLOUR: dict[int, Callable[[Image.Image, float], Image.Image]] = {
     BRIGHTNESS: F.adjust_brightness,

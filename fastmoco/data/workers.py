@@ -116,7 +116,7 @@ class PilEngine:
         self.ahead = max(2, -(-prefetch * self.parts // workers))
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.copies = torch.cuda.Stream(device)
         self._items: Any = None
 
     def start(self, micro_step: int) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torchvision.transforms.transforms as official
+import torchvision.transforms.transforms as transforms
 from PIL import Image
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data import augment
 from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
 
+official: Any = transforms  # its annotations name tensors only
 V1 = AugmentConfig(recipe="v1", hue=0.4, jitter_p=1.0, blur_p=0.0)
 V2 = AugmentConfig()
 

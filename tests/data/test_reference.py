@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from torchvision import transforms
-from torchvision.transforms import functional as F
+from torchvision import transforms as official
+from torchvision.transforms import functional
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
 from fastmoco.data.reference import execute
+
+# torchvision annotates tensors only, although it takes PIL images.
+F: Any = functional
+transforms: Any = official
 
 
 def picture(width: int = 97, height: int = 64) -> Image.Image:
