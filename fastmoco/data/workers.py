@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,9 @@ from fastmoco.data.header import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
 from fastmoco.data.reference import UInt8, execute
+from fastmoco.data.views import Views
 
 _PART = 32
-
-
-@dataclass(frozen=True)
-class Views:
-    """The two views of a micro-batch and what was replaced in it."""
-
-    im_q: Tensor
-    """(n, S, S, 3) uint8."""
-    im_k: Tensor
-    """(n, S, S, 3) uint8."""
-    replaced: Int64
-    """(n, 2): the query sample asked for and the one delivered."""
 
 
 class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):

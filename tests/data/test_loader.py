@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +18,12 @@ import torch
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.augment import draw_uniforms, view_table
 from fastmoco.data.loader import Batch, build_loader
-from fastmoco.data.order import EpochOrder
+from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.reference import execute, open_rgb
 
 CPU = torch.device("cpu")
-BACKENDS = ["pil"]
+needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
+BACKENDS = ["pil", pytest.param("dali", marks=needs_dali)]
 
 
 def configuration(root: Path, tmp_path: Path, backend: str = "pil", **optim: int) -> Config:
@@ -44,9 +47,8 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
-def rolled(micro_step: int) -> np.ndarray:
-    """A permutation of 16 rows that changes with the micro-batch."""
-    return np.roll(np.arange(16), micro_step + 3)
+# A permutation of 16 rows keyed with the micro-batch; readers need not import this file for it.
+rolled = functools.partial(permute, np.arange(16), 16)
 
 
 def oracle(config: Config, root: Path, step: int, view: int) -> torch.Tensor:

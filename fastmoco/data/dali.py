@@ -1,0 +1,119 @@
+"""The DALI backend: builds the pipeline at any micro-batch, and rebuilds it around bad files.
+
+A decode error makes DALI give up the whole pipeline. The culprits are then searched among the
+samples on their way: what PIL does not decode is quarantined, what only DALI refuses is decoded by
+PIL from then on, and a new pipeline repeats the batch. All other rows stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastmoco.config import AugmentConfig
+from fastmoco.data import pipeline
+from fastmoco.data.delivery import Delivery
+from fastmoco.data.header import BadImage, decode
+from fastmoco.data.plan import Plan
+from fastmoco.data.reader import Reader, read_work
+from fastmoco.data.views import Views
+
+_REPAIRS = 20
+
+
+class DaliEngine:
+    """Micro-batches from a DALI pipeline, in order, starting anywhere."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        plan: Plan,
+        augment: AugmentConfig,
+        *,
+        readers: int,
+        threads: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self.reader, self.plan, self.augment = reader, plan, augment
+        self.readers, self.threads, self.prefetch = readers, threads, prefetch
+        self.device = device
+        self._pipe: Any = None
+        self._micro_step = 0
+
+    @property
+    def _device_id(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def start(self, micro_step: int) -> None:
+        """Begin at this micro-batch."""
+        self.close()
+        self._micro_step = micro_step
+        shape = pipeline.Shape(
+            side=self.augment.image_size,
+            recipe=self.augment.recipe,
+            device="cpu" if self._device_id is None else "gpu",
+            two_decodes=self.plan.key_rows is not None,
+        )
+        self._pipe = pipeline.build(
+            Delivery(self.reader, self.plan, self.augment, micro_step),
+            shape,
+            batch=self.plan.local_batch,
+            threads=self.threads,
+            readers=self.readers,
+            prefetch=self.prefetch,
+            device_id=self._device_id,
+        )
+        self._pipe.build()
+
+    def next(self) -> Views:
+        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
+        for _ in range(_REPAIRS):
+            try:
+                views = self._run()
+            except RuntimeError as error:
+                self._repair(error)
+                self.start(self._micro_step)
+            else:
+                self._micro_step += 1
+                return views
+        raise RuntimeError(f"DALI failed on micro-batch {self._micro_step} {_REPAIRS} times")
+
+    def _run(self) -> Views:
+        assert self._pipe is not None, "start comes first"
+        # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
+        stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
+        outputs = self._pipe.run(stream)
+        im_q, im_k, replaced = pipeline.to_torch(outputs, self.device)
+        return Views(im_q, im_k, replaced.numpy())
+
+    def _repair(self, error: RuntimeError) -> None:
+        """Finds what made the pipeline fail; raises the error again if no image did."""
+        seen: set[int] = set()
+        found = False
+        # The failed batch is the next one or any behind it that is already on its way.
+        for micro_step in range(self._micro_step, self._micro_step + 2 * self.prefetch + 1):
+            work = read_work(self.reader, self.plan, self.augment, micro_step)
+            for one in (*work.queries, *work.keys):
+                if one.sample in seen:
+                    continue
+                seen.add(one.sample)
+                try:
+                    decode(one.data, self.reader.max_pixels)
+                except BadImage as bad:
+                    self.reader.quarantine({one.sample: str(bad)})
+                    found = True
+                    continue
+                if pipeline.refused_by_decoder(one.data, self._device_id):
+                    self.reader.by_pil.add(one.sample)
+                    found = True
+            if found:
+                return
+        raise error
+
+    def close(self) -> None:
+        """Ends the reader processes and frees DALI's memory."""
+        self._pipe = None

@@ -1,0 +1,238 @@
+"""DALI executes the table: one definition for the CPU and for the GPU. The only importer of DALI.
+
+Decoding, crop and flip are exact against PIL. Resize differs by rounding and blur by the shape of
+the kernel (PIL stacks box filters). Colour is composed from arithmetic, because DALI's own
+operators rotate hue linearly, blend contrast with a constant and fix the order of operations; see
+docs/augmentation.md for what each choice costs.
+
+n local batch, S side of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn
+from nvidia.dali import math as dali_math
+from nvidia.dali import types as dali_types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.plugin import pytorch as dali_pytorch
+from torch import Tensor
+
+from fastmoco.data import programme as columns
+from fastmoco.data.programme import KINDS
+
+Node = Any
+feed: Any = dali_pytorch.feed_ndarray  # type: ignore[attr-defined]
+types: Any = dali_types  # its constants are added at import, unseen by type checkers
+Delivery = tuple[list[NDArray[Any]], ...]
+
+# PIL truncates a blend where DALI rounds: half a level less, and a little more, so that exact
+# integers stay what they are.
+_TRUNCATE = -0.499
+_CONTRAST, _SATURATION = KINDS[1], KINDS[2]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the definition depends on besides the rows."""
+
+    side: int
+    """S."""
+    recipe: str
+    """`v1` turns gray before the jitter, `v2` after it."""
+    device: str
+    """`cpu` or `gpu`."""
+    two_decodes: bool
+    """Whether queries and keys are different images."""
+
+
+def decode(data: Node, device: str) -> Node:
+    """Encoded bytes to uint8 (H, W, 3) RGB, as PIL: no EXIF rotation, triangle upsampling."""
+    return fn.decoders.image(
+        data,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )
+
+
+def crop(image: Node, row: Node, side: int) -> Node:
+    """The row's box, resized with antialiased bilinear interpolation."""
+    box = fn.cast(row[columns.BOX], dtype=types.INT32)
+    cut = fn.slice(image, start=box[0:2], shape=box[2:4], axes=(0, 1))
+    return fn.resize(
+        cut, size=[side, side], mag_filter=types.INTERP_LINEAR, min_filter=types.INTERP_TRIANGULAR
+    )
+
+
+def gray_plane(view: Node) -> Node:
+    """Luminance as uint8 (S, S, 1), with PIL's weights."""
+    return fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
+
+
+def blend(view: Node, kind: Node, factor: Node, device: str) -> Node:
+    """y = f x + (1 - f) d in uint8; kind and factor: scalars of the sample."""
+    if kind == _SATURATION:
+        mixed = view * factor + gray_plane(view) * (1.0 - factor) + _TRUNCATE
+        view = fn.cast(mixed, dtype=types.UINT8)
+    else:
+        if kind == _CONTRAST:
+            mean = fn.reductions.mean(gray_plane(view), dtype=types.FLOAT)
+            center = dali_math.floor((mean.cpu() if device == "gpu" else mean) + 0.5)
+        else:
+            center = types.Constant(0.0, dtype=types.FLOAT, device="cpu")
+        view = fn.brightness_contrast(
+            view, contrast=factor, contrast_center=center, brightness_shift=_TRUNCATE / 255
+        )
+    return view
+
+
+def shift_hue(view: Node, amount: Node) -> Node:
+    """PIL's way through HSV, with its roundings: amount in 1/256 turn, a scalar of the sample."""
+    red, green, blue = (view[:, :, plane : plane + 1] * 1.0 for plane in range(3))
+    value = dali_math.max(dali_math.max(red, green), blue)
+    chroma = value - dali_math.min(dali_math.min(red, green), blue)
+    from_red, from_green = red == value, green == value
+    sextants = from_red * (green - blue) + (1.0 - from_red) * (
+        from_green * (2.0 * chroma + blue - red) + (1.0 - from_green) * (4.0 * chroma + red - green)
+    )
+    turns = sextants / (6.0 * dali_math.max(chroma, 1.0))
+    hue = dali_math.floor((turns - dali_math.floor(turns)) * 255.0) + amount
+    hue = hue - 256.0 * (hue >= 256.0)
+    saturation = dali_math.floor(chroma * 255.0 / dali_math.max(value, 1.0))
+    depth = value * saturation * (1.0 / 255.0)
+    planes = []
+    for offset in (5.0, 3.0, 1.0):
+        angle = hue * (6.0 / 255.0) + offset
+        angle = angle - 6.0 * (angle >= 6.0)
+        ramp = dali_math.clamp(dali_math.min(angle, 4.0 - angle), 0.0, 1.0)
+        planes.append(value - depth * ramp)
+    return fn.cast(fn.cat(*planes, axis=2), dtype=types.UINT8)
+
+
+def jitter(view: Node, row: Node, device: str) -> Node:
+    """The row's colour programme, if it has one."""
+    if row[columns.JITTER] > 0:
+        for first in (columns.BEFORE, columns.AFTER):
+            for slot in range(first, first + 2 * columns.SLOTS, 2):
+                if row[slot] > 0:
+                    view = blend(view, row[slot], row[slot + 1], device)
+            # Two ifs: Python decides the outer one, DALI the inner one per sample.
+            if first == columns.BEFORE:  # noqa: SIM102
+                if row[columns.SHIFTS] > 0:
+                    view = shift_hue(view, row[columns.SHIFT])
+    return view
+
+
+def turn_gray(view: Node, row: Node) -> Node:
+    """Three equal channels, if the row says so."""
+    if row[columns.GRAY] > 0:
+        view = fn.color_space_conversion(
+            gray_plane(view), image_type=types.GRAY, output_type=types.RGB
+        )
+    return view
+
+
+def blur(view: Node, row: Node) -> Node:
+    """Gaussian blur with the row's sigma in a window as wide as PIL's, none at 0."""
+    if row[columns.SIGMA] > 0:
+        window = fn.cast(row[columns.WINDOW], dtype=types.INT32)
+        view = fn.gaussian_blur(view, sigma=row[columns.SIGMA], window_size=window)
+    return view
+
+
+def execute(image: Node, row: Node, shape: Shape) -> Node:
+    """One view of an image: uint8 (S, S, 3)."""
+    view = crop(image, row, shape.side)
+    if shape.recipe == "v1":
+        view = jitter(turn_gray(view, row), row, shape.device)
+    else:
+        view = turn_gray(jitter(view, row, shape.device), row)
+    view = blur(view, row)
+    return fn.flip(view, horizontal=fn.cast(row[columns.FLIP], dtype=types.INT32))
+
+
+@pipeline_def(enable_conditionals=True)
+def two_views(source: Callable[[Any], Delivery], shape: Shape, prefetch: int) -> Any:
+    """im_q, im_k and `replaced` of the micro-batches that the source delivers."""
+    count = 5 if shape.two_decodes else 4
+    inputs = fn.external_source(
+        source,
+        num_outputs=count,
+        batch=True,
+        parallel=True,
+        prefetch_queue_depth=prefetch,
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT64, types.UINT8][:count],
+        ndim=[1, 1, 1, 1, 1][:count],
+    )
+    data, row_q, row_k, replaced = inputs[:4]
+    image_q = decode(data, shape.device)
+    image_k = decode(inputs[4], shape.device) if shape.two_decodes else image_q
+    return execute(image_q, row_q, shape), execute(image_k, row_k, shape), replaced
+
+
+@pipeline_def
+def only_decode(data: list[NDArray[np.uint8]], device: str) -> Any:
+    """The decoded images of a fixed list of encoded ones."""
+    return decode(fn.external_source(lambda: data, batch=True, dtype=types.UINT8, ndim=1), device)
+
+
+def refused_by_decoder(data: bytes, device_id: int | None) -> str:
+    """Why DALI does not decode these bytes; empty if it does."""
+    pipe = only_decode(
+        [np.frombuffer(data, np.uint8)],
+        "cpu" if device_id is None else "gpu",
+        batch_size=1,
+        num_threads=1,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+    )
+    try:
+        pipe.run()
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def to_torch(outputs: Any, device: torch.device) -> list[Tensor]:
+    """Copies of DALI's outputs, which it reuses; on a GPU ordered with the current stream."""
+    copies = []
+    for dense in (output.as_tensor() for output in outputs):
+        dtype = torch.uint8 if dense.dtype == types.UINT8 else torch.int64
+        on_device = device.type == "cuda" and "GPU" in type(dense).__name__
+        copy = torch.empty(dense.shape(), dtype=dtype, device=device if on_device else "cpu")
+        stream = torch.cuda.current_stream(device) if on_device else None
+        copies.append(feed(dense, copy, cuda_stream=stream))
+    return copies
+
+
+def build(
+    source: Callable[[Any], Delivery],
+    shape: Shape,
+    *,
+    batch: int,
+    threads: int,
+    readers: int,
+    prefetch: int,
+    device_id: int | None,
+) -> Pipeline:
+    """The pipeline, not yet started. device_id None places it on no GPU."""
+    return two_views(
+        source,
+        shape,
+        prefetch,
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        py_num_workers=readers,
+        py_start_method="spawn",
+        seed=0,
+    )
