@@ -14,7 +14,7 @@ from fastmoco.config import AugmentConfig
 from fastmoco.data.augment import ViewTable
 from fastmoco.data.plan import Plan
 from fastmoco.data.programme import programme
-from fastmoco.data.reader import Encoded, Reader, read_work
+from fastmoco.data.reader import Encoded, Reader, Work, read_work
 
 
 class Delivery:
@@ -28,11 +28,17 @@ class Delivery:
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         work = read_work(self.reader, self.plan, self.augment, self.first + iteration)
+        return self.pack(work)
+
+    @staticmethod
+    def pack(work: Work) -> tuple[list[NDArray[Any]], ...]:
+        """The five lists, or four where queries and keys are the same images."""
         rows_q, rows_k = (
             list(programme(ViewTable.unpack(rows))) for rows in (work.rows_q, work.rows_k)
         )
         delivered = (_bytes(work.queries), rows_q, rows_k, list(work.replaced))
-        return delivered if self.plan.key_rows is None else (*delivered, _bytes(work.keys))
+        same = work.keys is work.queries
+        return delivered if same else (*delivered, _bytes(work.keys))
 
 
 def _bytes(encoded: list[Encoded]) -> list[NDArray[Any]]:

@@ -157,7 +157,7 @@ def build_loader(
     synthetic = config.data.source == "synthetic"
     source = None if synthetic else open_source(config)
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
-    plan = _plan(config, source, samples, rank, world_size, key_rows)
+    plan = make_plan(config, source, samples, rank, world_size, key_rows)
     bad = BadSamples(config, source, rank)
     if source is None:
         engine: Engine = SyntheticEngine(plan, config.augment.image_size, device)
@@ -169,14 +169,15 @@ def build_loader(
     return Loader(plan, engine, bad, backend=backend, description=description)
 
 
-def _plan(
+def make_plan(
     config: Config,
     source: Source | None,
     samples: int,
-    rank: int,
-    world_size: int,
-    key_rows: KeyRows | None,
+    rank: int = 0,
+    world_size: int = 1,
+    key_rows: KeyRows | None = None,
 ) -> Plan:
+    """Which samples and rows every micro-batch has. Raises `ConfigError` for too few samples."""
     global_batch = config.optim.global_batch_size
     if samples < global_batch:
         raise ConfigError(
@@ -198,17 +199,18 @@ def _plan(
 def _backend(config: Config) -> str:
     """`dali` or `pil`, without importing either."""
     if config.data.backend != "auto":
-        missing = config.data.backend == "dali" and not _has_dali()
+        missing = config.data.backend == "dali" and not has_dali()
         if missing:
             raise ConfigError(
                 "data.backend is dali, but nvidia.dali is not installed: install "
                 "nvidia-dali-cuda130 or choose data.backend pil."
             )
         return config.data.backend
-    return "dali" if _has_dali() else "pil"
+    return "dali" if has_dali() else "pil"
 
 
-def _has_dali() -> bool:
+def has_dali() -> bool:
+    """Whether DALI is installed, without importing it."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package `nvidia` at all

@@ -160,15 +160,17 @@ def execute(image: Node, row: Node, shape: Shape) -> Node:
 
 
 @pipeline_def(enable_conditionals=True)
-def two_views(source: Callable[[Any], Delivery], shape: Shape, prefetch: int) -> Any:
+def two_views(
+    source: Callable[[Any], Delivery], shape: Shape, prefetch: int, parallel: bool
+) -> Any:
     """im_q, im_k and `replaced` of the micro-batches that the source delivers."""
     count = 5 if shape.two_decodes else 4
     inputs = fn.external_source(
         source,
         num_outputs=count,
         batch=True,
-        parallel=True,
-        prefetch_queue_depth=prefetch,
+        parallel=parallel,
+        prefetch_queue_depth=prefetch if parallel else None,
         dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT64, types.UINT8][:count],
         ndim=[1, 1, 1, 1, 1][:count],
     )
@@ -228,6 +230,7 @@ def build(
         source,
         shape,
         prefetch,
+        True,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,
@@ -236,3 +239,20 @@ def build(
         py_start_method="spawn",
         seed=0,
     )
+
+
+def run_once(delivery: Delivery, shape: Shape, threads: int = 1) -> tuple[Tensor, Tensor]:
+    """Both views of one delivery, without reader processes: for pictures and tests, on the CPU."""
+    pipe = two_views(
+        lambda _: delivery,
+        shape,
+        1,
+        False,
+        batch_size=len(delivery[0]),
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=1,
+        seed=0,
+    )
+    im_q, im_k, _ = to_torch(pipe.run(), torch.device("cpu"))
+    return im_q, im_k

@@ -1,0 +1,106 @@
+"""Pictures of views: originals beside their two views, from both executors of the table.
+
+python -m fastmoco.data.preview --config configs/moco_v2_r50_200ep.yaml --out views.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from fastmoco.config import Config, ConfigError, parse
+from fastmoco.data.augment import ViewTable
+from fastmoco.data.delivery import Delivery
+from fastmoco.data.loader import SyntheticEngine, has_dali, make_plan
+from fastmoco.data.reader import Reader, Work, read_work
+from fastmoco.data.reference import UInt8, execute, open_rgb
+from fastmoco.data.sources import open_source
+
+_TITLE = 14
+_GAP = 4
+
+
+def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
+    """Writes a PNG: one row per sample of the step, original, im_q and im_k per executor.
+
+    Raises `ConfigError` for unusable data, `OSError` if the picture cannot be written.
+    """
+    side = config.augment.image_size
+    if config.data.source == "synthetic":
+        plan = make_plan(config, None, config.data.synthetic_samples)
+        views = SyntheticEngine(plan, side, torch.device("cpu")).next()
+        columns = {"im_q": list(views.im_q[:samples].numpy())}
+        columns["im_k"] = list(views.im_k[:samples].numpy())
+        return sheet(columns, side).save(path)
+    source = open_source(config)
+    plan = make_plan(config, source, len(source.sizes))
+    reader = Reader(source, config.run.seed, config.data.max_pixels)
+    rows = slice(0, min(samples, plan.local_batch))
+    micro_step = step * config.optim.accumulate
+    work = read_work(reader, plan, config.augment, micro_step, rows)
+    columns = {"original": [_fit(open_rgb(one.data), side) for one in work.queries]}
+    tables = {"im_q": work.rows_q, "im_k": work.rows_k}
+    for name, packed in tables.items():
+        table = ViewTable.unpack(packed)
+        columns[f"{name} PIL"] = [
+            execute(open_rgb(one.data), table, row, side, config.augment.recipe)
+            for row, one in enumerate(work.queries)
+        ]
+    if has_dali():
+        for name, batch in zip(tables, _by_dali(config, work), strict=True):
+            columns[f"{name} DALI"] = list(batch)
+    sheet(columns, side).save(path)
+
+
+def _by_dali(config: Config, work: Work) -> list[UInt8]:
+    # Imported by name: only where DALI is installed.
+    pipeline = importlib.import_module("fastmoco.data.pipeline")
+    shape = pipeline.Shape(config.augment.image_size, config.augment.recipe, "cpu", False)
+    return [batch.numpy() for batch in pipeline.run_once(Delivery.pack(work), shape)]
+
+
+def _fit(image: Image.Image, side: int) -> UInt8:
+    """The whole image, scaled into a black square."""
+    image.thumbnail((side, side))
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square)
+
+
+def sheet(columns: dict[str, list[UInt8]], side: int) -> Image.Image:
+    """A table of square pictures with a title above every column."""
+    rows = max(len(column) for column in columns.values())
+    size = len(columns) * (side + _GAP) - _GAP, _TITLE + rows * (side + _GAP) - _GAP
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    for x, (title, column) in enumerate(columns.items()):
+        pen.text((x * (side + _GAP) + 2, 1), title, fill="black")
+        for y, picture in enumerate(column):
+            place = x * (side + _GAP), _TITLE + y * (side + _GAP)
+            page.paste(Image.fromarray(picture), place)
+    return page
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: the options of training, and where to write the picture."""
+    parser = argparse.ArgumentParser(prog="python -m fastmoco.data.preview", add_help=False)
+    parser.add_argument("--out", type=Path, default=Path("views.png"))
+    parser.add_argument("--samples", type=int, default=8)
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        draw_views(parse(rest), own.out, samples=own.samples)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(own.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
