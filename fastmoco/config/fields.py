@@ -61,8 +61,9 @@ class DataConfig:
     """`folder`: images below `data.root`; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
     """Folder of images: flat, nested or class folders; its `train` subfolder where there is one."""
-    backend: Literal["auto", "dali", "pil"] = "auto"
-    """`auto` takes DALI where it can be imported, else PIL in worker processes."""
+    backend: Literal["auto", "dali", "array", "pil"] = "auto"
+    """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
+    `auto` takes DALI on a GPU where it is installed, else array operations."""
     workers: int = 0
     """Processes per rank that read (DALI) or read, decode and augment (PIL); 0 chooses."""
     threads: int = 0

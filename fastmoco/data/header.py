@@ -108,7 +108,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image.size, max_pixels)
-            return image.convert("RGB")
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()  # `convert` would copy
+            return image
     except BadImage:
         raise
     except Exception as error:

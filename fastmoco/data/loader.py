@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,10 +162,12 @@ def build_loader(
     if source is None:
         engine: Engine = SyntheticEngine(plan, config.augment.image_size, device)
         return Loader(plan, engine, bad, backend="synthetic", description="synthetic: no reader")
-    backend = _backend(config)
+    backend = _backend(config, device)
     reader = Reader(source, config.run.seed, config.data.max_pixels)
-    build = _dali if backend == "dali" else _pil
-    engine, description = build(config, plan, reader, device)
+    if backend == "dali":
+        engine, description = _dali(config, plan, reader, device)
+    else:
+        engine, description = _workers(config, plan, reader, device, backend)
     return Loader(plan, engine, bad, backend=backend, description=description)
 
 
@@ -196,8 +198,8 @@ def make_plan(
     )
 
 
-def _backend(config: Config) -> str:
-    """`dali` or `pil`, without importing either."""
+def _backend(config: Config, device: torch.device) -> str:
+    """`dali`, `array` or `pil`, without importing any."""
     if config.data.backend != "auto":
         missing = config.data.backend == "dali" and not has_dali()
         if missing:
@@ -206,7 +208,8 @@ def _backend(config: Config) -> str:
                 "nvidia-dali-cuda130 or choose data.backend pil."
             )
         return config.data.backend
-    return "dali" if has_dali() else "pil"
+    # On the CPU DALI's operators take three times as long as array operations (bench/loader.py).
+    return "dali" if device.type == "cuda" and has_dali() else "array"
 
 
 def has_dali() -> bool:
@@ -224,20 +227,27 @@ def cores() -> int:
 
 
 Built = tuple[Engine, str]
-_Builder = Callable[[Config, Plan, Reader, torch.device], Built]
 
 
-def _pil(config: Config, plan: Plan, reader: Reader, device: torch.device) -> Built:
-    from fastmoco.data.workers import PilEngine
+def _workers(
+    config: Config, plan: Plan, reader: Reader, device: torch.device, backend: str
+) -> Built:
+    from fastmoco.data.workers import WorkerEngine
 
     # On the CPU the encoders need the cores as well.
     share = cores() if device.type == "cuda" else max(1, cores() // 2)
     workers = config.data.workers or share
     prefetch = config.data.prefetch
-    engine = PilEngine(
-        reader, plan, config.augment, workers=workers, prefetch=prefetch, device=device
+    engine = WorkerEngine(
+        reader,
+        plan,
+        config.augment,
+        backend=backend,
+        workers=workers,
+        prefetch=prefetch,
+        device=device,
     )
-    return engine, f"pil: {workers} worker processes, {prefetch} batches ahead"
+    return engine, f"{backend}: {workers} worker processes, {prefetch} batches ahead"
 
 
 def _dali(config: Config, plan: Plan, reader: Reader, device: torch.device) -> Built:

@@ -52,7 +52,9 @@ def jitter(view: Image.Image, table: ViewTable, row: int) -> Image.Image:
     """Brightness, contrast, saturation and hue in the row's order, if the row says so."""
     if table.jitter[row]:
         for operation in table.order[row].tolist():
-            view = COLOUR[operation](view, float(table.factors[row, operation]))
+            factor = float(table.factors[row, operation])
+            if operation != HUE or factor != 0:  # ColorJitter(hue=0) leaves hue out altogether
+                view = COLOUR[operation](view, factor)
     return view
 
 

@@ -1,7 +1,8 @@
-"""The PIL backend: worker processes read, decode and augment; the fallback where DALI is missing.
+"""The backends in worker processes, which read, decode and augment on the CPU.
 
-A micro-batch is cut into parts so that all workers share its latency. Workers are forked, touch
-neither CUDA nor the network, and end with their parent: torch's loader watches for its death.
+`array` executes the table with array operations, `pil` with the reference itself. A micro-batch is
+cut into parts so that all workers share its latency. Workers are forked, touch neither CUDA nor
+the network, and end with their parent: torch's loader watches for its death.
 
 n local batch, S side of a view.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import AugmentConfig
+from fastmoco.data.arrays import Canvas
 from fastmoco.data.augment import Int64, ViewTable
 from fastmoco.data.header import BadImage, decode
 from fastmoco.data.plan import Plan
@@ -33,8 +35,12 @@ _PART = 32
 class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
     """Item i is part i % parts of micro-batch i // parts; there is no last one."""
 
-    def __init__(self, reader: Reader, plan: Plan, augment: AugmentConfig, parts: int) -> None:
+    def __init__(
+        self, reader: Reader, plan: Plan, augment: AugmentConfig, parts: int, backend: str
+    ) -> None:
         self.reader, self.plan, self.augment, self.parts = reader, plan, augment, parts
+        self.backend = backend
+        self._canvas: Canvas | None = None
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Int64]:
         micro_step, part = divmod(item, self.parts)
@@ -64,8 +70,14 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
     def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Image.Image]) -> UInt8:
         side, table = self.augment.image_size, ViewTable.unpack(rows)
         views = np.empty((len(encoded), side, side, 3), dtype=np.uint8)
+        if self.backend == "pil":
+            for row, one in enumerate(encoded):
+                views[row] = execute(images[one.sample], table, row, side, self.augment.recipe)
+            return views
+        if self._canvas is None:  # in the worker, once
+            self._canvas = Canvas(side, self.augment.recipe)
         for row, one in enumerate(encoded):
-            views[row] = execute(images[one.sample], table, row, side, self.augment.recipe)
+            views[row] = self._canvas.execute(np.array(images[one.sample]), table, row)
         return views
 
 
@@ -84,7 +96,7 @@ def _ignore_interrupt(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class PilEngine:
+class WorkerEngine:
     """Micro-batches from worker processes, in order, starting anywhere."""
 
     def __init__(
@@ -93,12 +105,13 @@ class PilEngine:
         plan: Plan,
         augment: AugmentConfig,
         *,
+        backend: str,
         workers: int,
         prefetch: int,
         device: torch.device,
     ) -> None:
         self.parts = -(-plan.local_batch // _PART)
-        self.dataset = Parts(reader, plan, augment, self.parts)
+        self.dataset = Parts(reader, plan, augment, self.parts, backend)
         self.workers, self.device = workers, device
         # Parts in flight per worker, so that `prefetch` whole micro-batches are on their way.
         self.ahead = max(2, -(-prefetch * self.parts // workers))

@@ -23,7 +23,7 @@ from fastmoco.data.reference import execute, open_rgb
 
 CPU = torch.device("cpu")
 needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
-BACKENDS = ["pil", pytest.param("dali", marks=needs_dali)]
+BACKENDS = ["pil", "array", pytest.param("dali", marks=needs_dali)]
 
 
 def configuration(root: Path, tmp_path: Path, backend: str = "pil", **optim: int) -> Config:
