@@ -69,7 +69,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         n, c, h, w = x.shape
         groups = n // self.group_size
         # permute + view: a view of channels-last memory, so the compiler sees no transposition.
-        grouped = x.permute(0, 2, 3, 1).reshape(groups, self.group_size * h * w, c).float()
+        grouped = x.permute(0, 2, 3, 1).reshape(groups, self.group_size * h * w, c)
+        grouped = grouped.to(self.weight.dtype)
         var, mean = torch.var_mean(grouped, dim=1, correction=0)
         scale = torch.rsqrt(var + self.eps) * self.weight
         shift = self.bias - mean * scale

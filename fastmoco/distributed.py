@@ -6,6 +6,7 @@ traces them without a graph break. One rank is the identity of each and needs no
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -58,6 +59,10 @@ def start(device: str, timeout_s: float) -> World:
         )
     if device == "cpu" or not cuda:
         chosen, backend = torch.device("cpu"), "gloo"
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if ranks_here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            # torchrun's default for several ranks is one thread each; share all cores instead.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     else:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -114,6 +119,21 @@ def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
         target.copy_(mean.view_as(target))
 
 
+def gather_rows(x: Tensor, world: World) -> Tensor:
+    """(n, D) with an n of its own on each rank to all rows in rank order, on every rank."""
+    if world.size == 1:
+        return x
+    device = x.device
+    x = x.to(world.device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=world.device))
+    counts = [int(size.item()) for size in sizes]
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = all_gather(padded, world).split(max(counts))
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(device)
+
+
 def gather_objects(value: object, world: World) -> list[Any]:
     """The picklable `value` of every rank, in rank order, on every rank."""
     if world.size == 1:
@@ -146,14 +166,12 @@ def average_gradients(module: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return module
+    # Torch 2.14 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     devices = [world.local_rank] if world.backend == "nccl" else None
-    return DistributedDataParallel(
-        module,
-        device_ids=devices,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=False,
-    )
+    options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, name: False}
+    return DistributedDataParallel(module, **options)
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[None]:

@@ -20,6 +20,9 @@ from fastmoco.config import ModelConfig
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
+# What `run.precision` means to autocast.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 NormLayer = Callable[[int], nn.Module]
 
 

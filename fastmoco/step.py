@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config
 from fastmoco.distributed import World, average_gradients, gradient_sync
-from fastmoco.encoder import Embed
+from fastmoco.encoder import DTYPES, Embed
 from fastmoco.moco import MoCo
 from fastmoco.optim import build_optimizer
 from fastmoco.shuffle import Shuffle, build_shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Views(Protocol):

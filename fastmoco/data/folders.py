@@ -17,6 +17,13 @@ def resolve_folders(config: Config) -> Config:
 
     Raises `ConfigError` if the kNN monitor is on and no labelled test folder is found.
     """
+    if config.data.source == "demo":
+        from fastmoco.data.demo import ensure_demo
+
+        demo = ensure_demo()
+        data = replace(config.data, source="folder", root=str(demo.train))
+        knn = replace(config.knn, train_root=str(demo.train), test_root=str(demo.test))
+        return replace(config, data=data, knn=knn)
     if config.data.source == "synthetic":
         if config.knn.every and not (config.knn.train_root and config.knn.test_root):
             raise ConfigError(

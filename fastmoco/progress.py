@@ -1,0 +1,95 @@
+"""From the steps of the loop to what its user sees: flushes, alarms, records."""
+
+from __future__ import annotations
+
+import math
+
+from fastmoco.config import Config
+from fastmoco.distributed import World
+from fastmoco.logbook import Logbook, train_line
+from fastmoco.metrics import Clock, Metrics, Record, alarms, peak_memory_gib
+from fastmoco_kernels import InfoNCE
+
+# Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
+WARMUP_STEPS = 3
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number. The message is one sentence for the user."""
+
+
+class Progress:
+    """Counts steps on the device and turns them into log lines at each flush.
+
+    `add` never waits for the device; `flush` does, once.
+    """
+
+    def __init__(
+        self, config: Config, world: World, log: Logbook, *, start: int, stop: int, per_epoch: int
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._log = log
+        self._stop = stop
+        self._per_epoch = per_epoch
+        self._warm = start + WARMUP_STEPS
+        self._metrics = Metrics(world)
+        self._clock = Clock(world.device)
+        self._waited = 0.0
+
+    def add(self, result: InfoNCE) -> None:
+        """Count one step."""
+        self._metrics.add(result)
+        self._clock.mark()
+        self._log.advance()
+
+    def due(self, done: int) -> bool:
+        """Whether to flush after `done` steps: regularly, after the warm-up, at epoch ends."""
+        regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
+        return regular or done in (self._warm, self._stop)
+
+    def flush(self, done: int, lr: float, waited_s: float) -> None:
+        """Write down the window since the last flush; the host synchronization of the loop.
+
+        `waited_s` is how long the loop has waited for data in all, in seconds. Raises
+        `DivergedError` if the mean loss is not finite.
+        """
+        values = self._metrics.flush()
+        window = self._clock.window()
+        batch, queue_size = self._config.optim.global_batch_size, self._config.moco.queue_size
+        record: Record = {
+            "kind": "warmup" if done <= self._warm else "train",
+            "step": done,
+            "epoch": done / self._per_epoch,
+            **values,
+            "loss_random": math.log(1 + queue_size),
+            "lr": lr,
+            "images_per_second": window.steps * batch / window.seconds,
+            "step_ms_p50": window.step_ms_p50,
+            "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
+            "peak_memory_gib": peak_memory_gib(self._world.device),
+        }
+        self._waited = waited_s
+        self._log.record(record)
+        if not math.isfinite(float(str(record["loss"]))):
+            raise DivergedError(
+                f"The loss became {record['loss']} before step {done}: lower optim.lr, or train in "
+                f"bf16 instead of fp16; the last good checkpoint is in {self._config.run.dir}."
+            )
+        eta = (self._stop - done) * window.seconds / window.steps
+        note = "  (warm-up)" if record["kind"] == "warmup" else ""
+        total = self._per_epoch * self._config.optim.epochs
+        self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
+        views = 2 if self._config.moco.symmetric else 1
+        for sentence in alarms(record, keys_enqueued=done * batch * views, queue_size=queue_size):
+            self._log.warn(sentence)
+
+    def restart(self) -> None:
+        """Begin the next window now, so that kNN and checkpoints do not count as training."""
+        self._clock.restart()
+
+    def knn(self, done: int, accuracy: float) -> None:
+        """Record the kNN accuracy of the trunk after `done` steps."""
+        epoch = done / self._per_epoch
+        self._log.record({"kind": "knn", "step": done, "epoch": epoch, "knn_top1": accuracy})
+        self._log.say(f"kNN top-1 {100 * accuracy:.1f} % after epoch {epoch:.2f}")

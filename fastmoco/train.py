@@ -1,0 +1,181 @@
+"""Pre-train an encoder with Momentum Contrast: `torchrun -m fastmoco.train --config FILE`.
+
+Build everything once, run the loop, close. The algorithm of the paper is `fastmoco.step.Step`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+
+from fastmoco import checkpoint, distributed
+from fastmoco.banner import compile_encoders, start_lines
+from fastmoco.config import Config, ConfigError, check, parse
+from fastmoco.data.folders import resolve_folders
+from fastmoco.data.loader import build_loader
+from fastmoco.data.preview import draw_views
+from fastmoco.distributed import World
+from fastmoco.evaluate.monitor import KnnMonitor
+from fastmoco.logbook import Logbook
+from fastmoco.moco import build_moco
+from fastmoco.optim import lr_at, set_lr
+from fastmoco.progress import DivergedError, Progress
+from fastmoco.report import draw_curves
+from fastmoco.step import build_step
+
+
+class Run:
+    """One training run on this rank: built once, trained once."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        check(config, world.size)
+        self.config = config = resolve_folders(config)
+        self.world = world
+        self.folder = Path(config.run.dir)
+        if world.is_main:
+            checkpoint.claim_run_directory(config)
+        resume_from = checkpoint.find(config)
+        self.monitor = KnnMonitor(config, world) if config.knn.every else None
+        moco = build_moco(config, config.bn_group_size(world.size), world.device)
+        compiled = compile_encoders(config, world.device)
+        self.step = build_step(config, moco, world, compile_encoders=compiled)
+        self.loader = build_loader(
+            config,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            key_rows=self.step.shuffle.key_rows,
+        )
+        self.per_epoch = self.loader.steps_per_epoch
+        self.done = checkpoint.resume(resume_from, self.step, config) if resume_from else 0
+        total = self.per_epoch * config.optim.epochs
+        self.stop_at = min(total, config.run.max_steps or total)
+        self.stopping = False
+
+    def train(self) -> None:
+        """Run to the last step or to a signal; either way the final state is on disk."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask_to_stop)
+        main = self.world.is_main
+        with (
+            self.loader,
+            Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
+        ):
+            self._announce(log)
+            self._loop(log)
+            if main:
+                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            end = "stopped by a signal, the same command resumes" if self.stopping else "done"
+            log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
+
+    def _loop(self, log: Logbook) -> None:
+        step, accumulate = self.step, self.config.optim.accumulate
+        start, stop = self.done, self.stop_at
+        progress = Progress(
+            self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
+        )
+        if self.monitor and start == 0:
+            self._baselines(self.monitor, log)
+        batches = self.loader.batches(start, stop)
+        progress.restart()
+        for number in range(start, stop):
+            lr = lr_at(self.config, number // self.per_epoch)
+            set_lr(step.optimizer, lr)
+            progress.add(step(list(islice(batches, accumulate)), number))
+            self.done = done = number + 1
+            if progress.due(done):
+                progress.flush(done, lr, self.loader.wait_s)  # the one host synchronization
+                self.stopping = distributed.any_rank(self.stopping, self.world)
+                self._evaluate_and_save(progress)
+                if self.stopping:
+                    return
+                progress.restart()
+
+    def _evaluate_and_save(self, progress: Progress) -> None:
+        """kNN and checkpoint where they are due, or where the run ends here."""
+        epoch, within = divmod(self.done, self.per_epoch)
+        last = self.done == self.stop_at
+        every = self.config.knn.every
+        if self.monitor and not self.stopping and (last or (not within and epoch % every == 0)):
+            progress.knn(self.done, self.monitor.trained(self.step.moco))
+        regular = not within and epoch % self.config.run.checkpoint_every == 0
+        if regular or last or self.stopping:
+            checkpoint.save(
+                self.folder,
+                self.step,
+                steps=self.done,
+                epoch=epoch,
+                config=self.config,
+                world=self.world,
+            )
+
+    def _announce(self, log: Logbook) -> None:
+        """Print every resolved choice, and draw what the encoders are about to see."""
+        for line in start_lines(
+            self.config,
+            self.world,
+            num_samples=self.loader.num_samples,
+            steps_per_epoch=self.per_epoch,
+            loader=self.loader.description,
+            done=self.done,
+        ):
+            log.say(line)
+        if self.world.is_main and self.done == 0 and self.config.data.source == "folder":
+            draw_views(self.config, self.folder / "views.png")
+
+    def _baselines(self, monitor: KnnMonitor, log: Logbook) -> None:
+        """What raw pixels and the untrained encoder reach: the marks that training has to beat."""
+        raw, untrained = monitor.raw_pixels(), monitor.trained(self.step.moco)
+        log.record(
+            {
+                "kind": "knn_baseline",
+                "raw_pixel": raw,
+                "untrained": untrained,
+                "chance": monitor.chance,
+            }
+        )
+        pixels = "not computed" if raw is None else f"{100 * raw:.1f} %"
+        log.say(
+            f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
+            f"{100 * untrained:.1f} %, chance {100 * monitor.chance:.1f} %"
+        )
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:  # asked twice: do not wait for the next flush
+            raise KeyboardInterrupt
+        self.stopping = True
+
+
+def join_world(config: Config) -> World:
+    """This rank among all. Raises `ConfigError` for a device that is not there."""
+    try:
+        return distributed.start(config.run.device, config.run.timeout_s)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 when trained, 2 for a configuration or input that cannot train, 1 if diverged."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        if first and not arguments:
+            print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
+        config = parse(arguments)
+        Run(config, join_world(config)).train()
+    except (ConfigError, DivergedError) as error:
+        if first:  # every rank finds the same fault; one sentence is enough
+            print(f"fastmoco: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
