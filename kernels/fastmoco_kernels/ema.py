@@ -1,49 +1,170 @@
-"""The momentum update of the key encoder over all its parameters at once.
+"""The momentum update of the key encoder over all its parameters, in one pass and one launch.
 
     theta_k <- m theta_k + (1 - m) theta_q                          (equation 2 of arXiv 1911.05722)
 
-It replaces the official per-parameter loop, which allocates two temporaries for every parameter.
+targets, sources: L float32 tensors each; shadows: optional bfloat16 or float16 copies of the
+updated targets, for encoders that run in low precision. No gradient. It replaces the official
+per-parameter loop, which allocates two temporaries and a new parameter each time: 12 bytes move per
+parameter instead of 28 and more. Computed as theta_k + (1 - m) (theta_q - theta_k), which
+leaves equal parameters exactly equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels import reference
+from fastmoco_kernels import fallback, reference
+from fastmoco_kernels.launch import Launch, jit
+from fastmoco_kernels.multi_tensor import Table, address, like, locate, table
+
+SHADOW_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@torch.library.custom_op("fastmoco::ema_", mutates_args=("targets",))
-def _ema(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
-    reference.ema_(targets, sources, momentum)
+@jit
+def _ema_kernel(  # type: ignore[no-untyped-def]
+    rows,  # (L, COLUMNS) int64
+    owner,  # (B,) int32
+    weight,  # 1 - momentum
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHADOW: tl.constexpr,
+):
+    row, start, size = locate(rows, owner, COLUMNS, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    target = address(row, 0, tl.float32, ALIGNED) + start + lane
+    source = address(row, 1, tl.float32, ALIGNED) + start + lane
+    # A ragged mask forbids vector accesses, so only the last program of a tensor has one.
+    if start + BLOCK <= size:
+        theta = tl.load(target)
+        theta += weight * (tl.load(source) - theta)
+        tl.store(target, theta)
+        if SHADOW is not None:
+            shadow = address(row, 2, SHADOW, ALIGNED) + start + lane
+            tl.store(shadow, theta.to(SHADOW))
+    else:
+        inside = lane < size - start
+        theta = tl.load(target, mask=inside)
+        theta += weight * (tl.load(source, mask=inside) - theta)
+        tl.store(target, theta, mask=inside)
+        if SHADOW is not None:
+            shadow = address(row, 2, SHADOW, ALIGNED) + start + lane
+            tl.store(shadow, theta.to(SHADOW), mask=inside)
+
+
+def launch_configuration(arch: int) -> tuple[int, int]:
+    """Elements per program and warps. Bandwidth-bound: 8 vector loads per thread in flight."""
+    return 2048, 4
+
+
+def ema_launch(pointers: Table, momentum: float, shadow: torch.dtype | None, arch: int) -> Launch:
+    """The one launch of `ema_` over a table of targets, sources and, where given, shadows."""
+    block, warps = launch_configuration(arch)
+    arguments = {
+        "rows": pointers.rows,
+        "owner": pointers.owner,
+        "weight": 1.0 - momentum,
+        "COLUMNS": pointers.rows.shape[1],
+        "BLOCK": block,
+        "ALIGNED": pointers.aligned,
+        "SHADOW": SHADOW_DTYPES[shadow] if shadow is not None else None,
+    }
+    return Launch(_ema_kernel, (pointers.owner.shape[0],), arguments, warps)
+
+
+def ema_triton(
+    targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]
+) -> None:
+    """`ema_` by the Triton kernel: on CUDA, or on the CPU under the interpreter."""
+    arch = architecture(targets[0].device)
+    lists = [targets, like(sources, targets), *([shadows] if shadows else [])]
+    pointers = table(lists, launch_configuration(arch)[0])
+    ema_launch(pointers, momentum, shadows[0].dtype if shadows else None, arch).run()
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90 and so on; the CPU, which only interprets kernels, counts as that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@torch.library.custom_op("fastmoco::ema_", mutates_args=("targets", "shadows"), device_types="cpu")
+def _ema(
+    targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]
+) -> None:
+    # ResNet-50, two cores: 3 ms; _foreach_mul_ and _foreach_add_ 12 ms, the official loop 26 ms.
+    torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+    for shadow, target in zip(shadows, targets, strict=False):
+        shadow.copy_(target)
+
+
+@_ema.register_kernel("cuda")
+def _(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
+    implementation = reference.ema_ if "ema_" in fallback.replaced() else ema_triton
+    implementation(targets, sources, momentum, shadows)
 
 
 @_ema.register_fake
-def _(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
+def _(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
     return None
 
 
-def check_pairs(**lists: list[Tensor]) -> None:
-    """Raise ValueError unless the lists have one length and, entry by entry, shape and device."""
-    (first_name, first), *others = lists.items()
-    for name, tensors in others:
-        if len(tensors) != len(first):
-            raise ValueError(f"{len(first)} {first_name} but {len(tensors)} {name}")
-        for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
-            if a.shape != b.shape or a.device != b.device:
-                raise ValueError(
-                    f"{first_name}[{i}] is {tuple(a.shape)} on {a.device}, "
-                    f"{name}[{i}] is {tuple(b.shape)} on {b.device}"
-                )
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
-def ema_(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
-    """targets[i] <- momentum * targets[i] + (1 - momentum) * sources[i], in place for all i.
+def check_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]) -> None:
+    """Raise ValueError unless all lists pair up with the first of `written`, entry by entry.
 
-    float32 tensors of equal shapes on one device. Raises ValueError naming what does not pair up.
+    Equal lengths, shapes and devices, float32; what is written must also have equal, dense strides.
     """
-    check_pairs(targets=targets, sources=sources)
+    (name, model), *_ = written.items()
+    if not model:
+        raise ValueError(f"expected at least one tensor in {name}, got an empty list")
+    for other, tensors in {**written, **read}.items():
+        if len(tensors) != len(model):
+            raise ValueError(f"{len(model)} {name} but {len(tensors)} {other}")
+        for i, (a, b) in enumerate(zip(model, tensors, strict=True)):
+            pair = f"{name}[{i}] {tuple(a.shape)}, {other}[{i}] {tuple(b.shape)}"
+            if a.shape != b.shape or b.device != model[0].device or a.numel() == 0:
+                raise ValueError(f"{pair} on {b.device}: expected equal shapes and one device")
+            if other in written and b.stride() != a.stride():
+                raise ValueError(f"{pair}: strides {a.stride()} and {b.stride()} differ")
+            if b.dtype != torch.float32 and other != "shadows":
+                raise ValueError(f"{pair}: expected float32, got {b.dtype}")
+    for i, t in enumerate(model):
+        if not _is_dense(t):
+            raise ValueError(f"{name}[{i}] {tuple(t.shape)} has gaps: strides {t.stride()}")
+
+
+def ema_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: float,
+    shadows: Sequence[Tensor] = (),
+) -> None:
+    """targets[i] <- momentum * targets[i] + (1 - momentum) * sources[i] in place, for all i.
+
+    targets, sources: float32 of equal shapes on one device. shadows: none, or one bfloat16 or
+    float16 tensor per target, which receives a copy. Raises ValueError naming what is wrong.
+    """
+    written = {"targets": targets, **({"shadows": list(shadows)} if shadows else {})}
+    check_lists(written, {"sources": sources})
+    if any(s.dtype not in SHADOW_DTYPES or s.dtype != shadows[0].dtype for s in shadows):
+        raise ValueError(f"expected bfloat16 or float16, got shadows {[s.dtype for s in shadows]}")
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"expected a momentum from 0 to 1, got {momentum}")
     with torch.no_grad():
-        _ema([t.detach() for t in targets], [s.detach() for s in sources], momentum)
+        _ema([t.detach() for t in targets], [s.detach() for s in sources], momentum, list(shadows))

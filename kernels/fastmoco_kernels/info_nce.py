@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import reference
+from fastmoco_kernels import fallback, info_nce_cpu, reference
+from fastmoco_kernels.info_nce_launch import info_nce_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_C = 512
@@ -36,11 +37,18 @@ class InfoNCE(NamedTuple):
     """(N,) float32 per sample, without a gradient."""
 
 
-@torch.library.custom_op("fastmoco::info_nce", mutates_args=())
+@torch.library.custom_op("fastmoco::info_nce", mutates_args=(), device_types="cpu")
 def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.info_nce(q, k, queue, temperature)
+    return info_nce_cpu.info_nce(q, k, queue, temperature)
+
+
+@_info_nce.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    if "info_nce" in fallback.replaced():
+        return reference.info_nce(q, k, queue, temperature)
+    return info_nce_triton(q, k, queue, temperature)
 
 
 @_info_nce.register_fake
@@ -53,13 +61,26 @@ def _(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, 
     )
 
 
-@torch.library.custom_op("fastmoco::info_nce_enqueue", mutates_args=("queue", "queue_ptr"))
+@torch.library.custom_op(
+    "fastmoco::info_nce_enqueue", mutates_args=("queue", "queue_ptr"), device_types="cpu"
+)
 def _info_nce_enqueue(
     q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = reference.info_nce(q, k, queue, temperature)
+    result = info_nce_cpu.info_nce(q, k, queue, temperature)
     reference.enqueue_(keys, queue, queue_ptr)
     return result
+
+
+@_info_nce_enqueue.register_kernel("cuda")
+def _(
+    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if "info_nce_enqueue" in fallback.replaced():
+        result = reference.info_nce(q, k, queue, temperature)
+        reference.enqueue_(keys, queue, queue_ptr)
+        return result
+    return info_nce_triton(q, k, queue, temperature, keys, queue_ptr)
 
 
 @_info_nce_enqueue.register_fake
@@ -76,6 +97,7 @@ def _(
 
 @torch.library.custom_op("fastmoco::enqueue_", mutates_args=("queue", "queue_ptr"))
 def _enqueue(keys: Tensor, queue: Tensor, queue_ptr: Tensor) -> None:
+    # Four small launches and no synchronization; the training step enqueues inside the loss.
     reference.enqueue_(keys, queue, queue_ptr)
 
 
@@ -118,8 +140,8 @@ def _check_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> None
     shapes = f"q {_shape(q)}, k {_shape(k)}, queue {_shape(queue)}"
     if q.ndim != 2 or q.shape != k.shape or queue.ndim != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(f"expected q and k (N, C) and queue (K, C), got {shapes}")
-    if min(*q.shape, *queue.shape) < 1 or q.shape[1] > MAX_C:
-        raise ValueError(f"expected N and K of at least 1 and C from 1 to {MAX_C}, got {shapes}")
+    if min(*q.shape, *queue.shape) < 1 or q.shape[1] > MAX_C or queue.shape[0] >= 2**31:
+        raise ValueError(f"expected N >= 1, 1 <= C <= {MAX_C}, 1 <= K < 2**31, got {shapes}")
     if any(t.dtype not in DTYPES for t in (q, k, queue)):
         raise ValueError(f"expected float32, float16 or bfloat16, got {shapes}")
     if k.device != q.device or queue.device != q.device:
@@ -149,8 +171,14 @@ def _check_ring(keys: Tensor, queue: Tensor, queue_ptr: Tensor) -> None:
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> InfoNCE:
     """Loss of q (N, C) against its positives k (N, C) and the negatives queue (K, C).
 
-    Inputs are float32, float16 or bfloat16 and may differ; k and queue are constants. A queue that
-    is not contiguous is refused, q and k may be strided. Raises ValueError naming the shapes.
+    Inputs are float32, float16 or bfloat16 and may differ; k and queue are constants. Rows are
+    expected to be L2-normalized. Products are float32 on the CPU; on CUDA they are in q's dtype, to
+    which k and the queue are rounded, and sums are float32. A queue that is not contiguous is
+    refused, q and k may be strided. NaN or Inf in an input reaches the loss. The gradient can be
+    taken once. Raises ValueError naming the shapes.
+
+    Other mechanisms of the papers by the same op: symmetric, q = cat(q1, q2) and k = cat(k2, k1);
+    memory bank, k and queue are rows taken from the bank.
     """
     _check_loss(q, k, queue, temperature)
     losses, rank, dq = _info_nce(
@@ -164,7 +192,8 @@ def info_nce_enqueue(
 ) -> InfoNCE:
     """`info_nce`, then keys (M, C), M <= K, replace the oldest rows of the queue in place.
 
-    queue_ptr (1,) int64 on the same device is where the first key goes; it advances by M modulo K.
+    queue_ptr (1,) int64 from 0 to K - 1, on the same device, is where the first key goes; it
+    advances by M modulo K, without a host synchronization.
     The loss sees the old queue only. Raises ValueError naming the shapes.
     """
     _check_loss(q, k, queue, temperature)

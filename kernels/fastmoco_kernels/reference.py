@@ -7,6 +7,8 @@ N local batch, C feature dimension, K queue length, M gathered keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,10 @@ def info_nce(
     positive = (q * k).sum(1, keepdim=True)
     negative = q @ queue.T
     logits = torch.cat([positive, negative], 1) / temperature
-    losses = torch.logsumexp(logits, 1) - logits[:, 0]
-    p = torch.softmax(logits, 1)
-    dq = (p[:, :1] * k + p[:, 1:] @ queue - k) / (temperature * q.shape[0])
+    p = torch.softmax(logits, 1)[:, 1:]
+    dq = (p @ queue - p.sum(1, keepdim=True) * k) / (temperature * q.shape[0])
+    # An infinite queue entry can leave the loss finite (its logit is -inf) but never the gradient.
+    losses = torch.logsumexp(logits, 1) - logits[:, 0] + 0.0 * dq.sum(1)
     threshold = positive - TIE_MARGIN * (q * k).abs().sum(1, keepdim=True)
     rank = (~(negative < threshold)).sum(1)  # written so that NaN counts against the positive
     return losses, rank, dq
@@ -45,10 +48,17 @@ def enqueue_(keys: Tensor, queue: Tensor, queue_ptr: Tensor) -> None:
     queue_ptr.add_(keys.shape[0]).remainder_(queue.shape[0])
 
 
-def ema_(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
-    """Equation 2 of MoCo in place: target <- momentum * target + (1 - momentum) * source."""
+def ema_(
+    targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: Sequence[Tensor] = ()
+) -> None:
+    """Equation 2 of MoCo in place: target <- momentum * target + (1 - momentum) * source.
+
+    shadows, where there are any, receive the new targets rounded to their dtype.
+    """
     for target, source in zip(targets, sources, strict=True):
         target.mul_(momentum).add_(source, alpha=1.0 - momentum)
+    for shadow, target in zip(shadows, targets, strict=False):
+        shadow.copy_(target)
 
 
 def sgd_ema_(

@@ -1,25 +1,120 @@
 """Weight decay, momentum SGD and the momentum update of the key encoder in one pass.
 
     buf <- momentum buf + (g + weight_decay p)
-    p   <- p - lr buf                                    (torch.optim.SGD, dampening 0, no Nesterov)
-    ema <- m ema + (1 - m) p                            (equation 2 of arXiv 1911.05722)
+    p   <- p - lr buf                                   (torch.optim.SGD, dampening 0, no Nesterov)
+    ema <- m ema + (1 - m) p                                        (equation 2 of arXiv 1911.05722)
 
+params, grads, momentum_buffers, ema_params: L float32 tensors each; lr: one float32 on the device.
 Updating the key encoder here equals updating it before the next key forward, because nothing
 changes p in between. It replaces `torch.optim.SGD.step()` followed by `ema_`: 28 bytes per
-fp32 parameter instead of 32. A buffer of zeros makes the first step that of `torch.optim.SGD`.
+parameter instead of 32, one launch. A buffer of zeros makes the first step that of
+`torch.optim.SGD`.
 """
 
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels import reference
-from fastmoco_kernels.ema import check_pairs
+from fastmoco_kernels import fallback, reference
+from fastmoco_kernels.ema import architecture, check_lists
+from fastmoco_kernels.launch import Launch, jit
+from fastmoco_kernels.multi_tensor import Table, address, like, locate, table
+
+
+@jit
+def _step(p, g, buf, ema, lr, momentum, weight_decay, weight):  # type: ignore[no-untyped-def]
+    buf = momentum * buf + (g + weight_decay * p)
+    p -= lr * buf
+    return p, buf, ema + weight * (p - ema)
+
+
+@jit
+def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
+    rows,  # (L, 6) int64
+    owner,  # (B,) int32
+    lr_ptr,  # (1,) float32
+    momentum,
+    weight_decay,
+    weight,  # 1 - ema_momentum
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    row, start, size = locate(rows, owner, 6, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    p_ptr = address(row, 0, tl.float32, ALIGNED) + start + lane
+    g_ptr = address(row, 1, tl.float32, ALIGNED) + start + lane
+    buf_ptr = address(row, 2, tl.float32, ALIGNED) + start + lane
+    ema_ptr = address(row, 3, tl.float32, ALIGNED) + start + lane
+    lr = tl.load(lr_ptr)
+    # A ragged mask forbids vector accesses, so only the last program of a tensor has one.
+    if start + BLOCK <= size:
+        p, g, buf, ema = tl.load(p_ptr), tl.load(g_ptr), tl.load(buf_ptr), tl.load(ema_ptr)
+        p, buf, ema = _step(p, g, buf, ema, lr, momentum, weight_decay, weight)
+        tl.store(p_ptr, p)
+        tl.store(buf_ptr, buf)
+        tl.store(ema_ptr, ema)
+    else:
+        inside = lane < size - start
+        p, g = tl.load(p_ptr, mask=inside), tl.load(g_ptr, mask=inside)
+        buf, ema = tl.load(buf_ptr, mask=inside), tl.load(ema_ptr, mask=inside)
+        p, buf, ema = _step(p, g, buf, ema, lr, momentum, weight_decay, weight)
+        tl.store(p_ptr, p, mask=inside)
+        tl.store(buf_ptr, buf, mask=inside)
+        tl.store(ema_ptr, ema, mask=inside)
+
+
+def launch_configuration(arch: int) -> tuple[int, int]:
+    """Elements per program and warps. Bandwidth-bound: 8 vector loads per thread in flight."""
+    return 1024, 4
+
+
+def sgd_ema_launch(
+    pointers: Table,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    ema_momentum: float,
+    arch: int,
+) -> Launch:
+    """The one launch of `sgd_ema_` over a table of params, grads, buffers and EMA params."""
+    block, warps = launch_configuration(arch)
+    arguments = {
+        "rows": pointers.rows,
+        "owner": pointers.owner,
+        "lr_ptr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "weight": 1.0 - ema_momentum,
+        "BLOCK": block,
+        "ALIGNED": pointers.aligned,
+    }
+    return Launch(_sgd_ema_kernel, (pointers.owner.shape[0],), arguments, warps)
+
+
+def sgd_ema_triton(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    ema_params: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    ema_momentum: float,
+) -> None:
+    """`sgd_ema_` by the Triton kernel: on CUDA, or on the CPU under the interpreter."""
+    arch = architecture(params[0].device)
+    lists = [params, like(grads, params), momentum_buffers, ema_params]
+    pointers = table(lists, launch_configuration(arch)[0])
+    rate = lr.to(params[0].device, torch.float32, non_blocking=True)
+    sgd_ema_launch(pointers, rate, momentum, weight_decay, ema_momentum, arch).run()
 
 
 @torch.library.custom_op(
-    "fastmoco::sgd_ema_", mutates_args=("params", "momentum_buffers", "ema_params")
+    "fastmoco::sgd_ema_",
+    mutates_args=("params", "momentum_buffers", "ema_params"),
+    device_types="cpu",
 )
 def _sgd_ema(
     params: list[Tensor],
@@ -31,7 +126,36 @@ def _sgd_ema(
     weight_decay: float,
     ema_momentum: float,
 ) -> None:
-    reference.sgd_ema_(
+    # ResNet-50, two cores: 24 ms; foreach SGD and lerp 73 ms. Walking blocks that fit the cache, so
+    # that p is read once, gains nothing.
+    torch._fused_sgd_(
+        params,
+        like(grads, params),
+        momentum_buffers,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr.item(),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+    torch._foreach_lerp_(ema_params, params, 1.0 - ema_momentum)
+
+
+@_sgd_ema.register_kernel("cuda")
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    ema_params: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    ema_momentum: float,
+) -> None:
+    implementation = reference.sgd_ema_ if "sgd_ema_" in fallback.replaced() else sgd_ema_triton
+    implementation(
         params, grads, momentum_buffers, ema_params, lr, momentum, weight_decay, ema_momentum
     )
 
@@ -67,15 +191,14 @@ def sgd_ema_(
     float32 tensor with one element; inside torch.compile give a tensor, which can change without a
     recompilation. Raises ValueError naming what does not pair up.
     """
-    check_pairs(
-        params=params, grads=grads, momentum_buffers=momentum_buffers, ema_params=ema_params
-    )
+    written = {"params": params, "momentum_buffers": momentum_buffers, "ema_params": ema_params}
+    check_lists(written, {"grads": grads})
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"expected lr with one element, got {tuple(lr.shape)}")
         rate = lr.detach()
     else:
-        rate = torch.full((), lr, dtype=torch.float32)
+        rate = torch.full((), lr, dtype=torch.float32, device=params[0].device)
     with torch.no_grad():
         _sgd_ema(
             [p.detach() for p in params],
