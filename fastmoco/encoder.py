@@ -61,6 +61,10 @@ BACKBONES: dict[str, Callable[..., resnet.ResNet]] = {
     "resnet50": resnet50,
     "resnet101": resnet101,
     "resnext50_32x4d": resnext50_32x4d,
+    # The paper's RX50 has 46M parameters: 8 channels per group, which torchvision does not name.
+    "resnext50_32x8d": partial(
+        resnet.ResNet, resnet.Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=8
+    ),
     "resnet50_w2x": partial(WideResNet, 2),
     "resnet50_w4x": partial(WideResNet, 4),
 }

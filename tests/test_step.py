@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.batchnorm import SplitBatchNorm2d
@@ -17,7 +19,7 @@ from fastmoco.moco import MoCo, build_moco
 from fastmoco.optim import set_lr
 from fastmoco.shuffle import AllToAllShuffle, LoaderShuffle
 from fastmoco.step import Step, build_step
-from tests.oracle import Groups, OracleMoCo
+from tests.oracle import MEAN, STD, Groups, OracleMoCo, plain_double
 from tests.ranks import Ranks
 
 BATCH, GROUP, STEPS, SIDE = 16, 4, 4, 12
@@ -83,14 +85,14 @@ def consecutive(rows: list[int]) -> Groups:
     return [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
 
 
-def key_order(step: Step, micro_step: int, world_size: int) -> list[int]:
-    """Rows of the global batch in the order in which the strategy encodes their keys."""
+def key_order(step: Step, micro_step: int, local: int, world_size: int) -> list[int]:
+    """Rows of the micro-batch in the order in which the strategy encodes their keys."""
     shuffle = step.shuffle
     if isinstance(shuffle, AllToAllShuffle):
         return [int(row) for row in shuffle.arrangement(micro_step)]
     if isinstance(shuffle, LoaderShuffle):
         return [int(row) for row in shuffle.key_rows(micro_step)]
-    local, order = BATCH // world_size, []
+    order: list[int] = []
     for rank in range(world_size):
         here = replace(step.shuffle.world, rank=rank)  # type: ignore[attr-defined]
         indices = replace(shuffle, world=here).indices(micro_step)[:local]  # type: ignore[type-var]
@@ -103,7 +105,7 @@ def run_ours(world: World, config: Config, steps: int) -> Outcome:
     """Train on this rank for some steps."""
     moco = build_tiny(config, config.bn_group_size(world.size))
     step = build_step(config, moco, world, compile_encoders=False)
-    local = BATCH // world.size
+    local, micro_batches = config.local_batch_size(world.size), config.optim.accumulate
     losses, orders = [], []
     grads: list[Tensor] = []
 
@@ -113,15 +115,17 @@ def run_ours(world: World, config: Config, steps: int) -> Outcome:
     step.optimizer.register_step_pre_hook(remember)
     for number in range(steps):
         set_lr(step.optimizer, LR)
-        views = images(number)
-        rows = slice(world.rank * local, (world.rank + 1) * local)
-        key_rows = np.arange(BATCH)
-        if step.shuffle.key_rows is not None:
-            key_rows = step.shuffle.key_rows(number)
-        im_k = views.im_k[torch.from_numpy(key_rows)][rows]
-        result = step([Views(views.im_q[rows], im_k)], number)
-        losses.append(float(result.loss))
-        orders.append(key_order(step, number, world.size))
+        views, parts, order = images(number), [], []
+        for micro in range(micro_batches):
+            micro_step, first = number * micro_batches + micro, micro * local * world.size
+            rows = first + np.arange(local) + world.rank * local
+            key_rows = rows
+            if step.shuffle.key_rows is not None:
+                key_rows = first + step.shuffle.key_rows(micro_step)[rows - first]
+            parts.append(Views(views.im_q[rows], views.im_k[key_rows]))
+            order += [first + r for r in key_order(step, micro_step, local, world.size)]
+        losses.append(float(step(parts, number).loss))
+        orders.append(order)
     return Outcome(
         losses,
         orders,
@@ -160,6 +164,8 @@ def check_against_oracle(config: Config, ours: list[Outcome], steps: int) -> Non
         for name, truth in encoder.named_parameters():
             for state in states:
                 close(state[name], truth, 5e-5)
+        if config.optim.accumulate > 1:
+            continue  # running statistics move once per micro-batch, the oracle's once per step
         for name, truth in encoder.named_buffers():
             if truth.is_floating_point():  # each rank has seen its own groups
                 close(torch.stack([state[name] for state in states]).mean(0), truth, 5e-5)
@@ -171,8 +177,12 @@ def close(mine: Tensor, truth: Tensor, tolerance: float) -> None:
     assert error <= tolerance * truth.abs().max().clamp_min(1e-3), float(error)
 
 
-def with_strategy(strategy: ShuffleBN) -> Config:
-    return replace(CONFIG, moco=replace(CONFIG.moco, shuffle_bn=strategy))
+def with_strategy(strategy: ShuffleBN, accumulate: int = 1) -> Config:
+    return replace(
+        CONFIG,
+        moco=replace(CONFIG.moco, shuffle_bn=strategy),
+        optim=replace(CONFIG.optim, accumulate=accumulate),
+    )
 
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
@@ -194,3 +204,61 @@ def test_two_ranks_equal_oracle(two_ranks: Ranks, strategy: ShuffleBN) -> None:
 def test_four_ranks_equal_oracle(four_ranks: Ranks, strategy: ShuffleBN) -> None:
     config = with_strategy(strategy)
     check_against_oracle(config, four_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd_ema"])
+def test_accumulation_keeps_the_queue_until_the_step_ends(name: Literal["sgd", "sgd_ema"]) -> None:
+    """Two micro-batches of 8 equal one batch of 16 whose BN groups are those of the parts."""
+    config = with_strategy("split", accumulate=2)
+    config = replace(config, optim=replace(config.optim, name=name))
+    check_against_oracle(config, [run_ours(ONE, config, STEPS)], STEPS)
+
+
+def test_accumulation_on_two_ranks_averages_gradients_once(two_ranks: Ranks) -> None:
+    config = with_strategy("all_to_all", accumulate=2)
+    check_against_oracle(config, two_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+def test_symmetric_loss_contrasts_both_views_and_enqueues_both_keys() -> None:
+    config = with_strategy("none")
+    config = replace(config, moco=replace(config.moco, symmetric=True))
+    moco = build_tiny(config, GROUP)
+    q, k = plain_double(moco.encoder_q), plain_double(moco.encoder_k)
+    queue = moco.queue.double()
+    views = images(0)
+    result = build_step(config, moco, ONE, compile_encoders=False)([views], 0)
+
+    def embed(encoder: nn.Module, pixels: Tensor) -> Tensor:
+        x = ((pixels.double() / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+        out = torch.cat([encoder(group) for group in x.split(GROUP)])
+        return F.normalize(out, dim=1)
+
+    keys = {"k": embed(k, views.im_k).detach(), "q": embed(k, views.im_q).detach()}
+    losses = []
+    for images_, positives in ((views.im_q, keys["k"]), (views.im_k, keys["q"])):
+        features = embed(q, images_)
+        positive = (features * positives).sum(1, keepdim=True)
+        logits = torch.cat([positive, features @ queue.T], 1) / config.moco.temperature
+        losses.append(-torch.log_softmax(logits, 1)[:, 0].mean())
+    loss = torch.stack(losses).mean()
+    assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    close(moco.queue[: 2 * BATCH], torch.cat([keys["k"], keys["q"]]), 1e-5)
+    assert int(moco.queue_ptr) == 2 * BATCH
+    assert result.rank.shape == (2 * BATCH,)
+
+
+def test_encoder_k_starts_as_a_copy_and_never_gets_a_gradient() -> None:
+    moco = build_tiny(CONFIG, GROUP)
+    for pq, pk in zip(*moco.parameter_pairs(), strict=True):
+        assert torch.equal(pq, pk)
+        assert not pk.requires_grad
+    norms = moco.queue.norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+
+
+def test_sync_bn_with_shuffle_is_refused() -> None:
+    moco = build_tiny(CONFIG, 0)
+    moco.encoder_q = nn.SyncBatchNorm.convert_sync_batchnorm(moco.encoder_q)
+    with pytest.raises(ValueError, match="SyncBN"):
+        build_step(with_strategy("split"), moco, ONE, compile_encoders=False)
+    build_step(with_strategy("none"), moco, ONE, compile_encoders=False)

@@ -14,6 +14,7 @@ Arch = Literal[
     "resnet50",
     "resnet101",
     "resnext50_32x4d",
+    "resnext50_32x8d",
     "resnet50_w2x",
     "resnet50_w4x",
 ]
@@ -115,7 +116,7 @@ class ModelConfig:
     """Encoder: torchvision backbone and projection head."""
 
     arch: Arch = "resnet50"
-    """Backbone. `w2x` and `w4x` multiply every width by 2 or 4, as in the paper."""
+    """Backbone. `w2x` and `w4x` multiply every width; the paper's RX50 is resnext50_32x8d."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar` replaces the strided 7x7 convolution and the max pooling by one 3x3 convolution."""
     head: Literal["linear", "mlp"] = "mlp"
