@@ -26,6 +26,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(["data.workers", "data.threads"], (0, 1024)),
     **dict.fromkeys(["augment.blur_min", "augment.blur_max"], (0, 16)),
     "data.prefetch": (1, 64),
+    "data.shuffle_window": (0, 2**62),
     "data.max_pixels": (1, 2**40),
     "data.max_bad_share": (0, 1),
     "augment.image_size": (8, 4096),

@@ -58,10 +58,12 @@ class RunConfig:
 class DataConfig:
     """Where the images come from and who decodes them."""
 
-    source: Literal["folder", "demo", "synthetic"] = "folder"
-    """`folder`: images below `data.root`; `demo`: rendered on first use; `synthetic`: noise."""
+    source: Literal["folder", "list", "shards", "demo", "synthetic"] = "folder"
+    """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
+    files; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
-    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one."""
+    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
+    For a list its file; for shards a folder of tar files, or one of them."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
@@ -71,6 +73,11 @@ class DataConfig:
     """DALI threads per rank; 0 chooses."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    shuffle_window: int = 0
+    """0 shuffles the whole epoch; else shards (or folders) are read one after another and shuffled
+    within this many samples, for storage that is slow at random reads."""
+    verify: bool = False
+    """Decode every image once before training, with all cores, to find the bad ones."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
     max_bad_share: float = 0.01

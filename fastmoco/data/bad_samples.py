@@ -8,7 +8,8 @@ from typing import Any
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.augment import Int64
-from fastmoco.data.header import BadImage, decode
+from fastmoco.data.header import BadImage
+from fastmoco.data.reader import decode_sample
 from fastmoco.data.sources import Source
 
 
@@ -23,7 +24,7 @@ class BadSamples:
         """Reason by sample number."""
         if source is None:
             return
-        self._add(dict(source.bad), write=rank == 0)
+        self.add(dict(source.bad), write=rank == 0)
 
     def record(self, replaced: Int64) -> None:
         """Lists the new ones among the replaced. replaced: (n, 2), asked for and delivered.
@@ -33,20 +34,19 @@ class BadSamples:
         asked = replaced[replaced[:, 0] != replaced[:, 1], 0].tolist()
         new = {sample: self._reason(sample) for sample in asked if sample not in self.reasons}
         if new:
-            self._add(new, write=True)
+            self.add(new, write=True)
 
     def _reason(self, sample: int) -> str:
         """Reads the sample once more: reasons do not travel with the batches."""
         assert self._source is not None
         try:
-            decode(self._source.read(sample), self._max_pixels)
+            decode_sample(self._source, sample, self._max_pixels)
         except BadImage as error:
             return str(error)
-        except OSError as error:
-            return f"{type(error).__name__}: {error.strerror}"
         return "could not be read once, but can be now"
 
-    def _add(self, reasons: dict[int, str], *, write: bool) -> None:
+    def add(self, reasons: dict[int, str], *, write: bool) -> None:
+        """Takes note of bad samples. Raises `ConfigError` above `data.max_bad_share`."""
         assert self._source is not None
         self.reasons.update(reasons)
         if write and reasons:

@@ -11,6 +11,7 @@ N samples, F folders.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -46,6 +47,15 @@ class Index:
     @property
     def sizes(self) -> NDArray[np.int32]:
         return self.arrays["sizes"]
+
+    def fingerprint(self) -> str:
+        """Hash of all arrays and of the folders or shards that they number."""
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            digest.update(np.ascontiguousarray(self.arrays[name]).tobytes())
+        places = [self.facts.get("folders"), self.facts.get("shards")]
+        digest.update(json.dumps(places).encode())
+        return digest.hexdigest()
 
     @property
     def bad(self) -> dict[int, str]:

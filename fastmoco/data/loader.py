@@ -26,6 +26,7 @@ from fastmoco.data.order import EpochOrder
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources import Source, open_source
+from fastmoco.data.verify import verify
 from fastmoco.data.views import Views
 
 _SYNTHETIC_BATCHES = 4
@@ -60,7 +61,7 @@ class Loader:
     def __init__(
         self, plan: Plan, engine: Engine, bad: BadSamples, *, backend: str, description: str
     ) -> None:
-        self._plan, self._engine, self.bad_samples = plan, engine, bad
+        self.plan, self._engine, self.bad_samples = plan, engine, bad
         self.num_samples = plan.order.num_samples
         self.steps_per_epoch = plan.steps_per_epoch
         self.backend = backend
@@ -76,7 +77,7 @@ class Loader:
         Going on where the last call ended keeps everything that is already on its way. Raises
         `ConfigError` when too large a share of the samples turns out to be bad.
         """
-        first, last = (step * self._plan.accumulate for step in (start_step, end_step))
+        first, last = (step * self.plan.accumulate for step in (start_step, end_step))
         for micro_step in range(first, last):
             began = time.perf_counter()
             if self._next != micro_step:
@@ -159,11 +160,18 @@ def build_loader(
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
     plan = make_plan(config, source, samples, rank, world_size, key_rows)
     bad = BadSamples(config, source, rank)
-    if source is None:
+    reader: Reader | None = None
+    if source is not None:
+        reader = Reader(source, config.run.seed, config.data.max_pixels)
+        if config.data.verify:
+            found = verify(source, config.data.max_pixels)
+            new = {sample: why for sample, why in found.items() if sample not in source.bad}
+            reader.quarantine(new)
+            bad.add(new, write=rank == 0)
+    if reader is None:
         engine: Engine = SyntheticEngine(plan, config.augment.image_size, device)
         return Loader(plan, engine, bad, backend="synthetic", description="synthetic: no reader")
     backend = _backend(config, device)
-    reader = Reader(source, config.run.seed, config.data.max_pixels)
     if backend == "dali":
         engine, description = _dali(config, plan, reader, device)
     else:
@@ -186,8 +194,12 @@ def make_plan(
             f"optim.global_batch_size {global_batch} exceeds the {samples} samples of the data "
             f"set: choose at most {samples}."
         )
+    window = 0 if source is None else config.data.shuffle_window
+    order = EpochOrder(
+        samples, config.run.seed, window, source.shard_sizes if source and window else ()
+    )
     return Plan(
-        order=EpochOrder(samples, config.run.seed),
+        order=order,
         seed=config.run.seed,
         steps_per_epoch=samples // global_batch,
         accumulate=config.optim.accumulate,

@@ -186,18 +186,24 @@ def only_decode(data: list[NDArray[np.uint8]], device: str) -> Any:
     return decode(fn.external_source(lambda: data, batch=True, dtype=types.UINT8, ndim=1), device)
 
 
-def refused_by_decoder(data: bytes, device_id: int | None) -> str:
-    """Why DALI does not decode these bytes; empty if it does."""
+def decode_all(data: list[bytes], device_id: int | None = None) -> list[NDArray[np.uint8]]:
+    """Every image as uint8 (H, W, 3) on the host. Raises `RuntimeError` if DALI refuses one."""
     pipe = only_decode(
-        [np.frombuffer(data, np.uint8)],
+        [np.frombuffer(one, np.uint8) for one in data],
         "cpu" if device_id is None else "gpu",
-        batch_size=1,
+        batch_size=len(data),
         num_threads=1,
         device_id=device_id,
         prefetch_queue_depth=1,
     )
+    images: Any = pipe.run()[0]
+    return [np.array(image) for image in (images if device_id is None else images.as_cpu())]
+
+
+def refused_by_decoder(data: bytes, device_id: int | None) -> str:
+    """Why DALI does not decode these bytes; empty if it does."""
     try:
-        pipe.run()
+        decode_all([data], device_id)
     except RuntimeError as error:
         return " ".join(str(error).split())
     return ""

@@ -80,10 +80,7 @@ class Reader:
 
     def load(self, sample: int) -> Encoded:
         """The sample itself. Raises `BadImage` with the reason."""
-        try:
-            data = self.source.read(sample)
-        except OSError as error:
-            raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        data = read_sample(self.source, sample)
         header = jpeg_header(data)
         if header is not None and header.plain and sample not in self.by_pil:
             check_pixels((header.width, header.height), self.max_pixels)
@@ -95,6 +92,19 @@ class Reader:
     def _replacement(self, sample: int, attempt: int) -> int:
         key = stream_key(self.seed, _REPLACE, attempt)
         return int(permute(np.array([sample]), len(self.source.sizes), key)[0])
+
+
+def read_sample(source: Source, sample: int) -> bytes:
+    """Encoded bytes. Raises `BadImage` where the file cannot be read."""
+    try:
+        return source.read(sample)
+    except OSError as error:
+        raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+
+
+def decode_sample(source: Source, sample: int, max_pixels: int) -> Image.Image:
+    """The RGB image. Raises `BadImage` where it cannot be read or decoded completely."""
+    return decode(read_sample(source, sample), max_pixels)
 
 
 def ppm(image: Image.Image) -> bytes:

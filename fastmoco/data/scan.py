@@ -28,8 +28,8 @@ EXTENSIONS = (
     ".tiff",
     ".gif",
 )
-_HEAD = 1 << 16
-_CHUNK = 512
+HEAD = 1 << 16
+CHUNK = 512
 # Below this many files threads are faster: processes take a second to start.
 _PROCESSES_FROM = 20_000
 
@@ -41,11 +41,11 @@ def probe_file(path: str, max_pixels: int) -> Found:
     """Size of an image file from its first bytes; the whole file only where those do not tell."""
     try:
         with open(path, "rb", buffering=0) as file:
-            head = file.read(_HEAD)
+            head = file.read(HEAD)
             try:
                 return (*image_size(head, max_pixels), "")
             except BadImage:
-                if len(head) < _HEAD:
+                if len(head) < HEAD:
                     raise
                 return (*image_size(head + file.read(), max_pixels), "")
     except BadImage as bad:
@@ -54,7 +54,8 @@ def probe_file(path: str, max_pixels: int) -> Found:
         return 0, 0, f"{type(error).__name__}: {error.strerror}"
 
 
-def _probe_chunk(paths: Sequence[str], max_pixels: int) -> list[Found]:
+def probe_chunk(paths: Sequence[str], max_pixels: int) -> list[Found]:
+    """`probe_file` of several paths: the unit of work of one process."""
     return [probe_file(path, max_pixels) for path in paths]
 
 
@@ -96,7 +97,7 @@ def scan_folder(root: str, max_pixels: int) -> Index:
         "names": np.frombuffer(b"".join(blobs), np.uint8),
     }
     paths = _paths(root, folders, arrays)
-    sizes, bad = measure(partial(_probe_chunk, max_pixels=max_pixels), paths, "index")
+    sizes, bad = measure(partial(probe_chunk, max_pixels=max_pixels), paths, "index")
     return Index({**arrays, "sizes": sizes}, {"folders": folders, "bad": bad})
 
 
@@ -115,8 +116,8 @@ def measure(
     """Sizes, int32 (N, 2), and the reasons of unreadable items, found with all cores."""
     sizes = np.zeros((len(items), 2), np.int32)
     bad: dict[int, str] = {}
-    chunks = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
-    with _pool(len(items)) as pool:
+    chunks = [items[at : at + CHUNK] for at in range(0, len(items), CHUNK)]
+    with in_parallel(many=len(items) >= _PROCESSES_FROM) as pool:
         at = 0
         for found in progress(pool.map(probe, chunks), len(chunks), label):
             for width, height, reason in found:
@@ -128,20 +129,21 @@ def measure(
     return sizes, bad
 
 
-def _pool(items: int) -> Executor:
+def in_parallel(*, many: bool) -> Executor:
+    """All cores: processes for much work, threads where processes would take longer to start."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if items < _PROCESSES_FROM:
+    if not many:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def progress(work: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-    """The same items with a progress bar in chunks, if the standard error is a terminal."""
+def progress(work: Iterable[Any], total: int, label: str, unit: str = f"x{CHUNK}") -> Iterable[Any]:
+    """The same items with a progress bar, if the standard error is a terminal."""
     if not sys.stderr.isatty():
         return work
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(work, total=total, desc=label, unit=f"x{_CHUNK}")
+    bar: Iterable[Any] = tqdm(work, total=total, desc=label, unit=unit)
     return bar
 
 

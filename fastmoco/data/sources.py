@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.index import Index, cache_folder, exclusive, load_index, save_index
+from fastmoco.data.listing import list_stamp, scan_list
 from fastmoco.data.scan import folders_unchanged, scan_folder
+from fastmoco.data.shards import open_shards
 
 
 class Source(Protocol):
@@ -40,6 +44,9 @@ class Source(Protocol):
 
     def name(self, sample: int) -> str:
         """What to call the sample in a report."""
+
+    def fingerprint(self) -> str:
+        """Changes when a sample is added, removed, renamed or found to have another size."""
 
 
 class FolderSource:
@@ -69,7 +76,10 @@ class FolderSource:
         start = arrays["name_ends"][sample - 1] if sample else 0
         name = arrays["names"][start : arrays["name_ends"][sample]].tobytes()
         folder: str = self.index.facts["folders"][arrays["folder_of"][sample]][0]
-        return "/".join(part for part in (self.root, folder, name.decode(*_NAMES)) if part)
+        return os.path.join(self.root, folder, name.decode(*_NAMES))  # keeps absolute names
+
+    def fingerprint(self) -> str:
+        return self.index.fingerprint()
 
 
 _NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them
@@ -85,25 +95,44 @@ def open_folder(root: str, max_pixels: int) -> FolderSource:
     if not Path(root).is_dir():
         raise ConfigError(f"data.root {root} is not a folder.")
     real = str(Path(root).resolve())
-    digest = hashlib.sha256(f"{real} {max_pixels}".encode(*_NAMES)).hexdigest()[:20]
-    cached = cache_folder() / "index" / digest
-    with exclusive(cached.with_suffix(".lock")):
-        index = _cached(real, cached)
-        if index is None:
-            index = scan_folder(real, max_pixels)
-            if len(index.sizes):
-                with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
-                    index = save_index(index, cached)
+    index = _kept(
+        f"{real} {max_pixels}",
+        holds=lambda index: folders_unchanged(real, index),
+        scan=lambda: scan_folder(real, max_pixels),
+    )
     require_readable(index, f"data.root {root}")
     return FolderSource(real, index)
 
 
-def _cached(root: str, path: Path) -> Index | None:
-    try:
-        index = load_index(str(path))
-    except (OSError, ValueError, KeyError):
-        return None
-    return index if folders_unchanged(root, index) else None
+def open_list(root: str, max_pixels: int) -> FolderSource:
+    """The images that a text or CSV file lists. Raises `ConfigError` as `open_folder` does."""
+    if not root:
+        raise ConfigError("data.root is not set: name the list of the training images.")
+    path = Path(root).resolve()
+    stamp = list_stamp(path)
+    index = _kept(
+        f"{path} {max_pixels}",
+        holds=lambda index: index.facts.get("stamp") == stamp,
+        scan=lambda: scan_list(path, max_pixels),
+    )
+    require_readable(index, f"data.root {root}")
+    return FolderSource(str(path.parent), index)
+
+
+def _kept(what: str, holds: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
+    """The cached index of `what` where it holds, else a new one; one rank per machine scans."""
+    digest = hashlib.sha256(what.encode(*_NAMES)).hexdigest()[:20]
+    cached = cache_folder() / "index" / digest
+    with exclusive(cached.with_suffix(".lock")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            index = load_index(str(cached))
+            if holds(index):
+                return index
+        index = scan()
+        if len(index.sizes):
+            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
+                index = save_index(index, cached)
+        return index
 
 
 def require_readable(index: Index, what: str) -> None:
@@ -129,4 +158,10 @@ def open_source(config: Config) -> Source:
         train = Path(data.root) / "train"
         root = str(train) if data.root and train.is_dir() else data.root
         return open_folder(root, data.max_pixels)
+    if data.source == "list":
+        return open_list(data.root, data.max_pixels)
+    if data.source == "shards":
+        shards = open_shards(data.root, data.max_pixels)
+        require_readable(shards.index, f"data.root {data.root}")
+        return shards
     raise ConfigError(f"data.source {data.source} has no files to read.")

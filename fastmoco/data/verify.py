@@ -1,0 +1,52 @@
+"""Decodes every sample once, before training, with all cores: `--data.verify true`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+
+from fastmoco.data.header import BadImage
+from fastmoco.data.index import cache_folder, exclusive
+from fastmoco.data.reader import decode_sample
+from fastmoco.data.scan import CHUNK, in_parallel, progress
+from fastmoco.data.sources import Source
+
+
+def verify(source: Source, max_pixels: int) -> dict[int, str]:
+    """Reasons of the samples that do not decode completely, by number.
+
+    The ranks of a machine share one scan; its result is kept as long as the index does not change.
+    """
+    digest = hashlib.sha256(source.fingerprint().encode()).hexdigest()[:20]
+    kept = cache_folder() / "verified" / f"{digest}.json"
+    with exclusive(kept.with_suffix(".lock")):
+        if kept.exists():
+            found = json.loads(kept.read_text())
+        else:
+            found = _scan(source, max_pixels)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(found))
+    return {int(sample): reason for sample, reason in found.items()}
+
+
+def _scan(source: Source, max_pixels: int) -> dict[int, str]:
+    total = len(source.sizes)
+    chunks = [range(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK)]
+    found: dict[int, str] = {}
+    work = partial(_decode_all, source, max_pixels)
+    with in_parallel(many=len(chunks) > 4) as pool:
+        for part in progress(pool.map(work, chunks), len(chunks), "verify"):
+            found.update(part)
+    return found
+
+
+def _decode_all(source: Source, max_pixels: int, samples: Sequence[int]) -> dict[int, str]:
+    bad: dict[int, str] = {}
+    for sample in samples:
+        try:
+            decode_sample(source, sample, max_pixels)
+        except BadImage as error:
+            bad[sample] = str(error)
+    return bad
