@@ -69,13 +69,14 @@ def uniform_arrangement(micro_step: int, *, seed: int, batch: int) -> Rows:
 def balanced_arrangement(micro_step: int, *, seed: int, local: int, ranks: int) -> Rows:
     """A permutation that moves the same number of rows between each pair of ranks every step.
 
-    Rank s permutes its N rows and deals row i to rank (i + s) mod W; each rank then permutes what
-    it received. Counts stay constant although W need not divide N, so shapes are static for the
-    compiler; a row stays at home with probability 1/W, as under a uniform permutation.
+    Rank s permutes its N rows and deals row i to rank (i + s + 1) mod W; each rank then permutes
+    what it received. Counts stay constant although W need not divide N, so shapes are static for
+    the compiler. Home is dealt to last: a row stays there with probability floor(N/W) / N, never
+    more often than the 1/W of a uniform permutation, also when N is smaller than W.
     """
     generator = _generator(seed, micro_step)
     rows = generator.permuted(np.arange(ranks * local).reshape(ranks, local), axis=1)
-    owner = (np.arange(local) + np.arange(ranks)[:, None]) % ranks
+    owner = (np.arange(local) + np.arange(ranks)[:, None] + 1) % ranks
     received = np.stack([rows[owner == rank] for rank in range(ranks)])
     return generator.permuted(received, axis=1).reshape(-1)
 
@@ -161,8 +162,8 @@ class AllToAllShuffle:
     def splits(self) -> tuple[list[int], list[int]]:
         """Rows that this rank sends to and receives from each rank, the same in every step."""
         ranks, rank = self.world.size, self.world.rank
-        send = [len(range((d - rank) % ranks, self.local, ranks)) for d in range(ranks)]
-        receive = [len(range((rank - s) % ranks, self.local, ranks)) for s in range(ranks)]
+        send = [len(range((d - rank - 1) % ranks, self.local, ranks)) for d in range(ranks)]
+        receive = [len(range((rank - s - 1) % ranks, self.local, ranks)) for s in range(ranks)]
         return send, receive
 
     def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:

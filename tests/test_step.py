@@ -17,7 +17,7 @@ from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunCon
 from fastmoco.distributed import World
 from fastmoco.moco import MoCo, build_moco
 from fastmoco.optim import set_lr
-from fastmoco.shuffle import AllToAllShuffle, LoaderShuffle
+from fastmoco.shuffle import AllToAllShuffle, LoaderShuffle, Shuffle
 from fastmoco.step import Step, build_step
 from tests.oracle import MEAN, STD, Groups, OracleMoCo, plain_double
 from tests.ranks import Ranks
@@ -101,10 +101,11 @@ def key_order(step: Step, micro_step: int, local: int, world_size: int) -> list[
     return order
 
 
-def run_ours(world: World, config: Config, steps: int) -> Outcome:
-    """Train on this rank for some steps."""
+def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None = None) -> Outcome:
+    """Train on this rank for some steps; `shuffle` takes the place of the configured strategy."""
     moco = build_tiny(config, config.bn_group_size(world.size))
     step = build_step(config, moco, world, compile_encoders=False)
+    step.shuffle = shuffle or step.shuffle
     local, micro_batches = config.local_batch_size(world.size), config.optim.accumulate
     losses, orders = [], []
     grads: list[Tensor] = []
