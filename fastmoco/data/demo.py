@@ -1,9 +1,10 @@
 """The embedded demo set: pictures that are rendered, so that training starts without a download.
 
-Twelve classes are twelve families of patterns (`patterns.py`). Within a class everything else
-varies: palette, polarity, scale, rotation, warp, the shape that carries the pattern, its place,
-light, background and grain. Colours and brightness are thus worthless for the class, and neighbours
-in pixel space are strangers, while the geometry of the pattern survives crops, jitter and blur.
+Twelve classes are twelve families of patterns (`patterns.py`). As kinds of things do, a family has
+habits: a usual size and slant of its pattern and a preferred part of the colour wheel, all of which
+overlap with its neighbours'. Within a class everything varies: palette, polarity, scale, rotation,
+warp, the shape that carries the pattern, its place, light, background and grain. So neighbours in
+pixel space are mostly strangers, while the geometry of the pattern survives crops, jitter and blur.
 
 Every picture is a function of (version, split, index): any number of processes renders the same
 files. `python -m fastmoco.data.demo --out DIR` renders into a folder of your choice.
@@ -27,7 +28,7 @@ from PIL import Image
 from fastmoco.config import ConfigError
 from fastmoco.data.patterns import FAMILIES, Plane, inside
 
-VERSION = 1
+VERSION = 2
 SIDE = 96
 CLASSES = tuple(FAMILIES)
 PER_CLASS = {"train": 400, "test": 100}
@@ -36,6 +37,33 @@ PALETTES = 24
 FINE = 2 * SIDE
 
 Colours = NDArray[np.floating[Any]]
+
+
+class Habit(NamedTuple):
+    """What is usual for a family; the picture's own draw scatters around it."""
+
+    periods: float
+    """Periods of the pattern over half a side."""
+    slant: float
+    """Rotation in radians."""
+    palette: int
+    """Number of the preferred palette, out of PALETTES around the colour wheel."""
+
+
+HABITS = {
+    "bricks": Habit(2.6, 0.0, 0),
+    "checks": Habit(1.8, 0.8, 2),
+    "dots": Habit(3.1, 0.3, 4),
+    "flowers": Habit(1.8, 0.5, 6),
+    "honeycomb": Habit(3.1, 0.2, 8),
+    "mazes": Habit(2.2, 0.8, 10),
+    "mosaic": Habit(1.7, 0.0, 12),
+    "rings": Habit(1.6, 0.4, 14),
+    "scales": Habit(2.5, 0.0, 16),
+    "spirals": Habit(1.3, 0.3, 18),
+    "stars": Habit(2.1, 0.0, 20),
+    "zigzags": Habit(2.3, 1.2, 22),
+}
 
 
 class DemoFolders(NamedTuple):
@@ -94,10 +122,12 @@ def smooth_noise(rng: np.random.Generator, cells: int) -> Plane:
     return np.asarray(coarse.resize((FINE, FINE), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
-def pattern_plane(x: Plane, y: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]:
+def pattern_plane(
+    x: Plane, y: Plane, habit: Habit, rng: np.random.Generator
+) -> tuple[Plane, Plane]:
     """Picture coordinates in [-1, 1] to pattern coordinates: scaled, turned, stretched, warped."""
-    periods = np.exp(rng.uniform(np.log(1.6), np.log(4.0)))
-    angle = rng.uniform(-0.7, 0.7)
+    periods = habit.periods * np.exp(rng.uniform(-0.25, 0.25))
+    angle = habit.slant + rng.uniform(-0.5, 0.5)
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     warp = rng.uniform(0, 0.12)
     x = x + warp * smooth_noise(rng, 4)
@@ -114,14 +144,14 @@ def carrier(x: Plane, y: Plane, rng: np.random.Generator) -> tuple[Plane, Plane,
     """The thing that carries the pattern: (mask, shadow, light), each (FINE, FINE).
 
     Mask and shadow are in [0, 1]; light is a lightness offset that makes the thing look round.
-    A third of the pictures has no edge: the pattern fills them.
+    Half of the pictures have no edge: the pattern fills them.
     """
     tilt = rng.uniform(0, 2 * np.pi)
     slope = x * np.cos(tilt) + y * np.sin(tilt)
-    if rng.random() < 0.35:
+    if rng.random() < 0.5:
         return np.ones_like(x), np.zeros_like(x), np.float32(rng.uniform(0, 0.12)) * slope
     u, v = x - rng.uniform(-0.25, 0.25), y - rng.uniform(-0.25, 0.25)
-    size = rng.uniform(0.62, 0.95)
+    size = rng.uniform(0.75, 1.0)
     angle = np.arctan2(v, u)
     squareness = rng.choice([2.0, 2.0, 4.0, 8.0])
     radius = (np.abs(u) ** squareness + np.abs(v) ** squareness) ** (1 / squareness)
@@ -140,8 +170,8 @@ def background(x: Plane, y: Plane, colours: Colours, rng: np.random.Generator) -
     """What lies behind: a gradient between two colours with hills and bokeh, (3, FINE, FINE)."""
     tilt = rng.uniform(0, 2 * np.pi)
     blend = 0.5 + 0.35 * (x * np.cos(tilt) + y * np.sin(tilt))
-    blend += rng.uniform(0, 0.5) * smooth_noise(rng, int(rng.integers(3, 9)))
-    for _ in range(int(rng.integers(0, 7))):
+    blend += rng.uniform(0, 0.3) * smooth_noise(rng, int(rng.integers(3, 9)))
+    for _ in range(int(rng.integers(0, 4))):
         radius = np.hypot(x - rng.uniform(-1, 1), y - rng.uniform(-1, 1))
         blend += rng.uniform(-0.35, 0.35) * inside(radius - rng.uniform(0.08, 0.35), 0.06)
     return mix(colours[0], colours[1], np.clip(blend, 0, 1))
@@ -164,14 +194,16 @@ def render(family: str, split: str, index: int) -> NDArray[np.uint8]:
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     axis = (np.arange(FINE, dtype=np.float32) + np.float32(0.5)) / np.float32(SIDE) - 1
     x, y = np.meshgrid(axis, axis)
-    colours = palette(int(rng.integers(PALETTES)))[:, :, None, None]
+    habit = HABITS[family]
+    number = round(habit.palette + rng.normal(0, 2)) % PALETTES
+    colours = palette(number)[:, :, None, None]
     # Figure and base differ by two steps of lightness at least, in either polarity.
     base, figure = ((0, 2), (0, 3), (0, 4), (1, 3), (1, 4), (2, 4))[rng.integers(6)]
     if rng.random() < 0.5:
         base, figure = figure, base
     rest = [c for c in rng.permutation(5) if c not in (base, figure)]
 
-    layer = FAMILIES[family](*pattern_plane(x, y, rng), rng)
+    layer = FAMILIES[family](*pattern_plane(x, y, habit, rng), rng)
     mask, shadow, light = carrier(x, y, rng)
     ink = mix(colours[figure], colours[rest[0]], layer.accent)
     thing = mix(colours[base], ink, layer.cover * np.float32(rng.uniform(0.75, 1)))
@@ -181,7 +213,7 @@ def render(family: str, split: str, index: int) -> NDArray[np.uint8]:
     fine = mix(behind, thing, mask)
     rows = fine[:, ::2] + fine[:, 1::2]
     picture = (rows[:, :, ::2] + rows[:, :, 1::2]).transpose(1, 2, 0) / 4
-    picture = picture + rng.normal(0, rng.uniform(0.0, 0.03), (SIDE, SIDE, 1))
+    picture = picture + rng.normal(0, rng.uniform(0.0, 0.015), (SIDE, SIDE, 1))
     return np.asarray(picture.clip(0, 1) * 255 + 0.5, dtype=np.uint8)
 
 

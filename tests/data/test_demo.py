@@ -1,4 +1,4 @@
-"""The demo set: the same files everywhere, whole or absent, classes that only geometry tells."""
+"""The demo set: the same files everywhere, whole or absent; geometry tells classes best."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def test_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert demo.cache_folder() == tmp_path / ".cache" / "fastmoco" / f"demo-{demo.VERSION}"
+
+
+def test_every_family_has_its_own_habit() -> None:
+    assert tuple(demo.HABITS) == CLASSES
+    assert len({habit.palette for habit in demo.HABITS.values()}) == len(CLASSES)
 
 
 def finished(folder: Path, word: str) -> None:
@@ -145,15 +150,15 @@ def leave_half_out(features: NDArray[np.float64], labels: torch.Tensor) -> float
     )
 
 
-def test_pixels_and_colours_hardly_tell_the_class(
+def test_pixels_hardly_and_colours_poorly_tell_the_class(
     pictures: tuple[NDArray[np.float64], torch.Tensor],
 ) -> None:
     images, labels = pictures
     chance = 1 / len(CLASSES)
     small = images.reshape(-1, 24, 4, 24, 4, 3).mean(axis=(2, 4)).reshape(len(images), -1)
-    assert leave_half_out(small, labels) < 2 * chance
+    assert leave_half_out(small, labels) < 3 * chance
     moments = np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1)
-    assert leave_half_out(moments, labels) < 2.2 * chance
+    assert leave_half_out(moments, labels) < 0.5
 
 
 def test_geometry_tells_the_class(pictures: tuple[NDArray[np.float64], torch.Tensor]) -> None:
@@ -173,4 +178,4 @@ def test_geometry_tells_the_class(pictures: tuple[NDArray[np.float64], torch.Ten
         counts = [np.bincount(c.ravel(), minlength=256) / c[0].size for c in code]
         histograms.append(np.sqrt(np.stack(counts)))
     accuracy = leave_half_out(np.concatenate(histograms, axis=1), labels)
-    assert accuracy > 3 / len(CLASSES)
+    assert accuracy > 0.6
