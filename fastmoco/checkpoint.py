@@ -22,6 +22,7 @@ from fastmoco.distributed import World, all_reduce_mean_, barrier
 from fastmoco.step import Step
 
 LATEST = "latest.pth.tar"
+CONFIG = "config.yaml"
 _PREFIX = "module."
 
 
@@ -122,8 +123,8 @@ def resume(path: Path, step: Step, config: Config) -> int:
     return int(ours["step"])
 
 
-def claim_run_directory(config: Config) -> None:
-    """Create `run.dir` and write `config.yaml`, or verify that it belongs to this run.
+def check_run_directory(config: Config) -> None:
+    """Verify, before anything is computed, that `run.dir` can be written and is free or ours.
 
     Raises `ConfigError` if it cannot be written, or holds a run with another configuration: its
     checkpoints and logs would mix with ours.
@@ -139,10 +140,14 @@ def claim_run_directory(config: Config) -> None:
             f"The run directory {folder} cannot be written ({error.strerror}): "
             "set run.dir to a folder that you may write to."
         ) from error
-    written = folder / "config.yaml"
+    written = folder / CONFIG
     if written.exists():
         _require_same_run(load(written), config, str(folder))
-    written.write_text(dump(config))
+
+
+def claim_run_directory(config: Config) -> None:
+    """Write the resolved configuration into `run.dir`: from here on it belongs to this run."""
+    (Path(config.run.dir) / CONFIG).write_text(dump(config))
 
 
 def _require_same_run(theirs: Config, ours: Config, place: str) -> None:

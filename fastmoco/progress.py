@@ -58,7 +58,8 @@ class Progress:
         window = self._clock.window()
         batch, queue_size = self._config.optim.global_batch_size, self._config.moco.queue_size
         record: Record = {
-            "kind": "warmup" if done <= self._warm else "train",
+            "kind": "train",
+            "warmup": done <= self._warm,
             "step": done,
             "epoch": done / self._per_epoch,
             **values,
@@ -77,7 +78,7 @@ class Progress:
                 f"bf16 instead of fp16; the last good checkpoint is in {self._config.run.dir}."
             )
         eta = (self._stop - done) * window.seconds / window.steps
-        note = "  (warm-up)" if record["kind"] == "warmup" else ""
+        note = "  (warm-up)" if record["warmup"] else ""
         total = self._per_epoch * self._config.optim.epochs
         self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
         views = 2 if self._config.moco.symmetric else 1

@@ -52,6 +52,10 @@ def read_metrics(metrics_jsonl: Path) -> list[Record]:
     return records
 
 
+# Of the steps that warm up, these say nothing about the run.
+THROUGHPUT = ("images_per_second", "step_ms_p50", "data_wait_percent")
+
+
 def series(records: list[Record], kind: str, name: str) -> tuple[list[float], list[float]]:
     """Epochs and values of one metric, from the records of this kind that have it.
 
@@ -60,7 +64,8 @@ def series(records: list[Record], kind: str, name: str) -> tuple[list[float], li
     """
     points: list[tuple[int, float, float]] = []
     for record in records:
-        if record.get("kind") == kind and record.get(name) is not None:
+        slow_start = record.get("warmup") and name in THROUGHPUT
+        if record.get("kind") == kind and record.get(name) is not None and not slow_start:
             step = int(record["step"])
             while points and points[-1][0] >= step:
                 points.pop()

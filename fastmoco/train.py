@@ -38,7 +38,7 @@ class Run:
         self.world = world
         self.folder = Path(config.run.dir)
         if world.is_main:
-            checkpoint.claim_run_directory(config)
+            checkpoint.check_run_directory(config)
         resume_from = checkpoint.find(config)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
@@ -62,6 +62,8 @@ class Run:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._ask_to_stop)
         main = self.world.is_main
+        if main:
+            checkpoint.claim_run_directory(self.config)
         with (
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,

@@ -108,6 +108,7 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         (["--moco.temperature", "0"], 1, ["temperature"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
+        (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
         (["--optim.global_batch_size", "8"], 8, ["BN group of 1"]),
     ],

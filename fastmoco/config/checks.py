@@ -50,6 +50,13 @@ def check(config: Config, world_size: int) -> None:
             f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "
             f"{config.augment.blur_max}: swap them."
         )
+    if config.model.stem == "imagenet" and config.augment.image_size < 32:
+        # Besides being useless, a 1x1 input to a strided 3x3 convolution makes oneDNN's bf16 weight
+        # gradient return uninitialized memory (seen in torch 2.14.1 on AVX512-BF16).
+        raise ConfigError(
+            f"augment.image_size {config.augment.image_size} is too small for the imagenet stem, "
+            "which shrinks it 32 times: set it to at least 32, or model.stem to cifar."
+        )
     local, group = config.local_batch_size(world_size), config.bn_group_size(world_size)
     if local % group:
         raise ConfigError(

@@ -1,0 +1,181 @@
+"""`fastmoco.train` as a user runs it: end to end, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.train import main
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    *("--data.source", "synthetic", "--data.synthetic_samples", "48", "--augment.image_size", "32"),
+    *("--model.arch", "resnet18", "--model.dim", "8", "--moco.queue_size", "40"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--optim.epochs", "2"),
+    *("--run.device", "cpu", "--run.log_every", "2"),
+]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "latest.pth.tar", weights_only=True)
+    tensors = dict(content["state_dict"])
+    for index, buffers in content["optimizer"]["state"].items():
+        tensors[f"momentum.{index}"] = buffers["momentum_buffer"]
+    return tensors
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: str) -> None:
+    """12 steps at once and 12 steps in three pieces end in the same bits, momentum included."""
+    common = [*TINY, "--run.precision", precision]
+    assert main([*common, "--run.dir", str(tmp_path / "whole")]) == 0
+    for stop in ("4", "7", "0"):
+        assert main([*common, "--run.dir", str(tmp_path / "parts"), "--run.max_steps", stop]) == 0
+    assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    steps = {r["step"]: r["loss"] for r in records(tmp_path / "whole")}
+    again = {r["step"]: r["loss"] for r in records(tmp_path / "parts")}
+    assert steps[12] == pytest.approx(again[12], rel=1e-6)
+
+
+def images(folder: Path, count: int, seed: int) -> None:
+    """Small JPEGs in two classes of different colour."""
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        where = folder / ("red" if index % 2 else "green")
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 120, (40, 50, 3), dtype=np.uint8)
+        pixels[..., index % 2] += 120
+        Image.fromarray(pixels).save(where / f"{index}.jpg", quality=95)
+
+
+def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
+    """Folder of JPEGs with train and test: everything the run directory promises is there."""
+    images(tmp_path / "data" / "train", 24, 0)
+    images(tmp_path / "data" / "test", 10, 1)
+    run = tmp_path / "run"
+    arguments = [
+        *TINY,
+        *("--data.source", "folder", "--data.root", str(tmp_path / "data")),
+        *("--data.backend", "pil", "--data.workers", "1", "--run.dir", str(run)),
+        *("--knn.every", "1", "--knn.resize", "32", "--knn.k", "3", "--run.keep_checkpoints", "1"),
+    ]
+    assert main([*arguments, "--run.max_steps", "3"]) == 0
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # nothing left to do is no error
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "views.png", "latest.pth.tar"} <= names
+    assert [n for n in names if n.startswith("checkpoint_")] == [
+        "checkpoint_0002_step00000006.pth.tar"
+    ]
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    kinds = [r["kind"] for r in records(run)]
+    assert kinds.count("knn_baseline") == 1
+    accuracies = [r["knn_top1"] for r in records(run) if r["kind"] == "knn"]
+    assert len(accuracies) >= 2
+    assert all(0 <= a <= 1 for a in accuracies)
+    assert state(run)["module.queue_ptr"].item() == 6 * 8 % 40
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Exit code 2, and one sentence on standard error."""
+    assert main([*TINY, *arguments]) == 2
+    lines = [s for s in capfd.readouterr().err.splitlines() if s.startswith("fastmoco: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_one_sentence(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = ["--run.dir", str(tmp_path / "run")]
+    folder = ["--data.source", "folder", "--data.backend", "pil", *run]
+    assert "data.root" in refused(capfd, *folder)
+    assert "nowhere" in refused(capfd, *folder, "--data.root", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capfd, *folder, "--data.root", str(tmp_path / "empty"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no image")
+    assert "text" in refused(capfd, *folder, "--data.root", str(tmp_path / "text"))
+    assert "exceeds" in refused(capfd, *run, "--data.synthetic_samples", "7")
+    assert "divisible" in refused(capfd, *run, "--optim.accumulate", "3")
+    assert "kNN" in refused(capfd, *run, "--knn.every", "1")
+    if not torch.cuda.is_available():
+        assert "CUDA" in refused(capfd, *run, "--run.device", "cuda")
+
+
+def test_run_directory_of_another_run_is_not_touched(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = ["--run.dir", str(tmp_path / "run")]
+    assert main([*TINY, *run, "--run.max_steps", "2"]) == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    sentence = refused(capfd, *run, "--moco.temperature", "0.5")
+    assert "moco.temperature (0.2 there, 0.5 now)" in sentence
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert "run.resume is never" in refused(capfd, *run, "--run.resume", "never")
+    other = ["--run.dir", str(tmp_path / "other")]
+    latest = tmp_path / "run" / "latest.pth.tar"
+    assert "moco.temperature" in refused(
+        capfd, *other, "--run.resume", str(latest), "--moco.temperature", "0.5"
+    )
+    assert "not a file" in refused(capfd, *other, "--run.resume", str(tmp_path / "no.pth.tar"))
+    latest.resolve().write_bytes(b"half a checkpoint")
+    assert "cannot be resumed" in refused(capfd, *run)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the super user may write anywhere")
+def test_unwritable_run_directory(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written" in refused(capfd, "--run.dir", str(tmp_path / "locked" / "run"))
+
+
+def test_run_directory_that_is_a_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capfd, "--run.dir", str(tmp_path / "file" / "run"))
+
+
+def test_divergence_stops_the_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*TINY, "--run.dir", str(tmp_path), "--optim.lr", "1e30"]) == 1
+    assert "lower optim.lr" in capfd.readouterr().err
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastmoco.train", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+
+
+def test_a_signal_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
+    arguments = [*TINY, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"]
+    process = start(arguments)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.exists() or len(log.read_text()) < 500):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped by a signal" in output
+    done = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)["fastmoco"]["step"]
+    assert done == records(tmp_path / "run")[-1]["step"]
+    assert main([*arguments, "--run.max_steps", str(done + 2)]) == 0
+    assert records(tmp_path / "run")[-1]["step"] == done + 2
