@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -56,6 +57,7 @@ class Run:
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.stopping = False
+        self.asked = 0.0
 
     def train(self) -> None:
         """Run to the last step or to a signal; either way the final state is on disk."""
@@ -148,9 +150,11 @@ class Run:
         )
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:  # asked twice: do not wait for the next flush
-            raise KeyboardInterrupt
-        self.stopping = True
+        # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.
+        now = time.monotonic()
+        if number == signal.SIGINT and self.stopping and now - self.asked > 1:
+            raise KeyboardInterrupt  # asked again: do not wait for the next flush
+        self.asked, self.stopping = now, True
 
 
 def join_world(config: Config) -> World:

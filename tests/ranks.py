@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,13 +20,24 @@ def _serve(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     world = World(rank, rank, size, torch.device("cpu"), "gloo")
-    while (task := tasks.get()) is not None:
+    while (task := _next(tasks)) is not None:
         function, arguments = task
         try:
             results.put((rank, function(world, *arguments), None))
         except Exception:
             results.put((rank, None, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _next(tasks: Any) -> Any:
+    """The next task; None once the session that started this process is gone."""
+    parent = mp.parent_process()
+    while parent is None or parent.is_alive():
+        try:
+            return tasks.get(timeout=5)
+        except queue.Empty:
+            continue
+    return None
 
 
 class Ranks:
