@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -85,6 +86,41 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed, because a rank died or hangs. The message is one sentence."""
+
+
+@contextmanager
+def naming_failures(world: World, steps_done: Callable[[], int]) -> Iterator[None]:
+    """Turn the failure of a collective inside into a `CollectiveError` with step and operation.
+
+    gloo fails here. NCCL's watchdog ends the process by itself and prints operation and sequence
+    number; the step is the one after the last that was logged, or a little later.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:
+            raise
+        raise CollectiveError(
+            f"rank {world.rank} of {world.size}, step {steps_done() + 1}: {_operation(error)} "
+            f"failed, because another rank died or hangs ({reason[:160]}); the same command "
+            "resumes from the last checkpoint."
+        ) from error
+
+
+def _operation(error: RuntimeError) -> str:
+    """The collective that the traceback of `error` passes through, innermost first."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        if code.co_filename == __file__ and code.co_name != naming_failures.__name__:
+            return code.co_name.strip("_")
+        if code.co_name == "backward":
+            return "the average of gradients in the backward"
+    return "a collective"
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:

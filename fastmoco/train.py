@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 
 from fastmoco import checkpoint, distributed
+from fastmoco.agreement import DisagreementError, require_agreement
 from fastmoco.banner import compile_encoders, start_lines
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
-from fastmoco.distributed import World
+from fastmoco.distributed import CollectiveError, World
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.logbook import Logbook
 from fastmoco.moco import build_moco
@@ -71,7 +72,8 @@ class Run:
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
         ):
             self._announce(log)
-            self._loop(log)
+            with distributed.naming_failures(self.world, lambda: self.done):
+                self._loop(log)
             if main:
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             end = "stopped by a signal, the same command resumes" if self.stopping else "done"
@@ -94,6 +96,7 @@ class Run:
             self.done = done = number + 1
             if progress.due(done):
                 progress.flush(done, lr, self.loader.wait_s)  # the one host synchronization
+                require_agreement(step.moco, self.world, done)
                 self.stopping = distributed.any_rank(self.stopping, self.world)
                 self._evaluate_and_save(progress)
                 if self.stopping:
@@ -174,8 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
         config = parse(arguments)
         Run(config, join_world(config)).train()
-    except (ConfigError, DivergedError) as error:
-        if first:  # every rank finds the same fault; one sentence is enough
+    except (ConfigError, DivergedError, DisagreementError, CollectiveError) as error:
+        if first or isinstance(
+            error, CollectiveError
+        ):  # every rank finds the same fault; one sentence is enough
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     finally:
