@@ -178,9 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(arguments)
         Run(config, join_world(config)).train()
     except (ConfigError, DivergedError, DisagreementError, CollectiveError) as error:
-        if first or isinstance(
-            error, CollectiveError
-        ):  # every rank finds the same fault; one sentence is enough
+        # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
+        if first or isinstance(error, CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     finally:

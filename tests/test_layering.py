@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoder": {"batchnorm", "config"},
     "shuffle": {"config", "distributed"},
     "moco": {"fastmoco_kernels", "config", "encoder"},
+    "agreement": {"distributed", "moco"},
     "optim": {"fastmoco_kernels", "config", "moco"},
     "step": {"fastmoco_kernels", "config", "distributed", "encoder", "moco", "optim", "shuffle"},
     "checkpoint": {"config", "distributed", "step"},
