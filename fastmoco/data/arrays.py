@@ -12,13 +12,16 @@ S side of a view, planes are (3, S, S).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from fastmoco.data.augment import BRIGHTNESS, CONTRAST, HUE, ViewTable
+from fastmoco.data.header import JPEG_START, decode
 
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -38,8 +41,8 @@ class Canvas:
         padded = (3, side + 2 * _PAD, side + 2 * _PAD)
         self.blurred, self.sums, self.centre = np.zeros((3, *padded), np.uint16)
 
-    def execute(self, image: UInt8, table: ViewTable, row: int) -> UInt8:
-        """One view of an RGB image, (H, W, 3) uint8 to (S, S, 3) uint8."""
+    def execute(self, image: Tensor, table: ViewTable, row: int) -> UInt8:
+        """One view of an RGB image, (3, H, W) uint8 to (S, S, 3) uint8."""
         np.copyto(self.rgb, crop(image, table, row, self.side), casting="unsafe")
         gray_first = self.recipe == "v1"
         if table.gray[row] and gray_first:
@@ -196,15 +199,24 @@ def box_radius(sigma: float) -> float:
     return whole + share / (6.0 * (variance - (whole + 1) ** 2))
 
 
-def crop(image: UInt8, table: ViewTable, row: int, side: int) -> UInt8:
+def decode_tensor(data: bytes, max_pixels: int) -> Tensor:
+    """(3, H, W) uint8 RGB, as PIL decodes it. Raises `BadImage` where PIL does not."""
+    if data.startswith(JPEG_START):
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            # The same libjpeg-turbo settings as PIL's, without PIL's copies of the pixels.
+            return cast(Tensor, decode_jpeg(buffer, ImageReadMode.RGB))
+        except RuntimeError:
+            pass  # PIL decides, and has the reason
+    return torch.from_numpy(np.array(decode(data, max_pixels))).permute(2, 0, 1)
+
+
+def crop(image: Tensor, table: ViewTable, row: int, side: int) -> UInt8:
     """The row's box, resized with antialiased bilinear interpolation: (3, S, S) uint8."""
     top, left, height, width = table.crop[row].tolist()
-    box = torch.from_numpy(image[top : top + height, left : left + width])
-    if box.shape[:2] == (side, side):  # torch would return a view
-        planes: UInt8 = box.permute(2, 0, 1).numpy()
-        return planes
+    box = image[None, :, top : top + height, left : left + width]
     resized = torch.nn.functional.interpolate(
-        box.permute(2, 0, 1)[None], size=(side, side), mode="bilinear", antialias=True
+        box, size=(side, side), mode="bilinear", antialias=True
     )
     view: UInt8 = resized[0].numpy()
     return view

@@ -5,6 +5,9 @@ Imported by those processes, so neither torch nor DALI is imported here.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import signal
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,13 @@ class Delivery:
 
     def __init__(self, reader: Reader, plan: Plan, augment: AugmentConfig, first: int) -> None:
         self.reader, self.plan, self.augment, self.first = reader, plan, augment, first
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # In a reader process: Ctrl-C reaches the whole group, and the parent ends its readers.
+        if multiprocessing.parent_process() is not None:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         work = read_work(self.reader, self.plan, self.augment, self.first + iteration)

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.arrays import Canvas
+from fastmoco.data.arrays import Canvas, decode_tensor
 from fastmoco.data.augment import Int64, ViewTable
 from fastmoco.data.header import BadImage, decode
 from fastmoco.data.plan import Plan
@@ -50,24 +49,26 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
         im_k = self._views(work.keys, work.rows_k, images)
         return torch.from_numpy(im_q), torch.from_numpy(im_k), work.replaced
 
-    def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Image.Image]]:
+    def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Any]]:
         """Reads and decodes; starts over without the samples that PIL does not decode."""
+        limit = self.reader.max_pixels
         while True:
             work = read_work(self.reader, self.plan, self.augment, micro_step, rows)
-            images: dict[int, Image.Image] = {}
+            images: dict[int, Any] = {}
             bad: dict[int, str] = {}
             for one in itertools.chain(work.queries, work.keys):
                 if one.sample in images or one.sample in bad:
                     continue
                 try:
-                    images[one.sample] = decode(one.data, self.reader.max_pixels)
+                    by_pil = self.backend == "pil"
+                    images[one.sample] = (decode if by_pil else decode_tensor)(one.data, limit)
                 except BadImage as error:
                     bad[one.sample] = str(error)
             if not bad:
                 return work, images
             self.reader.quarantine(bad)
 
-    def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Image.Image]) -> UInt8:
+    def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Any]) -> UInt8:
         side, table = self.augment.image_size, ViewTable.unpack(rows)
         views = np.empty((len(encoded), side, side, 3), dtype=np.uint8)
         if self.backend == "pil":
@@ -77,7 +78,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
         if self._canvas is None:  # in the worker, once
             self._canvas = Canvas(side, self.augment.recipe)
         for row, one in enumerate(encoded):
-            views[row] = self._canvas.execute(np.array(images[one.sample]), table, row)
+            views[row] = self._canvas.execute(images[one.sample], table, row)
         return views
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.arrays import Canvas, box_radius
+from fastmoco.data.arrays import Canvas, box_radius, decode_tensor
 from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
 from fastmoco.data.reference import execute, open_rgb
 
@@ -35,11 +36,22 @@ def errors(photos: Path, config: AugmentConfig, *, whole: bool = False) -> np.nd
         [
             np.abs(
                 execute(image, table, row, SIDE, config.recipe).astype(np.int64)
-                - canvas.execute(np.array(image), table, row)
+                - canvas.execute(as_tensor(image), table, row)
             )
             for row, image in enumerate(images)
         ]
     )
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_jpegs_decode_to_pils_pixels(photos: Path) -> None:
+    for path in photos.rglob("*.jpg"):
+        data = path.read_bytes()
+        expected = np.asarray(open_rgb(data))
+        assert np.array_equal(decode_tensor(data, 10**8).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "grayscale_p", "flip_p"])
