@@ -125,6 +125,10 @@ def _keep_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _scale_gradient(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the gradient of info_nce is a constant, it cannot be differentiated again"
+        )
     (dq,) = ctx.saved_tensors
     return (grad_loss * dq).to(ctx.dtype), None, None
 

@@ -64,8 +64,12 @@ def launch_configuration(
         block_n, block_k, warps, stages = (32, 32, 8, 2) if narrow else (16, 16, 8, 2)
     elif n <= 32 and block_c <= 256:
         block_n, block_k, warps, stages = (32, 64, 4, 3) if narrow else (32, 32, 4, 3)
-    elif block_c <= 256:
-        block_n, block_k, warps, stages = (128, 64, 8, 3) if narrow else (64, 32, 8, 2)
+    elif narrow:
+        block_n, block_k, warps, stages = 128, 64, 8, 3
+    elif block_c <= 256 and arch < 100:
+        block_n, block_k, warps, stages = 64, 32, 8, 2
+    elif block_c <= 256:  # the tile above spills four registers on sm_100
+        block_n, block_k, warps, stages = 32, 32, 4, 3
     else:
         block_n, block_k, warps, stages = 32, 32, 8, 2
     groups = -(-n // block_n)
@@ -161,6 +165,9 @@ def plan(
     }
     grid = (n + -(-new_rows // chunk),)
     reduce = Launch(kernels.reduce_kernel, grid, arguments, num_warps=4)
+    if precision(q.dtype, configuration.block_c) == "ieee" and q.dtype == torch.float32:
+        # Widening a wide tile inside the kernel spills a thousand registers; a copy does not.
+        shared["queue"] = queue.float()
     return Plan(_partial(q, temperature, configuration, shared), reduce, losses, rank, dq)
 
 

@@ -1,0 +1,131 @@
+"""Does every op compute on this device what its reference computes? A few seconds before a run.
+
+    results = preflight.check(torch.device("cuda"))
+    for result in results:
+        if not result.passed:
+            fallback.use_reference(result.op, result.detail)
+
+The truth is the float64 reference on the same inputs. The bounds are wide enough for any rounding
+that the dtype allows and far too narrow for a wrong mask, scale or order of reads and writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastmoco_kernels import reference
+from fastmoco_kernels.ema import ema_
+from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
+from fastmoco_kernels.sgd_ema import sgd_ema_
+
+# Relative error of the gradient that the inputs' dtype excuses; losses are float32 sums.
+GRADIENT = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LOSS = 1e-3
+UPDATE = 1e-5
+
+
+class Result(NamedTuple):
+    """One op on one set of inputs."""
+
+    op: str
+    case: str
+    passed: bool
+    detail: str
+    seconds: float
+    """Wall time with compilation."""
+
+
+def _features(n: int, c: int, k: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [normalize(torch.randn(r, c, generator=generator), dim=1) for r in (n, n, k)]
+    rows[1] = normalize(rows[0] + 0.7 * rows[1], dim=1)
+    return [r.to(device, dtype) for r in rows]
+
+
+def _check_loss(dtype: torch.dtype, device: torch.device, n: int, c: int, k: int) -> str:
+    q, key, queue = _features(n, c, k, dtype, device)
+    losses, rank, dq = reference.info_nce(q.double(), key.double(), queue.double(), 0.2)
+    q.requires_grad_(True)
+    out = info_nce(q, key, queue, 0.2)
+    (grad,) = torch.autograd.grad(out.loss, q)
+    loss_error = float((out.losses - losses).abs().max())
+    grad_error = float((grad - dq).norm() / dq.norm())
+    wrong = int(((out.rank - rank).abs() > 1).sum())
+    passed = loss_error < LOSS and grad_error < GRADIENT[dtype] and wrong == 0
+    return (
+        f"{'' if passed else 'WRONG '}loss {loss_error:.1e} gradient {grad_error:.1e} rank {wrong}"
+    )
+
+
+def _check_enqueue(dtype: torch.dtype, device: torch.device, n: int, c: int, k: int) -> str:
+    q, key, queue = _features(n, c, k, dtype, device)
+    losses, _, _ = reference.info_nce(q.double(), key.double(), queue.double(), 0.2)
+    pointer = torch.tensor([k - n // 2], device=device)
+    expected, expected_pointer = queue.clone(), pointer.clone()
+    reference.enqueue_(key, expected, expected_pointer)
+    out = info_nce_enqueue(q, key, key, queue, pointer, 0.2)
+    loss_error = float((out.losses - losses).abs().max())
+    same = torch.equal(queue, expected) and torch.equal(pointer, expected_pointer)
+    passed = same and loss_error < LOSS
+    return (
+        f"{'' if passed else 'WRONG '}loss {loss_error:.1e} queue {'equal' if same else 'differs'}"
+    )
+
+
+def _lists(device: torch.device, count: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((1,), (4097,), (64, 3, 7, 7), (70000,))
+    return [[torch.randn(s, generator=generator).to(device) for s in sizes] for _ in range(count)]
+
+
+def _compare(got: list[Tensor], want: list[Tensor]) -> str:
+    error = max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
+    return f"{'' if error < UPDATE else 'WRONG '}largest difference {error:.1e}"
+
+
+def _check_ema(device: torch.device) -> str:
+    targets, sources = _lists(device, 2)
+    want = [t.double() for t in targets]
+    reference.ema_(want, [s.double() for s in sources], 0.99)
+    ema_(targets, sources, 0.99)
+    return _compare(targets, want)
+
+
+def _check_sgd_ema(device: torch.device) -> str:
+    lists = _lists(device, 4)
+    want = [[t.double() for t in tensors] for tensors in lists]
+    lr = torch.tensor(0.1, device=device)
+    reference.sgd_ema_(want[0], want[1], want[2], want[3], lr.double(), 0.9, 1e-3, 0.99)
+    sgd_ema_(*lists, lr=lr, momentum=0.9, weight_decay=1e-3, ema_momentum=0.99)
+    return _compare(lists[0] + lists[2] + lists[3], want[0] + want[2] + want[3])
+
+
+def check(device: torch.device | str) -> list[Result]:
+    """Run every op on the device. One that raises has failed, with the error as its detail."""
+    device = torch.device(device)
+    cases: list[tuple[str, str, Callable[[], str]]] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for shape in ((64, 128, 4096), (5, 33, 1001)):
+            name = f"{str(dtype).removeprefix('torch.')} N, C, K = {shape}"
+            cases.append(("info_nce", name, partial(_check_loss, dtype, device, *shape)))
+            cases.append(("info_nce_enqueue", name, partial(_check_enqueue, dtype, device, *shape)))
+    cases.append(("ema_", "float32", partial(_check_ema, device)))
+    cases.append(("sgd_ema_", "float32", partial(_check_sgd_ema, device)))
+    return [_run(*case) for case in cases]
+
+
+def _run(op: str, case: str, body: Callable[[], str]) -> Result:
+    start = time.perf_counter()
+    try:
+        detail = body()
+    except Exception as error:  # whatever the compiler or the driver raises is the finding
+        detail = f"WRONG {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    return Result(op, case, not detail.startswith("WRONG"), detail, seconds)

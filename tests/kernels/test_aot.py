@@ -1,0 +1,73 @@
+"""Every kernel as the compiler makes it for sm_80, sm_90 and sm_100; no device is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmoco_kernels import aot
+from fastmoco_kernels.info_nce_launch import exact_shift, launch_configuration, precision
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CASES = [(arch, case) for arch in aot.ARCHITECTURES for case in aot.recipe_cases(arch)]
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+def check(case: aot.Case, arch: int) -> aot.Compiled:
+    made = aot.compile_for(case.launch, arch)
+    assert made.spills == 0, f"{case.name}: {made.spills} spills, {made.registers} registers"
+    assert made.shared_bytes <= aot.SHARED_LIMIT[arch]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"), CASES, ids=[f"sm_{arch}-{case.name}" for arch, case in CASES]
+)
+def test_recipes_compile_without_spills(arch: int, case: aot.Case) -> None:
+    made = check(case, arch)
+    assert bool(made.tensor_core) == bool(case.operations)
+    if case.operations and "N=256" in case.name and "bfloat16 queue" in case.name:
+        assert any(op.startswith(MATRIX[arch]) for op in made.operations), made.operations
+    if case.name.startswith(("ema", "sgd")):
+        lists = {"ema": 2, "ema with bfloat16 shadow": 2, "sgd_ema": 4}[case.name]
+        wide = sum(n for op, n in made.operations.items() if op.startswith("LDG") and ".128" in op)
+        stores = sum(n for op, n in made.operations.items() if "STG" in op and ".128" in op)
+        assert wide >= 2 * lists, made.operations
+        assert stores >= 2 * (1 if lists == 2 else 3)
+
+
+def test_narrow_loads_would_be_noticed() -> None:
+    """The alignment promise is what makes the loads wide: without it there are none."""
+    launch = aot.update_cases(90)[0].launch
+    launch.arguments["ALIGNED"] = False
+    made = aot.compile_for(launch, 90)
+    assert not any(".128" in op for op in made.operations)
+
+
+def configurations(arch: int) -> dict[tuple[object, ...], aot.Case]:
+    """One partial launch per tile shape, pair of dtypes and kind of shift that can be chosen."""
+    found: dict[tuple[object, ...], aot.Case] = {}
+    for dtype, queue_dtype in ((BF16, F32), (BF16, BF16), (F16, F32), (F32, F32), (F32, BF16)):
+        for n in (32, 256):
+            for c in (64, 128, 256, 512):
+                for temperature in (0.2, 0.02):
+                    tiles = launch_configuration(n, 65536, c, dtype, arch)
+                    exact = exact_shift(dtype, temperature)
+                    shape = (*tiles[:3], *tiles[-2:])
+                    key = (*shape, dtype, queue_dtype, exact, precision(dtype, tiles.block_c))
+                    if key not in found:
+                        case, _ = aot.info_nce_cases(
+                            n, c, 65536, dtype, queue_dtype, arch, temperature
+                        )
+                        found[key] = case
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_every_configuration_compiles_without_spills(arch: int) -> None:
+    cases = configurations(arch)
+    assert len(cases) > 30
+    for key, case in cases.items():
+        made = check(case, arch)
+        assert (made.tensor_core > 0) == ("tf32x3" in key or key[5] == BF16 or key[5] == F16)
