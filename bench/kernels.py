@@ -1,6 +1,7 @@
 """Op by op: the fused ops beside the official formulation, torch.compile of it and other libraries.
 
-    python -m bench.kernels [--device cuda] [--only ema] [--rounds 20] [--save] [--profile DIR]
+    python -m bench.kernels [--device cuda] [--only ema] [--rounds 20] [--threads 2] [--save]
+                            [--profile DIR]
 
 Prints a table per case; --save appends rows to bench/results/kernels.jsonl. `official` is what the
 published MoCo code does: einsum, cat, division, cross entropy on a clone of the queue, backward; a
@@ -279,10 +280,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=["info_nce", "info_nce_enqueue", "ema", "sgd_ema"])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--profile", type=Path, metavar="DIR")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
     for op, builders in races(device).items():
         if arguments.only not in (None, op):
             continue
