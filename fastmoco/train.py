@@ -23,6 +23,7 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.distributed import CollectiveError, World
 from fastmoco.evaluate.monitor import KnnMonitor
+from fastmoco.host import settle
 from fastmoco.logbook import Logbook
 from fastmoco.moco import build_moco
 from fastmoco.optim import lr_at, set_lr
@@ -123,6 +124,7 @@ class Run:
 
     def _announce(self, log: Logbook) -> None:
         """Print every resolved choice, and draw what the encoders are about to see."""
+        log.say(settle(self.world.device))
         for line in start_lines(
             self.config,
             self.world,

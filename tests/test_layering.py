@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "distributed": set(),
     "batchnorm": set(),
+    "host": set(),
     "data": {"config"},
     "report": {"config"},
     "encoder": {"batchnorm", "config"},
