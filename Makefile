@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench bench-report clean
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=1 -m fastmoco.train --config configs/demo.yaml
@@ -18,6 +18,10 @@ lint: $(READY)
 
 type: $(READY)
 	$(BIN)/mypy
+
+# The tables of README.md from the rows in bench/results.
+bench-report: $(READY)
+	$(BIN)/python -m bench.report
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,285 @@
+"""The contestants of `bench/throughput.py`: our step, its ceilings, the baseline, the loader.
+
+Each factory takes the configuration as YAML text and builds everything that is not to be timed.
+N local batch, S image side.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.official import OfficialMoCo, OfficialStep
+from fastmoco import encoder as encoders
+from fastmoco.banner import compile_encoders
+from fastmoco.config import Config, parse_text
+from fastmoco.data.loader import Batch, Loader, build_loader
+from fastmoco.distributed import World, start
+from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
+from fastmoco.host import settle
+from fastmoco.moco import build_moco
+from fastmoco.step import Step, build_step
+from fastmoco_kernels import InfoNCE, enqueue_
+
+# Operations through which a value reaches the host, by their ATen names.
+HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+FOREVER = 10**9
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations and, among them, host synchronizations; the same on every device.
+
+    Inside a compiled region or a custom op nothing is counted: that is one operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = self.host_syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.host_syncs += func.overloadpacket.__name__ in HOST_SYNCS
+        return func(*args, **(kwargs or {}))
+
+
+class Bench:
+    """A `bench.contest.Machine` around a function that does one step."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        step: Callable[[], object],
+        *,
+        loader: Loader | None = None,
+        facts: dict[str, Any] | None = None,
+        count: bool = True,
+    ) -> None:
+        self.device = device
+        self._step = step
+        self._loader = loader
+        self._facts = facts or {}
+        self._count = count
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds so far in which the step waited for the loader."""
+        return self._loader.wait_s if self._loader else 0.0
+
+    def run(self, steps: int) -> None:
+        """Do `steps` steps."""
+        for _ in range(steps):
+            self._step()
+
+    def facts(self) -> dict[str, Any]:
+        """Host synchronizations and operations of one step, threads, and what the maker noted."""
+        known = {"threads": torch.get_num_threads(), **self._facts}
+        if self._count:
+            with Counter() as counter:
+                self._step()
+            known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+        return known
+
+    def close(self) -> None:
+        """End the loader's processes and the process group."""
+        if self._loader:
+            self._loader.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _built(config: str) -> tuple[Config, World]:
+    """The configuration and this process, settled as `fastmoco.train` settles it."""
+    parsed = parse_text(config)
+    world = start(parsed.run.device, parsed.run.timeout_s)
+    settle(world.device)
+    return parsed, world
+
+
+def _synthetic(config: Config, world: World) -> Iterator[Batch]:
+    """Micro-batches of noise that are on the device already, for ever."""
+    noise = replace(config, data=replace(config.data, source="synthetic"))
+    return build_loader(noise, device=world.device).batches(0, FOREVER)
+
+
+def loader_alone(config: str) -> Bench:
+    """Batches on the device as fast as they come; nothing else uses the machine."""
+    parsed, world = _built(config)
+    loader = build_loader(parsed, device=world.device)
+    batches = loader.batches(0, FOREVER)
+    accumulate = parsed.optim.accumulate
+
+    def step() -> None:
+        list(islice(batches, accumulate))
+
+    return Bench(
+        world.device, step, loader=loader, facts={"loader": loader.description}, count=False
+    )
+
+
+def our_step(config: str, without: Sequence[str] = ()) -> Bench:
+    """The step of `fastmoco.train` on images that are on the device already.
+
+    `without` switches improvements off: see `WITHOUT`.
+    """
+    parsed, world = _built(config)
+    step, batches = _ours(parsed, world), _synthetic(parsed, world)
+    run = _numbered(step, batches, parsed.optim.accumulate)
+    for name in without:
+        run = WITHOUT[name](run, step)
+    return Bench(world.device, run)
+
+
+def end_to_end(config: str) -> Bench:
+    """The step of `fastmoco.train` fed by its loader."""
+    parsed, world = _built(config)
+    step = _ours(parsed, world)
+    loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
+    run = _numbered(step, loader.batches(0, FOREVER), parsed.optim.accumulate)
+    return Bench(
+        world.device, run, loader=loader, facts={"loader": loader.description}, count=False
+    )
+
+
+def _ours(config: Config, world: World) -> Step:
+    moco = build_moco(config, config.bn_group_size(world.size), world.device)
+    compiled = compile_encoders(config, world.device)
+    return build_step(config, moco, world, compile_encoders=compiled)
+
+
+def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Callable[[], object]:
+    number = 0
+
+    def run() -> None:
+        nonlocal number
+        step(list(islice(batches, accumulate)), number)
+        number += 1
+
+    return run
+
+
+def bare_encoder(config: str) -> Bench:
+    """Supervised forward and backward of the encoder, plus one forward: the step's ceiling.
+
+    Neither a loss over a queue nor optimizer, EMA, shuffle or unit vectors; otherwise the same
+    network, precision and batch.
+    """
+    parsed, world = _built(config)
+    group = parsed.bn_group_size(world.size)
+    of_q, of_k = (build_encoder(parsed.model, group).to(world.device).train() for _ in range(2))
+    compiled = compile_encoders(parsed, world.device)
+    batches, dtype = _synthetic(parsed, world), DTYPES[parsed.run.precision]
+    plain_q, plain_k = _Logits(of_q, dtype), _Logits(of_k, dtype)
+    if compiled:
+        plain_q.compile(dynamic=False)
+        plain_k.compile(dynamic=False)
+    labels = torch.zeros(parsed.local_batch_size(world.size), dtype=torch.long)
+    labels = labels.to(world.device)
+
+    def step() -> None:
+        for batch in islice(batches, parsed.optim.accumulate):
+            with torch.no_grad():
+                plain_k(batch.im_k)
+            F.cross_entropy(plain_q(batch.im_q), labels).backward()
+        of_q.zero_grad(set_to_none=True)
+
+    return Bench(world.device, step)
+
+
+class _Logits(Embed):
+    """The encoder as a classifier: its output in fp32, not normalized."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = images.device.type
+        with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
+            logits: Tensor = self.encoder(normalize_pixels(images))
+        return logits.float()
+
+
+def official_step(config: str) -> Bench:
+    """The published step (`bench.official`) on fp32 images that are on the device already."""
+    parsed = parse_text(config)
+    world = start(parsed.run.device, parsed.run.timeout_s)  # the process stays as Python starts it
+    if world.size == 1:
+        folder = tempfile.mkdtemp()
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = f"file://{Path(folder) / 'store'}"
+        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    torch.manual_seed(parsed.run.seed)
+    encoder = build_encoder(parsed.model).to(memory_format=torch.contiguous_format)
+    queue = F.normalize(torch.randn(parsed.model.dim, parsed.moco.queue_size), dim=0)
+    moco = OfficialMoCo(
+        encoder, queue, momentum=parsed.moco.momentum, temperature=parsed.moco.temperature
+    )
+    optim = parsed.optim
+    step = OfficialStep(
+        moco.to(world.device).train(),
+        lr=parsed.resolved_lr(),
+        momentum=optim.momentum,
+        decay=optim.weight_decay,
+    )
+    pool = [
+        tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
+        for batch in islice(_synthetic(parsed, world), 2)
+    ]
+    turn = 0
+
+    def run() -> None:
+        nonlocal turn
+        im_q, im_k = pool[turn % len(pool)]
+        step(im_q, im_k)
+        turn += 1
+
+    return Bench(world.device, run)
+
+
+Run = Callable[[], object]
+
+
+def _without_channels_last(run: Run, step: Step) -> Run:
+    step.moco.to(memory_format=torch.contiguous_format)
+
+    def contiguous(images: Tensor) -> Tensor:
+        return normalize_pixels(images).contiguous()
+
+    return _patched(run, mock.patch.object(encoders, "normalize_pixels", contiguous))
+
+
+def _without_fused_loss(run: Run, step: Step) -> Run:
+    return _patched(run, mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
+
+
+def _patched(run: Run, patch: Any) -> Run:
+    def patched() -> None:
+        with patch:
+            run()
+
+    return patched
+
+
+def eager_loss(
+    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
+) -> InfoNCE:
+    """The loss as published: queue cloned, logits (N, 1+K) materialized, autograd through them."""
+    positive = (q * k).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.clone().detach().T], dim=1) / temperature
+    losses = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="none")
+    rank = (logits[:, 1:] >= logits[:, :1]).sum(1)
+    enqueue_(keys, queue, queue_ptr)
+    return InfoNCE(losses.mean(), rank, losses.detach())
+
+
+WITHOUT: dict[str, Callable[[Run, Step], Run]] = {
+    "channels_last": _without_channels_last,
+    "fused_loss": _without_fused_loss,
+}

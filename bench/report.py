@@ -1,0 +1,143 @@
+"""Tables of the README from the rows in `bench/results`: `python -m bench.report [--check]`.
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. `--check` changes nothing
+and exits 1 when a table differs from what the rows give, which is how CI finds a stale README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import RESULTS, ROOT
+
+Row = dict[str, Any]
+
+TITLES = {
+    "loader": "loader alone",
+    "step": "**our step**",
+    "end_to_end": "**our step, fed by the loader**",
+    "encoder": "bare encoder: forward, backward, one more forward",
+    "official": "published step",
+}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of one results file; none if it is not there. Rows of a dirty tree do not count."""
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return [row for row in rows if not row["environment"]["dirty"]]
+
+
+def latest(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of the latest run of every case, in the order in which cases first appeared."""
+    runs: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        case = json.dumps(row["case"] | {"device": row["environment"]["device"]}, sort_keys=True)
+        runs.setdefault(case, {}).setdefault(row["environment"]["date"], []).append(row)
+    return [by_date[max(by_date)] for by_date in runs.values()]
+
+
+def _throughput(rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    for run in latest(rows):
+        case, where = run[0]["case"], run[0]["environment"]
+        device = where["cpu"] if where["device"] == "cpu" else where["device"]
+        lines += [
+            f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
+            f"K = {case['queue_size']}, {case['precision']}, on {device} with {where['threads']} "
+            f"threads (commit {where['commit'][:7]}, load average {where['load_average']:g}):",
+            "",
+            "| | images/s p50 | p20 - p80 | CPU s per step | peak memory | host syncs per step |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in run:
+            p20, p50, p80 = (row[f"p{p}_images_per_second"] for p in (20, 50, 80))
+            lines.append(
+                f"| {TITLES[row['contestant']]} | {p50:.2f} | {p20:.2f} - {p80:.2f} | "
+                f"{row['cpu_s_per_step']:.3f} | {row['peak_memory_gib']:.2f} GiB | "
+                f"{row.get('host_syncs', '-')} |"
+            )
+        lines += ["", *_sentences(run), ""]
+    return lines[:-1]
+
+
+def _sentences(run: Sequence[Row]) -> list[str]:
+    ratios = run[0]["ratios"]
+    found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
+    waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
+    found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
+    return ["; ".join(found) + f". {run[0]['n']} windows of each, in turns."]
+
+
+def _ablation(rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    for run in latest(rows):
+        case = run[0]["case"]
+        lines += [
+            f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
+            f"K = {case['queue_size']}: our step with one thing switched off at a time.",
+            "",
+            "| switched off | time of a step, relative (p50) | p20 - p80 | CPU time, relative |",
+            "|---|---:|---:|---:|",
+        ]
+        for row in run:
+            p20, p50, p80 = row["relative"]
+            lines.append(
+                f"| {row['contestant']} | {p50:.2f} | {p20:.2f} - {p80:.2f} | "
+                f"{row['relative_cpu']:.2f} |"
+            )
+        lines.append("")
+    return lines[:-1]
+
+
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
+    "throughput": ("throughput.jsonl", _throughput),
+    "ablation": ("ablation.jsonl", _ablation),
+}
+
+
+def table(name: str, results: Path = RESULTS) -> str:
+    """The Markdown of one table; says so when there is no row yet."""
+    file, make = TABLES[name]
+    return "\n".join(make(read_rows(results / file)) or ["No row has been published yet."])
+
+
+def with_tables(text: str, results: Path = RESULTS) -> str:
+    """`text` with every known table brought up to date. ValueError for a marker left open."""
+    for name in TABLES:
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        if begin not in text:
+            continue
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise ValueError(f"{begin} is never closed by {end}")
+        text = f"{head}{begin}\n{table(name, results)}\n{end}{tail}"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 when `--check` finds a stale table."""
+    parser = argparse.ArgumentParser("bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    chosen = parser.parse_args(arguments)
+    old = chosen.file.read_text()
+    new = with_tables(old)
+    if old == new:
+        return 0
+    if chosen.check:
+        print(f"{chosen.file.name} is stale: run make bench-report", file=sys.stderr)
+        return 1
+    chosen.file.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

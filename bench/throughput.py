@@ -1,0 +1,233 @@
+"""Images per second, where they go, and who is faster: `python -m bench.throughput --config FILE`.
+
+Takes the options of `fastmoco.train`. In one run and in turns it times the loader alone, the step
+on images that are on the device already, the two together, the bare encoder (supervised forward
+and backward plus one forward: the ceiling of the step) and the published step. Every window ends
+with a device synchronization; p20, p50 and p80 are over windows. Nothing but the device that torch
+finds differs between CPU and CUDA.
+
+    --quick            few short windows, no row: a first look in a minute or two
+    --windows N        timed windows of each contestant (20)
+    --window-steps N   steps of a window (1 on the CPU, 10 on CUDA)
+    --only A,B         some of: loader, step, end_to_end, encoder, official
+    --publish          append rows to bench/results/throughput.jsonl; refused for a dirty tree
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.contest import Contestant, Result, contest
+from bench.harness import RESULTS, environment, percentile
+from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
+from fastmoco.data.folders import resolve_folders
+
+ROWS = RESULTS / "throughput.jsonl"
+
+FACTORIES = {
+    "loader": "bench.machines:loader_alone",
+    "step": "bench.machines:our_step",
+    "end_to_end": "bench.machines:end_to_end",
+    "encoder": "bench.machines:bare_encoder",
+    "official": "bench.machines:official_step",
+}
+TITLES = {
+    "loader": "loader alone",
+    "step": "our step",
+    "end_to_end": "our step fed by the loader",
+    "encoder": "bare encoder (ceiling)",
+    "official": "published step",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    only: tuple[str, ...]
+    windows: int
+    window_steps: int
+    quick: bool
+    publish: bool
+
+
+def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
+    """The benchmark's own options and, from the rest, the configuration of the run.
+
+    Raises `ConfigError` as `fastmoco.config.parse` does, and for unknown contestants.
+    """
+    parser = argparse.ArgumentParser("bench.throughput", description=__doc__, add_help=False)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--windows", type=int, default=0)
+    parser.add_argument("--window-steps", type=int, default=0)
+    parser.add_argument("--only", default=",".join(FACTORIES))
+    parser.add_argument("--publish", action="store_true")
+    own, rest = parser.parse_known_args(arguments)
+    config = parse(rest)
+    check(config, 1)
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    only = tuple(own.only.split(","))
+    if config.data.source == "synthetic":
+        only = tuple(name for name in only if name not in ("loader", "end_to_end"))
+    else:
+        config = resolve_folders(config)
+    unknown = sorted(set(only) - set(FACTORIES))
+    if unknown:
+        raise ConfigError(f"--only knows {', '.join(FACTORIES)}, not {', '.join(unknown)}.")
+    plan = Plan(
+        only=only,
+        windows=own.windows or (5 if own.quick else 20),
+        window_steps=own.window_steps or (10 if cuda else 1),
+        quick=own.quick,
+        publish=own.publish,
+    )
+    return plan, config
+
+
+def case_of(config: Config) -> dict[str, Any]:
+    """What a row is about; rows of equal cases are comparable."""
+    chosen = {
+        "arch": config.model.arch,
+        "image_size": config.augment.image_size,
+        "batch": config.optim.global_batch_size,
+        "queue_size": config.moco.queue_size,
+        "precision": config.run.precision,
+        "compile": config.run.compile,
+        "shuffle_bn": config.shuffle_bn(1),
+        "bn_group_size": config.bn_group_size(1),
+        "data": config.data.source,
+    }
+    return chosen
+
+
+def summary(result: Result, images: int) -> dict[str, Any]:
+    """Percentiles and facts of one contestant, as they stand in a row."""
+    speeds = result.images_per_second(images)
+    seconds = sum(w.seconds for w in result.windows)
+    steps = sum(w.steps for w in result.windows)
+    return {
+        **{f"p{p}_images_per_second": round(percentile(speeds, p / 100), 3) for p in (20, 50, 80)},
+        "n": len(speeds),
+        "steps": steps,
+        "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
+        "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
+        **result.facts,
+    }
+
+
+def ratio(results: dict[str, Result], mine: str, other: str) -> tuple[float, float, float] | None:
+    """p20, p50, p80 over turns of the speed of `mine` relative to `other`, or None.
+
+    Windows of one turn ran right after each other, so their ratio is steadier than either speed.
+    """
+    if mine not in results or other not in results:
+        return None
+    turns = zip(results[mine].windows, results[other].windows, strict=True)
+    ratios = [(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns]
+    p20, p50, p80 = (percentile(ratios, share) for share in (0.2, 0.5, 0.8))
+    return p20, p50, p80
+
+
+def measure(plan: Plan, config: Config, without: Sequence[str] = ()) -> dict[str, Result]:
+    """Run the contest of `plan`."""
+    text = dump(config)
+    contestants = [Contestant(name, FACTORIES[name], {"config": text}) for name in plan.only]
+
+    def report(done: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{plan.windows} windows", end="", file=sys.stderr, flush=True)
+
+    return contest(
+        contestants,
+        windows=plan.windows,
+        steps=plan.window_steps,
+        warmup=max(2, plan.window_steps),
+        progress=report,
+    )
+
+
+def lines(config: Config, rows: dict[str, dict[str, Any]], ratios: dict[str, Any]) -> list[str]:
+    """The result as text."""
+    head = f"{'':28s}{'images/s p20':>13s}{'p50':>9s}{'p80':>9s}{'CPU s/step':>12s}"
+    out = [", ".join(f"{k} {v}" for k, v in case_of(config).items()), head]
+    out[-1] += f"{'memory GiB':>12s}{'host syncs':>12s}{'data wait':>11s}"
+    for name, row in rows.items():
+        speeds = [row[f"p{p}_images_per_second"] for p in (20, 50, 80)]
+        text = f"{TITLES[name]:28s}{speeds[0]:13.2f}{speeds[1]:9.2f}{speeds[2]:9.2f}"
+        text += f"{row['cpu_s_per_step']:12.3f}{row['peak_memory_gib']:12.2f}"
+        text += f"{row.get('host_syncs', ''):>12}"
+        out.append(text + (f"{row['data_wait_percent']:10.1f}%" if name == "end_to_end" else ""))
+    for title, (p20, p50, p80) in ratios.items():
+        out.append(f"{title}: {p50:.2f} (p20 {p20:.2f}, p80 {p80:.2f} over turns)")
+    return out
+
+
+def ratios_of(results: dict[str, Result]) -> dict[str, tuple[float, float, float]]:
+    """Every ratio that the contestants allow, by what it says."""
+    wanted = {
+        "our step / published step": ("step", "official"),
+        "our step / bare encoder": ("step", "encoder"),
+        "fed by the loader / our step": ("end_to_end", "step"),
+    }
+    found = {title: ratio(results, *pair) for title, pair in wanted.items()}
+    return {title: value for title, value in found.items() if value}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
+    try:
+        plan, config = options(sys.argv[1:] if arguments is None else arguments)
+        cuda = torch.cuda.is_available() and config.run.device != "cpu"
+        where = environment(torch.device("cuda" if cuda else "cpu"))
+        if plan.publish and where["dirty"]:
+            raise ConfigError("The tree differs from its commit: commit first, then --publish.")
+    except ConfigError as error:
+        print(f"throughput: {error}", file=sys.stderr)
+        return 2
+    results = measure(plan, config)
+    images = config.optim.global_batch_size
+    rows = {name: summary(result, images) for name, result in results.items()}
+    ratios = ratios_of(results)
+    show(lines(config, rows, ratios))
+    if plan.publish:
+        append(ROWS, config, rows, ratios, where)
+        print(f"{len(rows)} rows appended to {ROWS.name}")
+    return 0
+
+
+def show(text: Sequence[str]) -> None:
+    """Print the table."""
+    print("\n".join(text), flush=True)
+
+
+def append(
+    path: Path,
+    config: Config,
+    rows: dict[str, dict[str, Any]],
+    ratios: dict[str, tuple[float, float, float]],
+    where: dict[str, Any],
+) -> None:
+    """One JSON line per contestant; rows of one contest share environment and ratios."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = {
+        "benchmark": "throughput",
+        "case": case_of(config),
+        "ratios": {title: [round(x, 4) for x in value] for title, value in ratios.items()},
+        "config": flatten(config),
+        "environment": where,
+    }
+    with path.open("a") as file:
+        for name, row in rows.items():
+            file.write(json.dumps({**shared, "contestant": name, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

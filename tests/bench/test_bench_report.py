@@ -1,0 +1,80 @@
+"""The README's tables come from rows, and a stale one is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.contest import Result, Window
+from bench.harness import ROOT
+from bench.throughput import case_of, ratios_of, summary
+from fastmoco.config import Config
+
+WHERE = {
+    "device": "cpu",
+    "cpu": "a processor",
+    "threads": 2,
+    "commit": "0123456789",
+    "load_average": 0.5,
+    "dirty": False,
+}
+FACTS = {"peak_memory_gib": 1.5, "host_syncs": 0, "threads": 2}
+
+
+def rows(date: str, factor: float, dirty: bool = False) -> list[dict[str, object]]:
+    """A contest in which our step takes 1 s and the published one `factor` s."""
+    results = {
+        "step": Result([Window(1, 1.0, 2.0, 0.1)] * 3, FACTS),
+        "official": Result([Window(1, factor, 2 * factor, 0.0)] * 3, FACTS),
+    }
+    shared = {
+        "case": case_of(Config()),
+        "ratios": ratios_of(results),
+        "environment": {**WHERE, "date": date, "dirty": dirty},
+    }
+    return [
+        {**shared, "contestant": name, **summary(result, 256)} for name, result in results.items()
+    ]
+
+
+def write(path: Path, *contests: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for rows_ in contests for row in rows_))
+
+
+def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
+    write(
+        tmp_path / "throughput.jsonl",
+        rows("2026-01-01", 2.0),
+        rows("2026-01-02", 3.0),
+        rows("2026-01-03", 9.0, dirty=True),
+    )
+    table = report.table("throughput", tmp_path)
+    assert "| **our step** | 256.00 | 256.00 - 256.00 | 2.000 | 1.50 GiB | 0 |" in table
+    assert "our step / published step: **3.00** (3.00 - 3.00)" in table
+    assert table.count("published step |") == 1
+
+
+def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
+    text = "a\n<!-- bench:throughput -->\nold\n<!-- /bench:throughput -->\nb\n"
+    new = report.with_tables(text, tmp_path)
+    assert new.startswith("a\n<!-- bench:throughput -->\nNo row")
+    assert new.endswith("<!-- /bench:throughput -->\nb\n")
+    assert report.with_tables(new, tmp_path) == new
+    with pytest.raises(ValueError, match="never closed"):
+        report.with_tables("<!-- bench:throughput -->", tmp_path)
+
+
+def test_readme_is_not_stale() -> None:
+    assert report.main(["--check"]) == 0, "run make bench-report"
+    assert (ROOT / "README.md").is_file()
+
+
+def test_stale_file_is_found_and_mended(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("<!-- bench:throughput -->\nold\n<!-- /bench:throughput -->\n")
+    assert report.main(["--check", "--file", str(file)]) == 1
+    assert report.main(["--file", str(file)]) == 0
+    assert report.main(["--check", "--file", str(file)]) == 0

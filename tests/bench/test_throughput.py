@@ -1,0 +1,51 @@
+"""A small contest in real processes: every contestant runs and its facts are right."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.contest import Contestant, contest
+from bench.throughput import main, measure, options, ratios_of, summary
+from fastmoco.config import ConfigError
+
+TINY = [
+    *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
+    *("--run.device", "cpu", "--run.precision", "fp32"),
+]
+
+
+def test_contest_of_step_and_published_step() -> None:
+    plan, config = options([*TINY, "--windows", "2", "--only", "step,official"])
+    results = measure(plan, config)
+    rows = {name: summary(result, 8) for name, result in results.items()}
+    assert rows["step"]["host_syncs"] == 0
+    assert rows["official"]["host_syncs"] == 4  # loss, top-1, top-5 and queue_ptr
+    assert all(row["n"] == 2 and row["p50_images_per_second"] > 0 for row in rows.values())
+    assert ratios_of(results).keys() == {"our step / published step"}
+
+
+def test_failure_of_a_contestant_is_told() -> None:
+    nobody = Contestant("nobody", "bench.machines:our_step", {"config": "run: {device: cuda}"})
+    with pytest.raises(RuntimeError, match="nobody failed"):
+        contest([nobody], windows=1, steps=1, warmup=1)
+
+
+def test_synthetic_data_has_no_loader_to_time() -> None:
+    plan, _ = options(TINY)
+    assert plan.only == ("step", "encoder", "official")
+
+
+def test_unknown_contestant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        options([*TINY, "--only", "nonsense"])
+    assert main([*TINY, "--only", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_dirty_tree_publishes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.throughput.environment", lambda device: {"dirty": True})
+    assert main([*TINY, "--publish"]) == 2
+    assert "commit first" in capsys.readouterr().err

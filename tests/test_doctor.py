@@ -1,0 +1,82 @@
+"""The doctor's findings, and the preflight that training runs at its start."""
+
+from __future__ import annotations
+
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+from fastmoco import doctor
+from fastmoco.distributed import World
+from fastmoco_kernels import fallback, preflight
+from tests.ranks import Ranks
+
+CPU = torch.device("cpu")
+TINY = [
+    *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
+]
+
+
+def test_doctor_of_a_synthetic_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "BUDGET_S", 0.1)
+    assert doctor.main([*TINY, "--run.device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("versions", "cpu", "precision", "shuffle", "preflight", "exchange", "step"):
+        assert f"\n{name}" in f"\n{printed}"
+    assert "every op equals its float64 reference" in printed
+
+
+def test_doctor_refuses_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([*TINY, "--moco.bn_group_size", "3"]) == 2
+    assert "bn_group_size" in capsys.readouterr().err
+
+
+def test_preflight_is_silent_when_all_is_well() -> None:
+    assert doctor.short_preflight(CPU) == []
+    assert fallback.replaced() == {}
+
+
+def test_wrong_kernel_is_replaced_loudly_on_cuda() -> None:
+    wrong = [
+        preflight.Result("info_nce", "bfloat16", False, "WRONG loss", 0.1),
+        preflight.Result("info_nce", "float16", False, "WRONG loss", 0.1),
+        preflight.Result("ema_", "float32", True, "", 0.1),
+    ]
+    with (
+        mock.patch.object(preflight, "check", return_value=wrong),
+        pytest.warns(RuntimeWarning, match="switched off"),
+    ):
+        (sentence,) = doctor.short_preflight(torch.device("cuda"))
+    assert fallback.replaced() == {"info_nce": "bfloat16: WRONG loss"}
+    fallback.use_kernel("info_nce")
+    assert sentence.startswith("info_nce is wrong on cuda")
+    with mock.patch.object(preflight, "check", return_value=wrong), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(doctor.short_preflight(CPU)) == 1
+    assert fallback.replaced() == {}
+
+
+def exchange(world: World) -> str:
+    return doctor.check_exchange(world)[1]
+
+
+def test_exchange_between_two_ranks(two_ranks: Ranks) -> None:
+    for verdict in two_ranks.run(exchange):
+        assert verdict.startswith("every row came home")
+
+
+def test_lost_row_is_found() -> None:
+    with mock.patch.object(doctor, "_identity", lambda images: images.flip(0)):
+        _, verdict = doctor.check_exchange(World(0, 0, 1, CPU, "none"))
+    assert verdict.startswith("WRONG")
+
+
+def test_verdict_names_what_limits() -> None:
+    assert "device limits" in doctor._verdict(2000.0, 1000.0, torch.device("cuda"))
+    assert "idle 50 %" in doctor._verdict(500.0, 1000.0, torch.device("cuda"))
+    assert "share the cores" in doctor._verdict(500.0, 1000.0, CPU)
