@@ -28,7 +28,9 @@ from fastmoco.data.reader import Encoded, Reader, Work, read_work
 from fastmoco.data.reference import UInt8, execute
 from fastmoco.data.views import Views
 
-_PART = 32
+# Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
+# a copy; joining parts costs the main process 0.7 ms per sample of 224 pixels.
+_PART = 64
 
 
 class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):

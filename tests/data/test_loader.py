@@ -138,6 +138,15 @@ def test_key_rows_permute_the_keys_only(photos: Path, tmp_path: Path, backend: s
         assert torch.equal(a.im_k[rolled(step)], b.im_k)
 
 
+def test_parts_of_workers_join_to_the_same_batches(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(photos, tmp_path, "array")
+    whole = drawn(config, 1, 4, key_rows=rolled)
+    monkeypatch.setattr("fastmoco.data.workers._PART", 5)  # four parts of four rows
+    assert same(drawn(config, 1, 4, key_rows=rolled), whole)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulation_cuts_the_global_batch(photos: Path, tmp_path: Path, backend: str) -> None:
     whole = drawn(configuration(photos, tmp_path, backend), 2, 4)
