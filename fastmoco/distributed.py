@@ -26,6 +26,9 @@ _all_gather: Callable[..., Tensor] = getattr(
     functional, "all_gather_single", functional.all_gather_tensor
 )
 
+# What DDP takes by default.
+_BUCKET_BYTES = 25 << 20
+
 
 @dataclass(frozen=True)
 class World:
@@ -134,14 +137,36 @@ def all_gather(x: Tensor, world: World) -> Tensor:
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: World) -> Tensor:
     """Send the first send[0] rows to rank 0, the next send[1] to rank 1, and so on.
 
-    Returns (sum(receive), ...): receive[r] rows from each rank r, in rank order.
+    Returns (sum(receive), ...): receive[r] rows from each rank r, in rank order. In eager mode the
+    exchange runs on while the caller computes, and the first use of the result waits for it.
     """
     if world.size == 1:
         return x
-    moved: Tensor = functional.wait_tensor(
-        functional.all_to_all_single(x.contiguous(), list(receive), list(send), _group())
+    moved: Tensor = functional.all_to_all_single(
+        x.contiguous(), list(receive), list(send), _group()
     )
     return moved
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
+    """The mean of each tensor over ranks, for a traced step; DDP does this in eager mode.
+
+    Last tensors first, because the backward finishes with them first, and in several collectives,
+    so that a scheduler can begin to send before the backward ends.
+    """
+    if world.size == 1:
+        return list(tensors)
+    means: list[Tensor] = []
+    bucket: list[Tensor] = []
+    held = 0
+    for index in reversed(range(len(tensors))):
+        bucket.append(tensors[index])
+        held += tensors[index].numel() * tensors[index].element_size()
+        if held >= _BUCKET_BYTES or index == 0:
+            summed = functional.all_reduce_coalesced(bucket, "sum", _group())  # gloo has no mean
+            means += [total / world.size for total in summed]
+            bucket, held = [], 0
+    return means[::-1]
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:

@@ -46,31 +46,41 @@ class SGDWithEMA(torch.optim.SGD):
     def __init__(self, moco: MoCo, *, lr: float, momentum: float, decay: float, ema: float) -> None:
         params_q, self._params_k = moco.parameter_pairs()
         super().__init__(params_q, lr=lr, momentum=momentum, weight_decay=decay)
-        self._ema = ema
+        self._momentum, self._decay, self._ema = momentum, decay, ema
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of both encoders from the gradients of encoder_q."""
         if closure is not None:
             raise ValueError("SGDWithEMA takes no closure: gradients must already be there")
-        (group,) = self.param_groups
-        params: list[Tensor] = group["params"]
+        params: list[Tensor] = self.param_groups[0]["params"]
         grads = [p.grad for p in params if p.grad is not None]
         if len(grads) != len(params):
             raise ValueError(
                 f"{len(params) - len(grads)} of {len(params)} parameters lack a gradient"
             )
+        self.update(params, grads, self.momentum_buffers(), self.param_groups[0]["lr"])
+
+    def momentum_buffers(self) -> list[Tensor]:
+        """One per parameter, in order; zeros before the first step."""
+        params: list[Tensor] = self.param_groups[0]["params"]
         for p in params:
             if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+    def update(
+        self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float | Tensor
+    ) -> None:
+        """The update itself, without the hooks of `step`, which torch.compile cannot trace."""
         sgd_ema_(
             params,
             grads,
-            [self.state[p]["momentum_buffer"] for p in params],
+            buffers,
             self._params_k,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            lr=lr,
+            momentum=self._momentum,
+            weight_decay=self._decay,
             ema_momentum=self._ema,
         )
 

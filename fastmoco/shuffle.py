@@ -51,8 +51,12 @@ class Shuffle(Protocol):
         """int64 row indices that `__call__` needs in this micro-step, on the CPU."""
         ...
 
-    def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:
-        """Encode the key images (N, S, S, 3) so that no key shares its query's BN group."""
+    def send(self, im_k: Tensor, indices: Tensor) -> Tensor:
+        """Begin to move key images (N, S, S, 3); the queries' forward may run meanwhile."""
+        ...
+
+    def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
+        """Encode what `send` returned so that no key shares its query's BN group but by chance."""
         ...
 
 
@@ -92,9 +96,13 @@ class NoShuffle:
         """Empty: nothing moves."""
         return torch.empty(0, dtype=torch.int64)
 
-    def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:
+    def send(self, im_k: Tensor, indices: Tensor) -> Tensor:
+        """No image leaves the rank."""
+        return im_k
+
+    def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
         """Encode in place."""
-        local = encode(im_k)
+        local = encode(sent)
         return Keys(local, all_gather(local, self.world))
 
 
@@ -114,10 +122,14 @@ class SplitShuffle:
         order = uniform_arrangement(stream, seed=self.seed, batch=self.local)
         return torch.from_numpy(np.concatenate([order, np.argsort(order)]))
 
-    def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:
+    def send(self, im_k: Tensor, indices: Tensor) -> Tensor:
+        """No image leaves the rank."""
+        return im_k
+
+    def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
         """Permute, encode, permute back."""
         order, inverse = indices.split(self.local)
-        local = encode(im_k[order])[inverse]
+        local = encode(sent[order])[inverse]
         return Keys(local, all_gather(local, self.world))
 
 
@@ -136,9 +148,13 @@ class LoaderShuffle:
         """(B,): the slot in which each query row's key was encoded."""
         return torch.from_numpy(np.argsort(self.key_rows(micro_step)))
 
-    def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:
+    def send(self, im_k: Tensor, indices: Tensor) -> Tensor:
+        """No image leaves the rank."""
+        return im_k
+
+    def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
         """Encode what the loader brought, gather, unshuffle."""
-        return _unshuffle(encode(im_k), indices, self.local, self.world)
+        return _unshuffle(encode(sent), indices, self.local, self.world)
 
 
 @dataclass(frozen=True)
@@ -166,12 +182,15 @@ class AllToAllShuffle:
         receive = [len(range((rank - s - 1) % ranks, self.local, ranks)) for s in range(ranks)]
         return send, receive
 
-    def __call__(self, encode: Encode, im_k: Tensor, indices: Tensor) -> Keys:
-        """Exchange images, encode, gather, unshuffle."""
-        mine, arrival, home = indices.split([self.local, self.local, self.local * self.world.size])
+    def send(self, im_k: Tensor, indices: Tensor) -> Tensor:
+        """Begin to exchange images."""
         send, receive = self.splits()
-        moved = all_to_all(im_k[mine], send, receive, self.world)
-        return _unshuffle(encode(moved[arrival]), home, self.local, self.world)
+        return all_to_all(im_k[indices[: self.local]], send, receive, self.world)
+
+    def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
+        """Encode what arrived, gather, unshuffle."""
+        arrival, home = indices[self.local : 2 * self.local], indices[2 * self.local :]
+        return _unshuffle(encode(sent[arrival]), home, self.local, self.world)
 
 
 def _unshuffle(encoded: Tensor, home: Tensor, local: int, world: World) -> Keys:

@@ -5,18 +5,19 @@ N local batch, W ranks, S image side, C feature dimension, K queue length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.distributed import World, average_gradients, gradient_sync
+from fastmoco.distributed import World, average_gradients, gradient_sync, mean_over_ranks
 from fastmoco.encoder import DTYPES, Embed
 from fastmoco.moco import MoCo
-from fastmoco.optim import build_optimizer
+from fastmoco.optim import SGDWithEMA, build_optimizer
 from fastmoco.shuffle import Shuffle, build_shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
 
@@ -60,9 +61,10 @@ class Step:
         for index, (im_q, im_k, order) in enumerate(contrasts):
             is_last = index == len(contrasts) - 1
             with gradient_sync(self.embed_q, is_last):
-                with torch.no_grad():
-                    k = self.shuffle(self.embed_k, im_k, order)
+                sent = self.shuffle.send(im_k, order)  # arrives while the queries are encoded
                 q = self.embed_q(im_q)
+                with torch.no_grad():
+                    k = self.shuffle(self.embed_k, sent, order)
                 keys.append(k.gathered)
                 queue, ptr = self.moco.queue, self.moco.queue_ptr
                 if is_last:
@@ -93,6 +95,60 @@ class Step:
         return contrasts
 
 
+@dataclass
+class WholeStep(Step):
+    """The same step as one graph, from the exchange to the update of both encoders.
+
+    One micro-batch, one contrast and `SGDWithEMA` only, no gradient scaler. Why not DDP around a
+    compiled encoder: see docs/distributed.md.
+    """
+
+    world: World
+    backend: str | Callable[..., Any] = "inductor"
+
+    def __post_init__(self) -> None:
+        # Collectives start once their inputs are there and are waited for as late as possible.
+        options: dict[str, Any] = {"reorder_for_compute_comm_overlap": True}
+        self._graph = torch.compile(
+            self._whole,
+            fullgraph=True,
+            dynamic=False,
+            backend=self.backend,
+            options=options if self.backend == "inductor" else None,
+        )
+        self._lr = torch.zeros((), device=self.world.device)
+
+    def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
+        """Advance both encoders, the queue and the cursor by one step; see `Step`."""
+        return self.run_graph(*self._contrasts(micro_batches, step)[0])
+
+    def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> InfoNCE:
+        """The step on images and shuffle indices that are on the device."""
+        optimizer = cast(SGDWithEMA, self.optimizer)
+        # A tensor, because a new number would be a new graph; filling it does not stall the host.
+        self._lr.fill_(optimizer.param_groups[0]["lr"])
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            result: InfoNCE = self._graph(im_q, im_k, order, self._lr, optimizer.momentum_buffers())
+        return result
+
+    def _whole(
+        self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
+    ) -> InfoNCE:
+        params: list[Tensor] = list(self.moco.encoder_q.parameters())
+        sent = self.shuffle.send(im_k, order)
+        q = self.embed_q(im_q)
+        with torch.no_grad():
+            k = self.shuffle(self.embed_k, sent, order)
+        result = info_nce_enqueue(
+            q, k.local, k.gathered, self.moco.queue, self.moco.queue_ptr, self.temperature
+        )
+        grads = torch.autograd.grad(result.loss, params)
+        with torch.no_grad():
+            means = mean_over_ranks(grads, self.world)
+            cast(SGDWithEMA, self.optimizer).update(params, means, buffers, lr)
+        return InfoNCE(result.loss.detach(), result.rank, result.losses)
+
+
 def _merge(results: Sequence[InfoNCE]) -> InfoNCE:
     """One result for the step: the mean loss and the ranks of all parts; detached."""
     return InfoNCE(
@@ -117,12 +173,25 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
     dtype = DTYPES[config.run.precision]
     embed_q: nn.Module = Embed(moco.encoder_q, dtype)
     embed_k: nn.Module = Embed(moco.encoder_k, dtype)
-    if compile_encoders:
-        embed_q.compile(dynamic=False)
-        embed_k.compile(dynamic=False)
-    return Step(
+    optimizer = build_optimizer(config, moco)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16")
+    build: Callable[..., Step] = Step
+    one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
+    if (
+        compile_encoders
+        and one_graph
+        and isinstance(optimizer, SGDWithEMA)
+        and not scaler.is_enabled()
+    ):
+        build = partial(WholeStep, world=world)
+    else:
+        if compile_encoders:
+            embed_q.compile(dynamic=False)
+            embed_k.compile(dynamic=False)
+        embed_q = average_gradients(embed_q, world)
+    return build(
         moco=moco,
-        embed_q=average_gradients(embed_q, world),
+        embed_q=embed_q,
         embed_k=embed_k,
         shuffle=build_shuffle(
             strategy,
@@ -130,8 +199,8 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             local=config.local_batch_size(world.size),
             seed=config.run.seed,
         ),
-        optimizer=build_optimizer(config, moco),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16"),
+        optimizer=optimizer,
+        scaler=scaler,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,
     )

@@ -144,7 +144,8 @@ def keys_come_home(world: World, local: int) -> list[list[int]]:
                 into += identify(images)[:, 0].int().tolist()
                 return identify(images)
 
-            keys = shuffle(encode, numbered(rows), shuffle.indices(micro_step))
+            indices = shuffle.indices(micro_step)
+            keys = shuffle(encode, shuffle.send(numbered(rows), indices), indices)
             found.append([*keys.gathered[:, 0].int().tolist(), *keys.local[:, 0].int().tolist()])
             found.append(encoded)
     return found
@@ -192,7 +193,8 @@ def recovered_statistics(strategy: ShuffleBN, world: World, local: int, group: i
         if shuffle.key_rows is not None:
             rows = shuffle.key_rows(micro_step)
         im_k = images[torch.from_numpy(rows)][mine]
-        keys = shuffle(statistics, im_k, shuffle.indices(micro_step))
+        indices = shuffle.indices(micro_step)
+        keys = shuffle(statistics, shuffle.send(im_k, indices), indices)
         pairs.append(torch.cat([statistics(images[mine]), keys.local], dim=1))
     return torch.cat(pairs).T
 

@@ -1,0 +1,193 @@
+"""Trace the step for CUDA without a GPU: fake tensors, a fake process group, no driver.
+
+Test only, and in a process of its own: it replaces functions of torch and one slot of a C++ table
+whose layout belongs to torch 2.14. What it proves is what is traced: graphs, layouts, collectives,
+copies to the host. Nothing runs, so numbers, speed and stream order stay open.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# cuDNN convolves in channels-last as soon as one operand lies so.
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_SLOTS = 80
+_HAS_PRIMARY_CONTEXT = 4
+_alive: list[object] = []
+
+
+def allow_backward_without_driver() -> None:
+    """Let the autograd engine run on fake CUDA tensors.
+
+    Before a backward the engine asks the CUDA hooks whether a device has a context, and the hooks
+    assert that there is a device. The hooks object gets a copy of its virtual table in which this
+    one question is answered with no.
+    """
+    if _alive or torch.cuda.device_count() > 0:
+        return
+    word = ctypes.sizeof(ctypes.c_void_p)
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    get_hooks = library._ZN2at6detail12getCUDAHooksEv
+    get_hooks.restype = ctypes.c_void_p
+    slot = ctypes.c_void_p.from_address(get_hooks())
+    table = (ctypes.c_void_p * (_SLOTS + 2))()  # two words of type information stand before it
+    assert slot.value is not None
+    ctypes.memmove(table, slot.value - 2 * word, (_SLOTS + 2) * word)
+    no = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(
+        lambda hooks, device: False
+    )
+    table[2 + _HAS_PRIMARY_CONTEXT] = ctypes.cast(no, ctypes.c_void_p).value
+    _alive.extend((table, no))
+    slot.value = ctypes.addressof(table) + 2 * word
+
+
+def _convolution_format(image: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+    """Memory format of a convolution's output; without a device torch assumes a slow kernel."""
+    wanted = _FORMATS.get(image.dim())
+    if wanted is None:
+        return torch.contiguous_format
+    lies_so = [
+        t.is_contiguous(memory_format=wanted) and not t.is_contiguous() for t in (image, weight)
+    ]
+    return wanted if any(lies_so) else torch.contiguous_format
+
+
+PROPERTIES: dict[str, dict[str, Any]] = {
+    "A100": {"name": "NVIDIA A100", "major": 8, "minor": 0, "multi_processor_count": 108},
+    "H100": {"name": "NVIDIA H100", "major": 9, "minor": 0, "multi_processor_count": 132},
+}
+
+
+@contextmanager
+def cuda_without_device(gpu: str = "H100") -> Iterator[None]:
+    """Answer what torch asks about devices as if one `gpu` were there."""
+    properties = types.SimpleNamespace(**PROPERTIES[gpu], total_memory=80 << 30, warp_size=32)
+    capability = (properties.major, properties.minor)
+    answers: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "_lazy_init": lambda: None,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: capability,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *a, **k: None,
+        "_exchange_device": lambda device: 0,
+        "_maybe_exchange_device": lambda device: 0,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for name in ("_cuda_getDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice"):
+            zero = mock.patch.object(torch._C, name, create=True, return_value=0)
+            stack.enter_context(zero)
+        # That a device is available must not make fake tensors touch it.
+        untouched = property(lambda mode: True)
+        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", untouched))
+        stack.enter_context(
+            mock.patch.object(
+                torch._C, "_conv_determine_backend_memory_format", _convolution_format
+            )
+        )
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
+        FakeTensorMode.cache_clear()  # it may hold layouts from before
+        yield
+
+
+@contextmanager
+def fake_world(size: int) -> Iterator[None]:
+    """A process group of `size` ranks of which only this one exists; collectives do nothing."""
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def to_fake_cuda_(module: nn.Module) -> None:
+    """Replace every parameter and buffer by a fake CUDA tensor of the same shape and strides.
+
+    Call it inside a `FakeTensorMode`: the module is built as always, on the CPU, and keeps the
+    memory formats that it really has.
+    """
+    for child in module.modules():
+        both: list[dict[str, Any]] = [child._parameters, child._buffers]
+        for tensors in both:
+            for name, t in list(tensors.items()):
+                if t is None:
+                    continue
+                fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+                is_parameter = isinstance(t, nn.Parameter)
+                tensors[name] = nn.Parameter(fake, t.requires_grad) if is_parameter else fake
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations; collects host synchronizations and convolutions not in channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        self.host_syncs: list[str] = []
+        self.other_layouts: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func).removesuffix(".default")
+        self.counts[name] += 1
+        if name in SYNCHRONIZING or _copies_to_host(name, args, out) or _selects(name, args):
+            self.host_syncs.append(name)
+        if "convolution" in name:
+            images = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+            if not all(_is_channels_last(t) for t in images):
+                self.other_layouts.append(f"{name} {[t.shape for t in images]}")
+        return out
+
+
+SYNCHRONIZING = {
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.masked_select",
+    "aten._unique2",
+}
+
+
+def _copies_to_host(name: str, args: tuple[Any, ...], out: Any) -> bool:
+    if name == "aten.copy_":
+        return bool(args[0].device.type == "cpu" and args[1].device.type == "cuda")
+    if not isinstance(out, Tensor) or out.device.type != "cpu":
+        return False
+    return any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
+
+
+def _selects(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a mask decides how many elements there will be."""
+    if not name.startswith(("aten.index.", "aten.index_put")):
+        return False
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    # A 1x1 kernel or a single channel is both at once.
+    return t.is_contiguous(memory_format=torch.channels_last)
