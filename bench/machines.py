@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ from fastmoco_kernels import InfoNCE, enqueue_
 
 # Operations through which a value reaches the host, by their ATen names.
 HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+Run = Callable[[], object]
 FOREVER = 10**9
 
 
@@ -98,10 +99,15 @@ class Bench:
             dist.destroy_process_group()
 
 
+def _started(config: str) -> tuple[Config, World]:
+    """The configuration and this process as Python starts it."""
+    parsed = parse_text(config)
+    return parsed, start(parsed.run.device, parsed.run.timeout_s)
+
+
 def _built(config: str) -> tuple[Config, World]:
     """The configuration and this process, settled as `fastmoco.train` settles it."""
-    parsed = parse_text(config)
-    world = start(parsed.run.device, parsed.run.timeout_s)
+    parsed, world = _started(config)
     settle(world.device)
     return parsed, world
 
@@ -130,14 +136,27 @@ def loader_alone(config: str) -> Bench:
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
     """The step of `fastmoco.train` on images that are on the device already.
 
-    `without` switches improvements off: see `WITHOUT`.
+    `without` switches improvements off, by their names in `WITHOUT`.
     """
-    parsed, world = _built(config)
-    step, batches = _ours(parsed, world), _synthetic(parsed, world)
-    run = _numbered(step, batches, parsed.optim.accumulate)
+    step, run, device = numbered_step(config, without)
     for name in without:
         run = WITHOUT[name](run, step)
-    return Bench(world.device, run)
+    return Bench(device, run)
+
+
+def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
+    """Our step, and a function that runs it once on the next synthetic images."""
+    parsed, world = _started(config) if "kept_memory" in without else _built(config)
+    step, batches = _ours(parsed, world), _synthetic(parsed, world)
+    if "uint8_input" in without:
+        batches = cycle([_as_floats(batch) for batch in islice(batches, 2)])
+    return step, _numbered(step, batches, parsed.optim.accumulate), world.device
+
+
+def _as_floats(batch: Batch) -> Batch:
+    """Images normalized beforehand, as fp32 (N, S, S, 3)."""
+    floats = (normalize_pixels(images).permute(0, 2, 3, 1) for images in (batch.im_q, batch.im_k))
+    return Batch(*floats)
 
 
 def end_to_end(config: str) -> Bench:
@@ -208,8 +227,7 @@ class _Logits(Embed):
 
 def official_step(config: str) -> Bench:
     """The published step (`bench.official`) on fp32 images that are on the device already."""
-    parsed = parse_text(config)
-    world = start(parsed.run.device, parsed.run.timeout_s)  # the process stays as Python starts it
+    parsed, world = _started(config)
     if world.size == 1:
         folder = tempfile.mkdtemp()
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -243,9 +261,6 @@ def official_step(config: str) -> Bench:
     return Bench(world.device, run)
 
 
-Run = Callable[[], object]
-
-
 def _without_channels_last(run: Run, step: Step) -> Run:
     step.moco.to(memory_format=torch.contiguous_format)
 
@@ -257,6 +272,18 @@ def _without_channels_last(run: Run, step: Step) -> Run:
 
 def _without_fused_loss(run: Run, step: Step) -> Run:
     return _patched(run, mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
+
+
+def _without_uint8(run: Run, step: Step) -> Run:
+    return _patched(run, mock.patch.object(encoders, "normalize_pixels", _channels_first))
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2)
+
+
+def _as_it_is(run: Run, step: Step) -> Run:
+    return run
 
 
 def _patched(run: Run, patch: Any) -> Run:
@@ -281,5 +308,7 @@ def eager_loss(
 
 WITHOUT: dict[str, Callable[[Run, Step], Run]] = {
     "channels_last": _without_channels_last,
+    "uint8_input": _without_uint8,
+    "kept_memory": _as_it_is,  # the process was not settled
     "fused_loss": _without_fused_loss,
 }
