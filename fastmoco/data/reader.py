@@ -9,8 +9,13 @@ n local batch.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,6 +67,11 @@ class Reader:
         self.by_pil: set[int] = set()
         """Samples whose JPEG DALI refuses although PIL reads it."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if multiprocessing.parent_process() is not None:  # unpickled in a reader process
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
     def quarantine(self, found: Mapping[int, str]) -> None:
         """Never deliver these again; reasons by sample."""
         self.bad.update(found)
@@ -92,6 +102,13 @@ class Reader:
     def _replacement(self, sample: int, attempt: int) -> int:
         key = stream_key(self.seed, _REPLACE, attempt)
         return int(permute(np.array([sample]), len(self.source.sizes), key)[0])
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent cannot end its readers, and DALI's would wait for it for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def read_sample(source: Source, sample: int) -> bytes:
