@@ -95,7 +95,8 @@ class Run:
             set_lr(step.optimizer, lr)
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
-            if progress.due(done):
+            alone = self.world.size == 1  # several ranks agree to stop at a flush
+            if progress.due(done) or (self.stopping and alone):
                 progress.flush(done, lr, self.loader.wait_s)  # the one host synchronization
                 require_agreement(step.moco, self.world, done)
                 self.stopping = distributed.any_rank(self.stopping, self.world)

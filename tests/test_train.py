@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from fastmoco.train import main
 
 ROOT = Path(__file__).parent.parent
+needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
 TINY = [
     *("--data.source", "synthetic", "--data.synthetic_samples", "48", "--augment.image_size", "32"),
     *("--model.arch", "resnet18", "--model.dim", "8", "--moco.queue_size", "40"),
@@ -159,19 +161,31 @@ def test_divergence_stops_the_run(capfd: pytest.CaptureFixture[str], tmp_path: P
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """The trainer as a process group of its own, as torchrun starts it."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastmoco.train", *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
 
 
-def test_a_signal_saves_and_the_same_command_resumes(tmp_path: Path) -> None:
-    arguments = [*TINY, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"]
+@pytest.mark.parametrize("backend", ["array", pytest.param("dali", marks=needs_dali)])
+def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
+    tmp_path: Path, backend: str
+) -> None:
+    """Readers get the signal too, and must last until the trainer has saved."""
+    images(tmp_path / "data", 24, 0)
+    arguments = [
+        *(*TINY, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"),
+        *("--data.source", "folder", "--data.root", str(tmp_path / "data")),
+        *("--data.backend", backend, "--data.workers", "1", "--run.checkpoint_every", "100000"),
+    ]
     process = start(arguments)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not log.exists() or len(log.read_text()) < 500):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "stopped by a signal" in output

@@ -5,9 +5,7 @@ Imported by those processes, so neither torch nor DALI is imported here.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import signal
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from fastmoco.data.augment import ViewTable
 from fastmoco.data.plan import Plan
 from fastmoco.data.programme import programme
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
+from fastmoco.data.reader_signals import outlast_the_trainer
 
 
 class Delivery:
@@ -31,10 +30,8 @@ class Delivery:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        # In a reader process: Ctrl-C reaches the whole group, and the parent ends its readers.
-        if multiprocessing.parent_process() is not None:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if multiprocessing.parent_process() is not None:  # in a reader process
+            outlast_the_trainer()
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         work = read_work(self.reader, self.plan, self.augment, self.first + iteration)

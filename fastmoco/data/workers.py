@@ -10,7 +10,6 @@ n local batch, S side of a view.
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from fastmoco.data.augment import Int64, ViewTable
 from fastmoco.data.header import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
+from fastmoco.data.reader_signals import outlast_the_trainer
 from fastmoco.data.reference import UInt8, execute
 from fastmoco.data.views import Views
 
@@ -94,9 +94,8 @@ class _From(Sampler[int]):
         return itertools.count(self.start)
 
 
-def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent ends its workers in order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _in_worker(_: int) -> None:
+    outlast_the_trainer()
 
 
 class WorkerEngine:
@@ -132,7 +131,7 @@ class WorkerEngine:
             sampler=_From(micro_step * self.parts),
             num_workers=self.workers,
             prefetch_factor=self.ahead,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_in_worker,
         )
         self._items = iter(loader)
 
