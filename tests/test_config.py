@@ -127,6 +127,9 @@ def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
     alone = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "0")
     (shuffle,) = warnings(alone, 1, 1_281_167)
     assert "BN group" in shuffle
+    halves = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "128")
+    (leak,) = warnings(halves, 1, 1_281_167)
+    assert "2 BN groups" in leak
     assert warnings(alone, 8, 1_281_167) == []  # all_to_all leaves the rank's group
 
 
