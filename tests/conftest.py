@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before torch starts its threads: tests run several processes side by side, and OpenMP threads that
+# outnumber the cores spin in barriers, which makes small operations ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
