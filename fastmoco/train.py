@@ -22,6 +22,7 @@ from fastmoco.data.folders import resolve_folders
 from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.distributed import CollectiveError, World
+from fastmoco.doctor import short_preflight
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.host import settle
 from fastmoco.logbook import Logbook
@@ -135,6 +136,9 @@ class Run:
             done=self.done,
         ):
             log.say(line)
+        if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
+            for sentence in short_preflight(self.world.device):
+                log.warn(sentence)
         if self.world.is_main and self.done == 0 and self.config.data.source == "folder":
             draw_views(self.config, self.folder / "views.png")
 
