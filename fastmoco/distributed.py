@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,8 +83,56 @@ def start(device: str, timeout_s: float) -> World:
         backend,
         timeout=timedelta(seconds=timeout_s),
         device_id=chosen if chosen.type == "cuda" else None,
+        **_meeting_place(rank, size, timeout_s),
     )
     return World(rank, local_rank, size, chosen, backend)
+
+
+def _meeting_place(rank: int, size: int, timeout_s: float) -> dict[str, Any]:
+    """Where the ranks exchange addresses, as arguments of `init_process_group`.
+
+    torchrun lends its own store, and keeps it when it restarts the ranks: they would find the
+    addresses of dead ones there and fail again. So each start uses keys of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    c10d = cast(Any, dist)  # its stores lack annotations
+    store = c10d.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    prefix = agree_on_start(store, rank, size, timeout_s)
+    return {"store": c10d.PrefixStore(prefix, store), "rank": rank, "world_size": size}
+
+
+def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
+    """A name that the `size` ranks of this start share, whatever earlier starts left in `store`.
+
+    Every rank announces a name that was never used before. Rank 0 publishes those that it finds,
+    and its own, until every rank has found itself in the list and signed it. Restart counts would
+    not do: on several nodes each agent counts its own. Raises `TimeoutError` after `timeout_s`.
+    """
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+
+    def read(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    store.set(f"start/name/{rank}", name)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            others = [read(f"start/name/{r}") or "-" for r in range(1, size)]
+            store.set("start/list", " ".join([name, *others]))
+            if all(read(f"start/signed/{r}") == name for r in range(1, size)):
+                return name
+        else:
+            names = read("start/list").split()
+            if len(names) == size and names[rank] == name:
+                store.set(f"start/signed/{rank}", names[0])
+                return names[0]
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank} of {size} did not meet the others within {timeout_s:g} s")
 
 
 def stop() -> None:

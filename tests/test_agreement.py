@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastmoco.agreement import DisagreementError, describe, fingerprint, require
 from fastmoco.distributed import (
     CollectiveError,
     World,
+    agree_on_start,
     all_gather,
     all_to_all,
     average_gradients,
@@ -152,6 +154,21 @@ def test_a_timeout_names_rank_step_and_operation(tmp_path: Path, operation: str)
     assert sentence.startswith("rank 0 of 2, step 42: ")
     assert operation in sentence
     assert seconds < 6
+
+
+def test_every_start_gets_a_name_of_its_own_in_a_store_with_leftovers() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    names = []
+    for _ in range(3):  # the second and third start find the keys of those before
+        with ThreadPoolExecutor(3) as pool:
+            late = [pool.submit(agree_on_start, store, rank, 3, 20.0) for rank in (2, 0)]
+            time.sleep(0.1)
+            late.append(pool.submit(agree_on_start, store, 1, 3, 20.0))
+            (name,) = {future.result() for future in late}
+        names.append(name)
+    assert len(set(names)) == 3
+    with pytest.raises(TimeoutError, match="rank 1 of 3"):
+        agree_on_start(store, 1, 3, 0.2)
 
 
 def test_other_errors_pass_unchanged() -> None:
