@@ -107,8 +107,12 @@ class WholeStep(Step):
     backend: str | Callable[..., Any] = "inductor"
 
     def __post_init__(self) -> None:
-        # Collectives start once their inputs are there and are waited for as late as possible.
-        options: dict[str, Any] = {"reorder_for_compute_comm_overlap": True}
+        # Collectives start once their inputs are there and are waited for as late as possible:
+        # the gather of keys beside the queries' forward, gradients beside the backward.
+        options: dict[str, Any] = {
+            "reorder_for_compute_comm_overlap": True,
+            "reorder_for_compute_comm_overlap_passes": ["sink_waits_iterative"],
+        }
         self._graph = torch.compile(
             self._whole,
             fullgraph=True,
