@@ -94,3 +94,13 @@ class Progress:
         epoch = done / self._per_epoch
         self._log.record({"kind": "knn", "step": done, "epoch": epoch, "knn_top1": accuracy})
         self._log.say(f"kNN top-1 {100 * accuracy:.1f} % after epoch {epoch:.2f}")
+
+    def baseline(self, raw_pixel: float | None, untrained: float, chance: float) -> None:
+        """Record the kNN accuracies that training has to beat."""
+        marks = {"raw_pixel": raw_pixel, "untrained": untrained, "chance": chance}
+        self._log.record({"kind": "knn_baseline", **marks})
+        pixels = "not computed" if raw_pixel is None else f"{100 * raw_pixel:.1f} %"
+        self._log.say(
+            f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
+            f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %"
+        )

@@ -221,6 +221,29 @@ def _dress(axes: Axes, end: float) -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
+def knn_summary(metrics_jsonl: Path) -> str:
+    """The last kNN accuracy beside the marks it had to beat, in one line.
+
+    Raises `ConfigError` for a file that is missing or holds no metrics.
+    """
+    records = read_metrics(metrics_jsonl)
+    trained = series(records, "knn", "knn_top1")[1]
+    if not trained:
+        return "kNN was not evaluated (knn.every is 0)"
+    marks = [record for record in records if record.get("kind") == "knn_baseline"][-1:]
+    parts = [
+        f"{label} {100 * float(mark[name]):.1f} %"
+        for mark in marks
+        for name, label in (
+            ("chance", "chance"),
+            ("raw_pixel", "raw pixels"),
+            ("untrained", "untrained encoder"),
+        )
+        if mark.get(name) is not None
+    ]
+    return "kNN top-1: " + ", ".join([*parts, f"trained encoder {100 * trained[-1]:.1f} %"])
+
+
 def main() -> None:
     """`python -m fastmoco.report RUN_DIR`."""
     parser = argparse.ArgumentParser(description="Draw the curves of a run.")

@@ -29,7 +29,7 @@ from fastmoco.logbook import Logbook
 from fastmoco.moco import build_moco
 from fastmoco.optim import lr_at, set_lr
 from fastmoco.progress import DivergedError, Progress
-from fastmoco.report import draw_curves
+from fastmoco.report import draw_curves, knn_summary
 from fastmoco.step import build_step
 
 
@@ -77,7 +77,9 @@ class Run:
             with distributed.naming_failures(self.world, lambda: self.done):
                 self._loop(log)
             if main:
-                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+                metrics = self.folder / "metrics.jsonl"
+                draw_curves(metrics, self.folder / "curves.png")
+                log.say(knn_summary(metrics))
             end = "stopped by a signal, the same command resumes" if self.stopping else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
@@ -88,7 +90,8 @@ class Run:
             self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
         )
         if self.monitor and start == 0:
-            self._baselines(self.monitor, log)
+            raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
+            progress.baseline(raw, untrained, self.monitor.chance)
         batches = self.loader.batches(start, stop)
         progress.restart()
         for number in range(start, stop):
@@ -141,23 +144,6 @@ class Run:
                 log.warn(sentence)
         if self.world.is_main and self.done == 0 and self.config.data.source == "folder":
             draw_views(self.config, self.folder / "views.png")
-
-    def _baselines(self, monitor: KnnMonitor, log: Logbook) -> None:
-        """What raw pixels and the untrained encoder reach: the marks that training has to beat."""
-        raw, untrained = monitor.raw_pixels(), monitor.trained(self.step.moco)
-        log.record(
-            {
-                "kind": "knn_baseline",
-                "raw_pixel": raw,
-                "untrained": untrained,
-                "chance": monitor.chance,
-            }
-        )
-        pixels = "not computed" if raw is None else f"{100 * raw:.1f} %"
-        log.say(
-            f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
-            f"{100 * untrained:.1f} %, chance {100 * monitor.chance:.1f} %"
-        )
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastmoco.config import ConfigError
-from fastmoco.report import draw_curves, main, read_metrics, series
+from fastmoco.report import draw_curves, knn_summary, main, read_metrics, series
 
 
 def train_line(step: int, **change: Any) -> dict[str, Any]:
@@ -131,3 +131,15 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     main()
     assert pixels(tmp_path / "curves.png").std() > 1
+
+
+def test_summary_sets_the_last_accuracy_beside_its_marks(tmp_path: Path) -> None:
+    lines = [BASELINE, train_line(10), knn_line(10, 0.25), train_line(20), knn_line(20, 0.5)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert knn_summary(file) == (
+        "kNN top-1: chance 8.3 %, raw pixels 10.0 %, untrained encoder 80.0 %, "
+        "trained encoder 50.0 %"
+    )
+    file.write_text(json.dumps(train_line(10)) + "\n")
+    assert "not evaluated" in knn_summary(file)
