@@ -167,12 +167,14 @@ def naming_failures(world: World, steps_done: Callable[[], int]) -> Iterator[Non
 
 def _operation(error: RuntimeError) -> str:
     """The collective that the traceback of `error` passes through, innermost first."""
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        code = frame.f_code
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for code in reversed(codes):
         if code.co_filename == __file__ and code.co_name != naming_failures.__name__:
             return code.co_name.strip("_")
-        if code.co_name == "backward":
-            return "the average of gradients in the backward"
+    if any(code.co_filename == functional.__file__ for code in codes):
+        return all_to_all.__name__  # the only one that callers wait for, by using its result
+    if any(code.co_name == "backward" for code in codes):
+        return "the average of gradients in the backward"
     return "a collective"
 
 

@@ -19,6 +19,7 @@ from fastmoco.distributed import (
     CollectiveError,
     World,
     agree_on_start,
+    all_gather,
     all_to_all,
     average_gradients,
     naming_failures,
@@ -124,7 +125,9 @@ def lonely(rank: int, store: str, operation: str, answers: Any) -> None:
     started = time.perf_counter()
     try:
         with naming_failures(world, lambda: 41):
-            if operation == "all_to_all":
+            if operation == "all_gather":
+                all_gather(torch.ones(2, 3), world)
+            elif operation == "all_to_all":
                 all_to_all(torch.ones(2, 3), [1, 1], [1, 1], world).sum()
             else:
                 model(torch.ones(1, 4)).sum().backward()
@@ -134,7 +137,7 @@ def lonely(rank: int, store: str, operation: str, answers: Any) -> None:
         answers.put((f"other: {error!r}", 0.0))
 
 
-@pytest.mark.parametrize("operation", ["all_to_all", "average of gradients"])
+@pytest.mark.parametrize("operation", ["all_gather", "all_to_all", "average of gradients"])
 def test_a_timeout_names_rank_step_and_operation(tmp_path: Path, operation: str) -> None:
     context = mp.get_context("spawn")
     answers = context.Queue()
