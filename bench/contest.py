@@ -7,6 +7,7 @@ Only one contestant works at a time.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -85,9 +86,12 @@ def contest(
     windows: int,
     steps: int,
     warmup: int,
+    limit_s: float = math.inf,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
+
+    After `limit_s` seconds no further turn begins; every contestant has had as many as the others.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -95,11 +99,14 @@ def contest(
         for process in running:
             process.ask("run", warmup)
         results = {process.name: Result([], {}) for process in running}
+        began = time.perf_counter()
         for done in range(windows):
             turn = done % len(running)  # nobody always runs in the wake of the same one
             for process in [*running[turn:], *running[:turn]]:
                 results[process.name].windows.append(Window(*process.ask("run", steps)))
             progress(done + 1)
+            if time.perf_counter() - began > limit_s:
+                break
         for process in running:
             results[process.name].facts = process.ask("facts", 0)
     return results

@@ -9,6 +9,7 @@ finds differs between CPU and CUDA.
     --quick            few short windows, no row: a first look in a minute or two
     --windows N        timed windows of each contestant (20)
     --window-steps N   steps of a window (1 on the CPU, 10 on CUDA)
+    --limit-s S        begin no further window after that many seconds
     --only A,B         some of: loader, step, end_to_end, encoder, official
     --publish          append rows to bench/results/throughput.jsonl; refused for a dirty tree
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ class Plan:
     only: tuple[str, ...]
     windows: int
     window_steps: int
+    limit_s: float
     quick: bool
     publish: bool
 
@@ -68,6 +71,7 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--windows", type=int, default=0)
     parser.add_argument("--window-steps", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, default=math.inf)
     parser.add_argument("--only", default=",".join(FACTORIES))
     parser.add_argument("--publish", action="store_true")
     own, rest = parser.parse_known_args(arguments)
@@ -77,8 +81,6 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
     only = tuple(own.only.split(","))
     if config.data.source == "synthetic":
         only = tuple(name for name in only if name not in ("loader", "end_to_end"))
-    else:
-        config = resolve_folders(config)
     unknown = sorted(set(only) - set(FACTORIES))
     if unknown:
         raise ConfigError(f"--only knows {', '.join(FACTORIES)}, not {', '.join(unknown)}.")
@@ -86,6 +88,7 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
         only=only,
         windows=own.windows or (5 if own.quick else 20),
         window_steps=own.window_steps or (10 if cuda else 1),
+        limit_s=min(own.limit_s, 90.0) if own.quick else own.limit_s,
         quick=own.quick,
         publish=own.publish,
     )
@@ -138,7 +141,7 @@ def ratio(results: dict[str, Result], mine: str, other: str) -> tuple[float, flo
 
 def measure(plan: Plan, config: Config, without: Sequence[str] = ()) -> dict[str, Result]:
     """Run the contest of `plan`."""
-    text = dump(config)
+    text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
     contestants = [Contestant(name, FACTORIES[name], {"config": text}) for name in plan.only]
 
     def report(done: int) -> None:
@@ -150,6 +153,7 @@ def measure(plan: Plan, config: Config, without: Sequence[str] = ()) -> dict[str
         windows=plan.windows,
         steps=plan.window_steps,
         warmup=max(2, plan.window_steps),
+        limit_s=plan.limit_s,
         progress=report,
     )
 
