@@ -24,7 +24,7 @@ from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.header import BadImage, decode
-from fastmoco.data.loader import Loader, build_loader, cores, has_dali
+from fastmoco.data.loader import Batch, Loader, build_loader, cores, has_dali
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources import Source, open_source
 from fastmoco.distributed import World
@@ -40,6 +40,7 @@ BUDGET_S = 6.0
 CPU_BATCH = 64
 # Largest mean difference, in gray levels, between two executors of one augmentation table.
 SAME_VIEWS = 4.0
+FOREVER = 10**9
 
 Line = tuple[str, str]
 
@@ -190,7 +191,8 @@ def check_exchange(world: World) -> Line:
     shuffle = build_shuffle("all_to_all", world=world, local=local, seed=0)
     first = world.rank * local
     images = torch.arange(first, first + local, device=world.device, dtype=torch.int64)
-    home = shuffle(_identity, images[:, None], shuffle.indices(3).to(world.device))
+    indices = shuffle.indices(3).to(world.device)
+    home = shuffle(_identity, shuffle.send(images[:, None], indices), indices)
     right = torch.equal(home.local[:, 0], images)
     everyone = torch.arange(world.size * local, device=world.device)
     right = right and torch.equal(home.gathered[:, 0], everyone)
@@ -229,6 +231,29 @@ def speed(config: Config, world: World) -> Iterator[Line]:
         delivered = _rate(_puller(loader), micro, world.device)
         yield "loader", f"{delivered:.1f} images/s with nothing else to do; {loader.description}"
     yield "verdict", _verdict(delivered, device, world.device)
+    if world.device.type == "cpu" and torch.get_num_threads() > 1:
+        yield "threads", _best_threads(config, world)
+
+
+def _best_threads(config: Config, world: World) -> str:
+    """The step fed by the loader, with all compute threads and with one core left to the loader.
+
+    OpenMP threads meet after every operation and wait spinning: a thread that shares its core with
+    a loader process holds up all others (`python -m bench.threads`).
+    """
+    everyone = torch.get_num_threads()
+    micro = config.optim.global_batch_size // config.optim.accumulate
+    speeds = {}
+    for threads in (everyone, everyone - 1):
+        torch.set_num_threads(threads)
+        with build_loader(config, device=world.device) as loader:
+            batches = loader.batches(0, FOREVER)
+            speeds[threads] = _rate(_stepper(config, world, batches), micro, world.device)
+    torch.set_num_threads(everyone)
+    best = max(speeds, key=lambda threads: speeds[threads])
+    told = ", ".join(f"{n}: {speed:.1f} images/s" for n, speed in speeds.items())
+    advice = "" if best == everyone else f"; start training with OMP_NUM_THREADS={best}"
+    return f"fed by the loader, by compute threads: {told}{advice}"
 
 
 def _verdict(loader: float, step: float, device: torch.device) -> str:
@@ -251,21 +276,27 @@ def _verdict(loader: float, step: float, device: torch.device) -> str:
 
 def _step_speed(config: Config, world: World) -> float:
     noise = replace(config, data=replace(config.data, source="synthetic"))
+    batches = build_loader(noise, device=world.device).batches(0, FOREVER)
+    images = config.optim.global_batch_size // config.optim.accumulate
+    return _rate(_stepper(config, world, batches), images, world.device)
+
+
+def _stepper(config: Config, world: World, batches: Iterator[Batch]) -> Callable[[], object]:
+    """A function that trains on one micro-batch; its first calls are slower."""
     moco = build_moco(config, config.bn_group_size(world.size), world.device)
     step = build_step(config, moco, world, compile_encoders=False)
-    batches = build_loader(noise, device=world.device).batches(0, 10**6)
     number = 0
 
     def once() -> None:
         nonlocal number
-        step([next(batches) for _ in range(config.optim.accumulate)], number)
+        step([next(batches)], number)
         number += 1
 
-    return _rate(once, config.optim.global_batch_size, world.device)
+    return once
 
 
 def _puller(loader: Loader) -> Callable[[], object]:
-    batches = loader.batches(0, 10**6)
+    batches = loader.batches(0, FOREVER)
     return lambda: next(batches)
 
 
