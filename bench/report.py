@@ -1,7 +1,7 @@
-"""Tables of the README from the rows in `bench/results`: `python -m bench.report [--check]`.
+"""Tables of the documents from the rows in `bench/results`: `python -m bench.report [--check]`.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. `--check` changes nothing
-and exits 1 when a table differs from what the rows give, which is how CI finds a stale README.
+and exits 1 when a table differs from what the rows give, which is how CI finds a stale document.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import RESULTS, ROOT
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
 Row = dict[str, Any]
 
@@ -126,17 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 when `--check` finds a stale table."""
     parser = argparse.ArgumentParser("bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--file", type=Path, help="instead of README.md and docs/performance.md")
     chosen = parser.parse_args(arguments)
-    old = chosen.file.read_text()
-    new = with_tables(old)
-    if old == new:
-        return 0
-    if chosen.check:
-        print(f"{chosen.file.name} is stale: run make bench-report", file=sys.stderr)
-        return 1
-    chosen.file.write_text(new)
-    return 0
+    stale = 0
+    for file in [chosen.file] if chosen.file else DOCUMENTS:
+        old = file.read_text()
+        new = with_tables(old)
+        if old == new:
+            continue
+        if chosen.check:
+            print(f"{file.name} is stale: run make bench-report", file=sys.stderr)
+            stale = 1
+        else:
+            file.write_text(new)
+    return stale
 
 
 if __name__ == "__main__":
