@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path("/dev/shm")
 PROGRAM = """
+import signal
 import sys
 import torch
 from fastmoco.config import AugmentConfig, Config, DataConfig, OptimConfig, RunConfig
@@ -28,6 +29,8 @@ config = Config(
     optim=OptimConfig(global_batch_size=32),
 )
 if __name__ == "__main__":
+    # A shell that starts the tests in the background has its children ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with build_loader(config, device=torch.device("cpu")) as loader:
         for step, batch in enumerate(loader.batches(0, 100_000)):
             print(step, flush=True)
