@@ -117,6 +117,8 @@ def _(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: li
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in any order."""
+    if tensor.is_contiguous():  # almost all, and far quicker to tell
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -137,6 +139,11 @@ def check_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]])
         if len(tensors) != len(model):
             raise ValueError(f"{len(model)} {name} but {len(tensors)} {other}")
         for i, (a, b) in enumerate(zip(model, tensors, strict=True)):
+            # The text is made only for an error: for 161 tensors it would cost as much as the EMA.
+            same = a.shape == b.shape and b.device == model[0].device and a.numel() > 0
+            laid_out = other not in written or b.stride() == a.stride()
+            if same and laid_out and (other == "shadows" or b.dtype == torch.float32):
+                continue
             pair = f"{name}[{i}] {tuple(a.shape)}, {other}[{i}] {tuple(b.shape)}"
             if a.shape != b.shape or b.device != model[0].device or a.numel() == 0:
                 raise ValueError(f"{pair} on {b.device}: expected equal shapes and one device")
