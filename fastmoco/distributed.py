@@ -238,22 +238,11 @@ def gather_rows(x: Tensor, world: World) -> Tensor:
         return x
     device = x.device
     x = x.to(world.device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=world.device))
-    counts = [int(size.item()) for size in sizes]
+    counts = all_gather(torch.tensor([len(x)], device=world.device), world).tolist()
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = all_gather(padded, world).split(max(counts))
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(device)
-
-
-def gather_objects(value: object, world: World) -> list[Any]:
-    """The picklable `value` of every rank, in rank order, on every rank."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def any_rank(flag: bool, world: World) -> bool:

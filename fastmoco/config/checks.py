@@ -86,15 +86,14 @@ def warnings(config: Config, world_size: int, num_samples: int) -> list[str]:
             "images, so that a query meets older keys of its own image as negatives; "
             "a queue of at most half the data set is usual."
         )
-    one_group = config.bn_group_size(world_size) == config.local_batch_size(world_size)
+    groups = config.local_batch_size(world_size) // config.bn_group_size(world_size)
     strategy = config.shuffle_bn(world_size)
     stays = strategy == "split" or (strategy != "none" and world_size == 1)
-    if stays and one_group:
+    if stays and groups == 1:
         found.append(
             "All samples of a rank share one BN group, so shuffling keys inside it changes "
             "nothing and BN can leak which key is positive: lower moco.bn_group_size."
         )
-    groups = config.local_batch_size(world_size) // config.bn_group_size(world_size)
     if strategy == "split" and 1 < groups < 4:
         # Seen on the demo images: two groups, pretext accuracy above 75 % and kNN standing still.
         found.append(
