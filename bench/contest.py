@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bench.nvml import SAMPLE_EVERY_S, Meter, Usage
 from fastmoco.metrics import peak_memory_gib
 
 
@@ -66,6 +67,10 @@ class Window:
     """Processor time of the contestant: it does not grow when others use the machine."""
     wait_s: float
     """Seconds in which the step waited for the loader."""
+    page_faults: int = 0
+    """Pages of memory that the kernel had to map, and zero, for the contestant."""
+    gpu: Usage | None = None
+    """What NVML read meanwhile."""
 
 
 @dataclass
@@ -87,11 +92,15 @@ def contest(
     steps: int,
     warmup: int,
     limit_s: float = math.inf,
+    lead: int = 0,
+    meter: Meter | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
-    After `limit_s` seconds no further turn begins; every contestant has had as many as the others.
+    `lead` untimed steps go before each window: who is fed by a loader must first use up what was
+    prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
+    seconds no further turn begins; every contestant has had as many as the others.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -103,7 +112,9 @@ def contest(
         for done in range(windows):
             turn = done % len(running)  # nobody always runs in the wake of the same one
             for process in [*running[turn:], *running[:turn]]:
-                results[process.name].windows.append(Window(*process.ask("run", steps)))
+                if lead:
+                    process.ask("run", lead)
+                results[process.name].windows.append(process.window(steps, meter))
             progress(done + 1)
             if time.perf_counter() - began > limit_s:
                 break
@@ -134,6 +145,16 @@ class _Process:
     def ask(self, what: str, steps: int) -> Any:
         self._here.send((what, steps))
         return self.answer()
+
+    def window(self, steps: int, meter: Meter | None) -> Window:
+        """Ask for `steps` steps and read the meter while they run."""
+        if meter is None:
+            return Window(*self.ask("run", steps))
+        meter.begin()
+        self._here.send(("run", steps))
+        while not self._here.poll(SAMPLE_EVERY_S):
+            meter.sample()
+        return replace(Window(*self.answer()), gpu=meter.end())
 
     def answer(self) -> Any:
         try:
@@ -185,14 +206,14 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
             machine.close()
 
 
-def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float]:
+def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]:
     """Fields of a `Window`."""
-    waited = machine.wait_s
+    waited, faults = machine.wait_s, page_faults()
     began, busy = time.perf_counter(), processor_seconds()
     machine.run(steps)
     synchronize(machine.device)
     seconds, busy = time.perf_counter() - began, processor_seconds() - busy
-    return steps, seconds, busy, machine.wait_s - waited
+    return steps, seconds, busy, machine.wait_s - waited, page_faults() - faults
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
@@ -203,6 +224,11 @@ def processor_seconds() -> float:
     """Seconds that the threads of this process have kept a processor busy."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def page_faults() -> int:
+    """Pages that were mapped for this process since it began, without reading a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.launches import launches_of
 from bench.official import OfficialMoCo, OfficialStep
 from fastmoco import encoder as encoders
 from fastmoco.banner import compile_encoders
@@ -83,12 +84,13 @@ class Bench:
             self._step()
 
     def facts(self) -> dict[str, Any]:
-        """Host synchronizations and operations of one step, threads, and what the maker noted."""
+        """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes."""
         known = {"threads": torch.get_num_threads(), **self._facts}
         if self._count:
             with Counter() as counter:
                 self._step()
             known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+            known |= launches_of(self._step, self.device)
         return known
 
     def close(self) -> None:

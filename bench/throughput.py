@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from bench import nvml
 from bench.contest import Contestant, Result, contest
 from bench.harness import RESULTS, environment, percentile
 from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
@@ -80,7 +81,7 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
     own, rest = parser.parse_known_args(arguments)
     config = parse(rest)
     check(config, 1)
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    cuda = device_of(config).type == "cuda"
     only = tuple(own.only.split(","))
     if config.data.source == "synthetic":
         only = tuple(name for name in only if name not in ("loader", "end_to_end"))
@@ -96,6 +97,12 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
         publish=own.publish,
     )
     return plan, config
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that a run of this configuration uses."""
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def case_of(config: Config) -> dict[str, Any]:
@@ -124,7 +131,9 @@ def summary(result: Result, images: int) -> dict[str, Any]:
         "n": len(speeds),
         "steps": steps,
         "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
+        "page_faults_per_step": round(sum(w.page_faults for w in result.windows) / steps),
         "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
+        **nvml.summary([w.gpu for w in result.windows if w.gpu], seconds, steps * images),
         **result.facts,
     }
 
@@ -142,8 +151,8 @@ def ratio(results: dict[str, Result], mine: str, other: str) -> tuple[float, flo
     return p20, p50, p80
 
 
-def measure(plan: Plan, config: Config, without: Sequence[str] = ()) -> dict[str, Result]:
-    """Run the contest of `plan`."""
+def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict[str, Result]:
+    """Run the contest of `plan`; `meter` reads the GPU meanwhile."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
     contestants = [Contestant(name, FACTORIES[name], {"config": text}) for name in plan.only]
 
@@ -156,6 +165,7 @@ def measure(plan: Plan, config: Config, without: Sequence[str] = ()) -> dict[str
         "steps": plan.window_steps,
         "warmup": max(2, plan.window_steps),
         "limit_s": plan.limit_s,
+        "meter": meter,
         "progress": report,
     }
     results = contest([c for c in contestants if c.name not in FED], **limits)
@@ -197,14 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
     try:
         plan, config = options(sys.argv[1:] if arguments is None else arguments)
-        cuda = torch.cuda.is_available() and config.run.device != "cpu"
-        where = environment(torch.device("cuda" if cuda else "cpu"))
+        device = device_of(config)
+        where = environment(device)
         if plan.publish and where["dirty"]:
             raise ConfigError("The tree differs from its commit: commit first, then --publish.")
     except ConfigError as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
-    results = measure(plan, config)
+    results = measure(plan, config, nvml.build_meter(device, complain))
     images = config.optim.global_batch_size
     rows = {name: summary(result, images) for name, result in results.items()}
     ratios = ratios_of(results)
@@ -213,6 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         append(ROWS, config, rows, ratios, where)
         print(f"{len(rows)} rows appended to {ROWS.name}")
     return 0
+
+
+def complain(sentence: str) -> None:
+    """Say it beside the table, not in it."""
+    print(f"throughput: {sentence}", file=sys.stderr)
 
 
 def show(text: Sequence[str]) -> None:

@@ -1,0 +1,58 @@
+"""How often a step launches work on the GPU and how often the host waits for it.
+
+Counted from the calls to the CUDA runtime and driver that torch.profiler records, so compiled
+regions, Triton kernels and CUDA graphs count as the driver sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+RANGE = "fastmoco.step"
+# Calls by the beginnings of their names: runtime and driver, with or without _v2, Ex or ExC.
+LAUNCHES = (
+    *("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel"),
+    *("cudaGraphLaunch", "cuGraphLaunch"),
+)
+WAITS = (
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+)
+
+
+def count(events: Iterable[Any]) -> dict[str, int]:
+    """Launches and waits of the host inside the range `RANGE`, as fields of a row.
+
+    `events` are those of `torch.profiler`. Calls outside the range are the profiler's own. Empty
+    when the profiler saw no launch: it cannot record the device on this machine.
+    """
+    # The range exists once more on the device, where it ends after the host has gone on.
+    events = [event for event in events if event.device_type.name == "CPU"]
+    whole = [event.time_range for event in events if event.name == RANGE]
+    if not whole:
+        return {}
+    begin, end = min(r.start for r in whole), max(r.end for r in whole)
+    inside = [e.name for e in events if begin <= e.time_range.start <= end]
+    launches = sum(name.startswith(LAUNCHES) for name in inside)
+    if not launches:
+        return {}
+    return {
+        "kernel_launches": launches,
+        "host_syncs": sum(name.startswith(WAITS) for name in inside),
+    }
+
+
+def launches_of(step: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Fields of a row for one step on a CUDA device; empty on the CPU."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with record_function(RANGE):
+            step()
+        torch.cuda.synchronize(device)
+    return count(profiler.events() or [])
