@@ -1,8 +1,11 @@
 """Which threads and which waiting suit the CPU step: `python -m bench.threads --config FILE`.
 
 OpenMP threads that wait actively burn the cores that loader workers want; threads that sleep take
-a moment to wake. Every setting is a process of its own, and they take turns with a busy neighbour,
-one process that computes all the time as a loader's worker does, or without (`--alone`).
+a moment to wake. Every setting is a process of its own, and they take turns:
+
+    (default)    the step on images at hand, beside one process that computes all the time
+    --alone      the same on idle cores, and with huge pages
+    --fed        the step fed by its loader, with all threads and with one less: what to train with
 """
 
 from __future__ import annotations
@@ -10,24 +13,33 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
 from bench.ablation import EVERYTHING, relative
-from bench.contest import Contestant, contest
+from bench.contest import Contestant, Result, contest
 from bench.harness import RESULTS, environment
 from bench.throughput import case_of, summary
-from fastmoco.config import check, dump, parse
+from fastmoco.config import Config, check, dump, parse
+from fastmoco.data.folders import resolve_folders
 
 ROWS = RESULTS / "threads.jsonl"
-SETTINGS: dict[str, dict[str, str]] = {
-    EVERYTHING: {},  # as libgomp comes
-    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
-}
+
+
+def settings(beside: str, threads: int) -> dict[str, dict[str, str]]:
+    """Variables that are set before torch is loaded, by what they are; the first is the default."""
+    fewer = {f"{n} thread{'s' * (n > 1)}": str(n) for n in sorted({1, threads - 1}) if n}
+    chosen: dict[str, dict[str, str]] = {EVERYTHING: {}}
+    if beside != "loader":
+        chosen["OMP_WAIT_POLICY=passive"] = {"OMP_WAIT_POLICY": "passive"}
+        chosen["GOMP_SPINCOUNT=10000"] = {"GOMP_SPINCOUNT": "10000"}
+    if beside == "nobody":
+        chosen["THP_MEM_ALLOC_ENABLE=1"] = {"THP_MEM_ALLOC_ENABLE": "1"}
+    chosen |= {name: {"OMP_NUM_THREADS": number} for name, number in fewer.items()}
+    return {name: {"OMP_NUM_THREADS": str(threads), **more} for name, more in chosen.items()}
 
 
 def compute_for_ever() -> None:
@@ -37,44 +49,63 @@ def compute_for_ever() -> None:
         total += sum(range(10_000))
 
 
+def run(config: Config, beside: str, threads: int, windows: int, steps: int) -> dict[str, Result]:
+    """The contest of the settings; `beside` is `process`, `nobody` or `loader`."""
+    fed = beside == "loader"
+    text = dump(resolve_folders(config) if fed else config)
+    factory = "bench.machines:end_to_end" if fed else "bench.machines:our_step"
+    contestants = [
+        Contestant(name, factory, {"config": text}, variables)
+        for name, variables in settings(beside, threads).items()
+    ]
+    neighbour = get_context("spawn").Process(target=compute_for_ever, daemon=True)
+    if beside == "process":
+        neighbour.start()
+    try:
+        lead = config.data.prefetch + 2 if fed else 0
+        return contest(contestants, windows=windows, steps=steps, warmup=2, lead=lead)
+    finally:
+        if neighbour.pid:
+            neighbour.terminate()
+
+
+def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per setting, relative to the default."""
+    rows = []
+    for name, result in results.items():
+        times, busy = relative(results, name)
+        row = {**shared, "contestant": name, "relative": times, "relative_cpu": busy}
+        rows.append(row | summary(result, shared["case"]["batch"]))
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0."""
+    """Exit code 0, or 2 for rows that must not be published."""
     parser = argparse.ArgumentParser("bench.threads", description=__doc__, add_help=False)
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--window-steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--fed", action="store_true")
     parser.add_argument("--publish", action="store_true")
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     config = parse(rest)
     check(config, 1)
-    where = environment(torch.device("cpu"))
+    where = environment(torch.device("cpu")) | {"threads": own.threads}
     if own.publish and where["dirty"]:
         print("threads: the tree differs from its commit: commit first", file=sys.stderr)
         return 2
-    contestants = [
-        Contestant(
-            name,
-            "bench.machines:our_step",
-            {"config": dump(config)},
-            {"OMP_NUM_THREADS": str(own.threads), **variables},
+    beside = "loader" if own.fed else "nobody" if own.alone else "process"
+    results = run(config, beside, own.threads, own.windows, own.window_steps)
+    shared = {"benchmark": "threads", "case": case_of(config) | {"beside": beside}}
+    rows = rows_of(results, shared)
+    for row in rows:
+        p20, p50, p80 = row["relative"]
+        print(
+            f"{row['contestant']:28s} step {p50:.2f} ({p20:.2f} - {p80:.2f}), "
+            f"{row['p50_images_per_second']:.1f} images/s, CPU {row['relative_cpu']:.2f}, "
+            f"{row['page_faults_per_step']} page faults, waiting {row['data_wait_percent']:.1f} %"
         )
-        for name, variables in SETTINGS.items()
-    ]
-    neighbour = get_context("spawn").Process(target=compute_for_ever, daemon=True)
-    if not own.alone:
-        neighbour.start()
-    try:
-        results = contest(contestants, windows=own.windows, steps=1, warmup=2)
-    finally:
-        if neighbour.pid:
-            neighbour.terminate()
-    rows = []
-    for name, result in results.items():
-        times, busy = relative(results, name)
-        row = {"relative": times, "relative_cpu": busy, "alone": own.alone}
-        row |= summary(result, config.optim.global_batch_size)
-        rows.append({"benchmark": "threads", "case": case_of(config), "contestant": name, **row})
-        print(f"{name:28s} step {times[1]:.2f} ({times[0]:.2f} - {times[2]:.2f}), CPU {busy:.2f}")
     if own.publish:
         with ROWS.open("a") as file:
             file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)

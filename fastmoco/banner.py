@@ -28,8 +28,7 @@ def start_lines(
     scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
     total = steps_per_epoch * optim.epochs
     lines = [
-        f"device    {world.size} x {device}, collectives {world.backend}, "
-        f"{torch.get_num_threads()} CPU threads per rank",
+        f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
         f"model     {config.model.arch}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",

@@ -23,6 +23,8 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.host import choose_threads
+
 # Torch 2.14 renamed all_gather_tensor; 2.11 knows only the old name.
 _all_gather: Callable[..., Tensor] = getattr(
     functional, "all_gather_single", functional.all_gather_tensor
@@ -65,10 +67,7 @@ def start(device: str, timeout_s: float) -> World:
         )
     if device == "cpu" or not cuda:
         chosen, backend = torch.device("cpu"), "gloo"
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if ranks_here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-            # torchrun's default for several ranks is one thread each; share all cores instead.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        choose_threads()
     else:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -24,11 +24,11 @@ from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.header import BadImage, decode
-from fastmoco.data.loader import Batch, Loader, build_loader, cores, has_dali
+from fastmoco.data.loader import Batch, Loader, build_loader, has_dali
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources import Source, open_source
 from fastmoco.distributed import World
-from fastmoco.host import settle
+from fastmoco.host import cores, settle
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import build_step

@@ -1,4 +1,4 @@
-"""Settings of this process on its host: memory that is kept, threads that leave others alone.
+"""Settings of this process on its host: cores that it may use, threads, memory that is kept.
 
 Measured on two cores (ResNet-50, 224 pixels, batch 32, bf16): giving freed activations back to the
 kernel costs a tenth of the step, for every large tensor is mapped, zeroed and unmapped again. Kept
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,49 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores for this rank: what affinity and the container's quota allow, over local ranks."""
+    allowed = len(affinity()) or os.cpu_count() or 1
+    quota = _quota(cgroup)
+    allowed = min(allowed, max(1, int(quota))) if quota else allowed
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def affinity() -> list[int]:
+    """Numbers of the cores that this process may run on; empty where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Cores' worth of time that the control group grants; None without a limit."""
+    try:
+        if (cgroup / "cpu.max").is_file():
+            limit, period = (cgroup / "cpu.max").read_text().split()
+        else:  # version 1, where -1 is no limit
+            limit = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text()
+        return float(limit) / float(period) if limit != "max" and float(limit) > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def choose_threads() -> None:
+    """Compute on every core of this rank, unless OMP_NUM_THREADS says how many threads.
+
+    No core is set aside for loader workers: the step fed by them is faster with all threads, or
+    as fast where the loader limits (`python -m bench.threads --fed`). torchrun's own default
+    for several ranks, one thread each, does not count as said.
+    """
+    if not _threads_are_given():
+        torch.set_num_threads(cores())
+
+
+def _threads_are_given() -> bool:
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return given != "" and not (several and given == "1")
+
+
 def settle(device: torch.device) -> str:
     """Choose allocator settings for training on `device`; one line that says what was chosen.
 
@@ -37,7 +81,21 @@ def settle(device: torch.device) -> str:
     kept = device.type == "cpu" and keep_freed_memory()
     memory = "kept in the process (glibc mallopt)" if kept else "default malloc"
     wait = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+    threads = torch.get_num_threads()
+    chosen = "every core of this rank" if device.type == "cpu" else "torch's default"
+    why = "as OMP_NUM_THREADS says" if _threads_are_given() else chosen
     return (
-        f"host      {torch.get_num_threads()} compute threads (OMP_WAIT_POLICY {wait}), "
-        f"freed memory: {memory}"
+        f"host      {threads} compute thread{'s' * (threads > 1)} ({why}) on cores {_ranges()}, "
+        f"OMP_WAIT_POLICY {wait}; freed memory: {memory}"
     )
+
+
+def _ranges() -> str:
+    """The affinity as `0-3,8`."""
+    spans: list[list[int]] = []
+    for core in affinity():
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "unknown"

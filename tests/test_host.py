@@ -1,11 +1,16 @@
-"""Allocator settings of the training process."""
+"""Cores, threads and allocator settings of the training process."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from fastmoco import host
 
 SCRIPT = """
 import resource, torch
@@ -30,3 +35,68 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     faults, line = run.stdout.split("|")
     assert int(faults) < 1000  # 64 MiB are 16384 pages
     assert "kept in the process" in line
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may run on cores 0 to 5, 8 and 9; nobody says how many threads or ranks."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 8, 9}, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_cores_are_those_that_affinity_and_quota_allow(
+    eight_cores: None, tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert host.cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said", "expected"),
+    [
+        ("1", None, 8),
+        ("4", None, 2),
+        ("4", "1", 2),  # torchrun's default, which nobody asked for
+        ("1", "1", None),
+        ("4", "3", None),
+    ],
+)
+def test_every_core_computes_unless_the_user_says_otherwise(
+    eight_cores: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ranks: str,
+    said: str | None,
+    expected: int | None,
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(host, "_quota", lambda cgroup: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    host.choose_threads()
+    assert chosen == ([] if expected is None else [expected])
+
+
+def test_the_choice_is_told(eight_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: False)
+    line = host.settle(torch.device("cpu"))
+    assert "8 compute threads (every core of this rank) on cores 0-5,8-9," in line
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert "8 compute threads (as OMP_NUM_THREADS says)" in host.settle(torch.device("cpu"))

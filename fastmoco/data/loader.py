@@ -9,7 +9,6 @@ n local batch, S side of a view.
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from fastmoco.data.reader import Reader
 from fastmoco.data.sources import Source, open_source
 from fastmoco.data.verify import verify
 from fastmoco.data.views import Views
+from fastmoco.host import cores
 
 _SYNTHETIC_BATCHES = 4
 
@@ -230,12 +230,6 @@ def has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package `nvidia` at all
         return False
-
-
-def cores() -> int:
-    """CPU cores for one rank of this machine; torchrun says how many ranks share it."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (count or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 Built = tuple[Engine, str]
