@@ -16,11 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, environment, percentile
-from bench.throughput import case_of
+from bench.harness import RESULTS, percentile
 from fastmoco.config import ConfigError, check, dump, parse
 
 ROWS = RESULTS / "ablation.jsonl"
@@ -93,10 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(rest)
         check(config, 1)
-        cuda = torch.cuda.is_available() and config.run.device != "cpu"
-        where = environment(torch.device("cuda" if cuda else "cpu"))
-        if own.publish and where["dirty"]:
-            raise ConfigError("The tree differs from its commit: commit first, then --publish.")
+        cuda = device_of(config).type == "cuda"
+        where = origin(config, own.publish)
         compiled = config.run.compile == "on" or (config.run.compile == "auto" and cuda)
         contestants = [
             Contestant(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -161,15 +161,41 @@ def _as_floats(batch: Batch) -> Batch:
     return Batch(*floats)
 
 
-def end_to_end(config: str) -> Bench:
-    """The step of `fastmoco.train` fed by its loader."""
+@dataclass(frozen=True)
+class Fed:
+    """Our step, a function that runs it once on the next batch, and where batches come from."""
+
+    step: Step
+    run: Run
+    device: torch.device
+    loader: Loader
+
+    def wait_s(self) -> float:
+        """Seconds so far in which the step waited for data."""
+        return self.loader.wait_s
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader.close()
+
+
+def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> Fed:
+    """The step of `fastmoco.train` fed by its loader, synthetic where the configuration says so.
+
+    `over` may wrap the iterator of batches.
+    """
     parsed, world = _built(config)
     step = _ours(parsed, world)
     loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
-    run = _numbered(step, loader.batches(0, FOREVER), parsed.optim.accumulate)
-    return Bench(
-        world.device, run, loader=loader, facts={"loader": loader.description}, count=False
-    )
+    run = _numbered(step, over(loader.batches(0, FOREVER)), parsed.optim.accumulate)
+    return Fed(step, run, world.device, loader)
+
+
+def end_to_end(config: str) -> Bench:
+    """The step of `fastmoco.train` fed by its loader."""
+    fed = fed_step(config)
+    facts = {"loader": fed.loader.description}
+    return Bench(fed.device, fed.run, loader=fed.loader, facts=facts, count=False)
 
 
 def _ours(config: Config, world: World) -> Step:

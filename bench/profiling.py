@@ -1,8 +1,12 @@
-"""Where the time of a step goes: `python -m bench.profiling --config FILE [--out DIR]`.
+"""Where the time of a step goes: `python -m bench.profiling --config FILE`.
 
-Writes a torch.profiler trace for chrome://tracing or Perfetto and prints the costliest operations
-and the share of every part. Ranges carry stable names (`fastmoco.keys`, `fastmoco.queries`,
-`fastmoco.loss`, `fastmoco.update`); with `--nvtx` they are emitted for Nsight instead:
+Runs the step fed by its loader under torch.profiler; `bench.throughput --profile` does the same
+after its table. Into `--out` (runs/profile) go `trace.json` for Perfetto or chrome://tracing and
+`operations.txt`, the costliest operations; printed and, with `--publish`, kept as a row are the
+shares of convolution, batch norm, elementwise, loss, update and data. Phases are ranges with
+stable names: `fastmoco.data`, `fastmoco.keys`, `fastmoco.queries`, `fastmoco.loss`,
+`fastmoco.update`, and `fastmoco.graph` for all but the first where the step is one compiled graph.
+With `--nvtx` they are emitted for Nsight instead:
 
     nsys profile -c cudaProfilerApi python -m bench.profiling --config FILE --nvtx
 """
@@ -10,8 +14,10 @@ and the share of every part. Ranges carry stable names (`fastmoco.keys`, `fastmo
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -19,23 +25,32 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.machines import numbered_step
+from bench.case import case_of, origin
+from bench.contest import synchronize
+from bench.harness import RESULTS
+from bench.machines import Fed, fed_step
 from fastmoco import step as steps
-from fastmoco.config import ConfigError, check, dump, parse
+from fastmoco.config import Config, ConfigError, check, dump, parse
+from fastmoco.data.folders import resolve_folders
+from fastmoco.data.loader import Batch
 from fastmoco.shuffle import Shuffle
-from fastmoco.step import Step
+from fastmoco.step import Step, WholeStep
 from fastmoco_kernels import info_nce_enqueue
 
+ROWS = RESULTS / "profile.jsonl"
 # The first part with a word in an operation's name, or in that of a range around it, owns its time.
 PARTS = {
+    "data": ("fastmoco.data",),
     "loss": ("fastmoco.loss", "info_nce", "mean_with_gradient"),
-    "update": ("fastmoco.update", "Optimizer.step"),
+    "update": ("fastmoco.update", "Optimizer.step", "sgd_ema", "fastmoco::ema_"),
+    # Inductor names a kernel after all that it fuses, convolutions beside it included.
+    "batch norm": ("batch_norm", "BatchNorm", "var_mean"),
     "convolution": ("convolution", "conv2d", "cudnn_conv", "Convolution"),
-    "batch norm": ("batch_norm", "BatchNorm"),
     "matrix products": ("aten::mm", "addmm", "linear"),
     "pooling": ("pool",),
-    "elementwise and copies": ("",),
 }
+ELEMENTWISE = "elementwise and copies"
+DATA = "fastmoco.data"
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")
 
 
@@ -49,8 +64,18 @@ def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def ranged_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; waiting for one is a range."""
+    take = ranged(DATA, lambda: next(batches))
+    while True:
+        yield take()
+
+
 def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     """`run` with the phases of the step named; the step itself stays free of profiling."""
+    if isinstance(step, WholeStep):  # one graph: no range fits inside
+        step.run_graph = ranged("fastmoco.graph", step.run_graph)  # type: ignore[method-assign]
+        return run
     step.shuffle = cast(Shuffle, _Keys(step.shuffle))
     step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
     step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
@@ -81,63 +106,128 @@ def part_of(event: Any) -> str:
     """Which part an event's own time belongs to: the nearest name that says so."""
     while event is not None:
         for part, words in PARTS.items():
-            if words != ("",) and any(word in event.name for word in words):
+            if any(word in event.name for word in words):
                 return part
         event = event.cpu_parent
-    return "elementwise and copies"
+    return ELEMENTWISE
 
 
 def shares(events: Sequence[Any], cuda: bool) -> dict[str, float]:
-    """Percent of the profiled time by part."""
+    """Percent of the profiled time by part, the largest first.
+
+    On the CPU that is the time of the host, in which waiting for data is a part. On CUDA it is the
+    time of kernels, each charged to the operation that launched it.
+    """
     total: dict[str, float] = {}
-    for event in events:
+    hosted = [event for event in events if event.device_type.name == "CPU"]
+    for event in hosted:
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
         part = part_of(event)
         total[part] = total.get(part, 0.0) + own
+    if cuda:  # kernels without a known operation, as those of a replayed graph
+        kernels = [
+            e
+            for e in events
+            if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)
+        ]
+        rest = sum(e.self_device_time_total for e in kernels) - sum(total.values())
+        total["unknown"] = max(rest, 0.0)
     everything = sum(total.values()) or 1.0
     found = sorted(total.items(), key=lambda item: -item[1])
-    return {part: 100 * value / everything for part, value in found}
+    return {part: 100 * value / everything for part, value in found if value}
+
+
+def profile_step(config: Config, out: Path, number: int) -> dict[str, Any]:
+    """Profile `number` steps after three, write trace and table into `out`, return a row's fields.
+
+    `shares` in percent, `step_ms` of wall time under the profiler, `data_wait_percent` of it.
+    """
+    fed = fed_step(dump(config), ranged_batches)
+    cuda = fed.device.type == "cuda"
+    try:
+        run = _warm(fed)
+        waited, began = fed.wait_s(), time.perf_counter()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=activities) as profiler:
+            for _ in range(number):
+                run()
+            synchronize(fed.device)
+        seconds, waited = time.perf_counter() - began, fed.wait_s() - waited
+    finally:
+        fed.close()
+    out.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(out / "trace.json"))
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=48)
+    (out / "operations.txt").write_text(table)
+    found = shares(profiler.events() or [], cuda)
+    return {
+        "shares": {part: round(percent, 2) for part, percent in found.items()},
+        "step_ms": round(1e3 * seconds / number, 2),
+        "data_wait_percent": round(100 * waited / seconds, 2),
+        "steps": number,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _warm(fed: Fed) -> Callable[[], object]:
+    run = with_ranges(fed.step, fed.run)
+    for _ in range(3):
+        run()
+    synchronize(fed.device)
+    return run
+
+
+def emit_nvtx(config: Config, number: int) -> None:
+    """Run `number` steps with their ranges and operations as NVTX ranges, for Nsight."""
+    fed = fed_step(dump(config), ranged_batches)
+    try:
+        run = _warm(fed)
+        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
+            for _ in range(number):
+                run()
+            synchronize(fed.device)
+    finally:
+        fed.close()
+
+
+def report(row: dict[str, Any], out: Path) -> None:
+    """Print the costliest operations and the shares."""
+    lines = (out / "operations.txt").read_text().splitlines()
+    print("\n".join(lines))
+    for part, percent in row["shares"].items():
+        print(f"{part:26s}{percent:6.1f} %")
+    print(
+        f"{row['step_ms']:.0f} ms per step under the profiler, waiting for data "
+        f"{row['data_wait_percent']:.1f} %; trace.json and operations.txt in {out}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for a configuration that cannot run."""
+    """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
     parser = argparse.ArgumentParser("bench.profiling", description=__doc__, add_help=False)
     parser.add_argument("--out", type=Path, default=Path("runs/profile"))
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--nvtx", action="store_true")
+    parser.add_argument("--publish", action="store_true")
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     try:
         config = parse(rest)
         check(config, 1)
+        where = origin(config, own.publish)
+        config = config if config.data.source == "synthetic" else resolve_folders(config)
+        if own.nvtx:
+            emit_nvtx(config, own.steps)
+            return 0
     except ConfigError as error:
         print(f"profiling: {error}", file=sys.stderr)
         return 2
-    step, run, device = numbered_step(dump(config))
-    run = with_ranges(step, run)
-    for _ in range(3):
-        run()
-    cuda = device.type == "cuda"
-    if own.nvtx:
-        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
-            for _ in range(own.steps):
-                run()
-            torch.cuda.synchronize()
-        return 0
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(own.steps):
-            run()
-        if cuda:
-            torch.cuda.synchronize()
-    own.out.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(own.out / "trace.json"))
-    order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=48)
-    (own.out / "operations.txt").write_text(table)
-    print(table)
-    for part, percent in shares(profiler.events() or [], cuda).items():
-        print(f"{part:26s}{percent:6.1f} %")
-    print(f"trace and table in {own.out}")
+    row = profile_step(config, own.out, own.steps)
+    report(row, own.out)
+    if own.publish:
+        shared = {"benchmark": "profile", "case": case_of(config), "environment": where}
+        with ROWS.open("a") as file:
+            file.write(json.dumps({**shared, **row}) + "\n")
     return 0
 
 

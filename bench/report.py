@@ -45,37 +45,74 @@ def latest(rows: Sequence[Row]) -> list[list[Row]]:
     return [by_date[max(by_date)] for by_date in runs.values()]
 
 
+# Header of a column and what stands in it; a row without the field has a dash.
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("images/s p50", lambda row: f"{row['p50_images_per_second']:.2f}"),
+    (
+        "p20 - p80",
+        lambda row: f"{row['p20_images_per_second']:.2f} - {row['p80_images_per_second']:.2f}",
+    ),
+    ("CPU s per step", lambda row: f"{row['cpu_s_per_step']:.3f}"),
+    ("peak memory", lambda row: f"{row['peak_memory_gib']:.2f} GiB"),
+    ("host syncs per step", lambda row: str(row["host_syncs"])),
+    ("kernel launches per step", lambda row: str(row["kernel_launches"])),
+    ("power", lambda row: f"{row['power_w']:.0f} W"),
+    ("SM clock", lambda row: f"{row['sm_clock_mhz']:.0f} MHz"),
+    ("kWh per million images", lambda row: f"{row['kwh_per_million_images']:.2f}"),
+)
+
+
+def cells(run: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers, the first empty, and one line per contestant; columns that nobody fills are out."""
+    lines = [[_or_dash(make, row) for _, make in COLUMNS] for row in run]
+    filled = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
+    titles = [TITLES[row["contestant"]] for row in run]
+    body = [[title, *(line[i] for i in filled)] for title, line in zip(titles, lines, strict=True)]
+    return ["", *(COLUMNS[i][0] for i in filled)], body
+
+
+def _or_dash(make: Callable[[Row], str], row: Row) -> str:
+    try:
+        return make(row)
+    except KeyError:
+        return "-"
+
+
+def caption(run: Sequence[Row]) -> str:
+    """What was run, where and on what, in one line."""
+    case, where = run[0]["case"], run[0]["environment"]
+    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    threads = run[0].get("threads", where["threads"])
+    return (
+        f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
+        f"K = {case['queue_size']}, {case['precision']}, on {device} with {threads} "
+        f"thread{'s' * (threads > 1)} (commit {where['commit'][:7]}, "
+        f"load average {where['load_average']:g}):"
+    )
+
+
+def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; all columns but the first are numbers."""
+    rule = "|---|" + "---:|" * (len(headers) - 1)
+    top = f"| {' | '.join(headers)} |".replace("|  |", "| |")
+    return [top, rule, *(f"| {' | '.join(line)} |" for line in body)]
+
+
 def _throughput(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
     for run in latest(rows):
-        case, where = run[0]["case"], run[0]["environment"]
-        device = where["cpu"] if where["device"] == "cpu" else where["device"]
-        lines += [
-            f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
-            f"K = {case['queue_size']}, {case['precision']}, on {device} with {where['threads']} "
-            f"threads (commit {where['commit'][:7]}, load average {where['load_average']:g}):",
-            "",
-            "| | images/s p50 | p20 - p80 | CPU s per step | peak memory | host syncs per step |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for row in run:
-            p20, p50, p80 = (row[f"p{p}_images_per_second"] for p in (20, 50, 80))
-            lines.append(
-                f"| {TITLES[row['contestant']]} | {p50:.2f} | {p20:.2f} - {p80:.2f} | "
-                f"{row['cpu_s_per_step']:.3f} | {row['peak_memory_gib']:.2f} GiB | "
-                f"{row.get('host_syncs', '-')} |"
-            )
-        lines += ["", *_sentences(run), ""]
+        lines += [caption(run), "", *markdown(*cells(run)), "", sentence(run), ""]
     return lines[:-1]
 
 
-def _sentences(run: Sequence[Row]) -> list[str]:
+def sentence(run: Sequence[Row]) -> str:
+    """The ratios of a contest and how it was run."""
     ratios = run[0]["ratios"]
     found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
     waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
     found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
     how = f". {run[0]['n']} windows of each, in turns; what the loader feeds ran apart."
-    return ["; ".join(found) + how]
+    return "; ".join(found) + how
 
 
 def _ablation(rows: Sequence[Row]) -> list[str]:

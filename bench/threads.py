@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from bench.ablation import EVERYTHING, relative
+from bench.case import case_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, environment
-from bench.throughput import case_of, summary
-from fastmoco.config import Config, check, dump, parse
+from bench.harness import RESULTS
+from bench.throughput import summary
+from fastmoco.config import Config, ConfigError, check, dump, parse
 from fastmoco.data.folders import resolve_folders
 
 ROWS = RESULTS / "threads.jsonl"
@@ -91,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     config = parse(rest)
     check(config, 1)
-    where = environment(torch.device("cpu")) | {"threads": own.threads}
-    if own.publish and where["dirty"]:
-        print("threads: the tree differs from its commit: commit first", file=sys.stderr)
+    try:
+        where = origin(config, own.publish) | {"threads": own.threads}
+    except ConfigError as error:
+        print(f"threads: {error}", file=sys.stderr)
         return 2
     beside = "loader" if own.fed else "nobody" if own.alone else "process"
     results = run(config, beside, own.threads, own.windows, own.window_steps)

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench import nvml
+from bench import nvml, profiling, report, terminal
+from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, environment, percentile
+from bench.harness import RESULTS, percentile
 from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
 from fastmoco.data.folders import resolve_folders
 
 ROWS = RESULTS / "throughput.jsonl"
+PROFILE = Path("runs/profile")
 
 FACTORIES = {
     "loader": "bench.machines:loader_alone",
@@ -42,14 +42,6 @@ FACTORIES = {
     "encoder": "bench.machines:bare_encoder",
     "official": "bench.machines:official_step",
 }
-TITLES = {
-    "loader": "loader alone",
-    "step": "our step",
-    "end_to_end": "our step fed by the loader",
-    "encoder": "bare encoder (ceiling)",
-    "official": "published step",
-}
-
 
 FED = ("loader", "end_to_end")
 
@@ -64,6 +56,7 @@ class Plan:
     limit_s: float
     quick: bool
     publish: bool
+    profile: bool
 
 
 def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
@@ -78,6 +71,7 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
     parser.add_argument("--limit-s", type=float, default=math.inf)
     parser.add_argument("--only", default=",".join(FACTORIES))
     parser.add_argument("--publish", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     config = parse(rest)
     check(config, 1)
@@ -95,30 +89,9 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
         limit_s=min(own.limit_s, 90.0) if own.quick else own.limit_s,
         quick=own.quick,
         publish=own.publish,
+        profile=own.profile,
     )
     return plan, config
-
-
-def device_of(config: Config) -> torch.device:
-    """The device that a run of this configuration uses."""
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def case_of(config: Config) -> dict[str, Any]:
-    """What a row is about; rows of equal cases are comparable."""
-    chosen = {
-        "arch": config.model.arch,
-        "image_size": config.augment.image_size,
-        "batch": config.optim.global_batch_size,
-        "queue_size": config.moco.queue_size,
-        "precision": config.run.precision,
-        "compile": config.run.compile,
-        "shuffle_bn": config.shuffle_bn(1),
-        "bn_group_size": config.bn_group_size(1),
-        "data": config.data.source,
-    }
-    return chosen
 
 
 def summary(result: Result, images: int) -> dict[str, Any]:
@@ -156,17 +129,13 @@ def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
     contestants = [Contestant(name, FACTORIES[name], {"config": text}) for name in plan.only]
 
-    def report(done: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{plan.windows} windows", end="", file=sys.stderr, flush=True)
-
     limits: dict[str, Any] = {
         "windows": plan.windows,
         "steps": plan.window_steps,
         "warmup": max(2, plan.window_steps),
         "limit_s": plan.limit_s,
         "meter": meter,
-        "progress": report,
+        "progress": lambda done: terminal.progress(done, plan.windows),
     }
     results = contest([c for c in contestants if c.name not in FED], **limits)
     # A loader works ahead while others have their turn, so whoever it feeds runs by itself.
@@ -175,22 +144,6 @@ def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict
             ahead = limits | {"warmup": plan.window_steps + config.data.prefetch + 2}
             results |= contest([contestant], **ahead)
     return {name: results[name] for name in plan.only}
-
-
-def lines(config: Config, rows: dict[str, dict[str, Any]], ratios: dict[str, Any]) -> list[str]:
-    """The result as text."""
-    head = f"{'':28s}{'images/s p20':>13s}{'p50':>9s}{'p80':>9s}{'CPU s/step':>12s}"
-    out = [", ".join(f"{k} {v}" for k, v in case_of(config).items()), head]
-    out[-1] += f"{'memory GiB':>12s}{'host syncs':>12s}{'data wait':>11s}"
-    for name, row in rows.items():
-        speeds = [row[f"p{p}_images_per_second"] for p in (20, 50, 80)]
-        text = f"{TITLES[name]:28s}{speeds[0]:13.2f}{speeds[1]:9.2f}{speeds[2]:9.2f}"
-        text += f"{row['cpu_s_per_step']:12.3f}{row['peak_memory_gib']:12.2f}"
-        text += f"{row.get('host_syncs', ''):>12}"
-        out.append(text + (f"{row['data_wait_percent']:10.1f}%" if name == "end_to_end" else ""))
-    for title, (p20, p50, p80) in ratios.items():
-        out.append(f"{title}: {p50:.2f} (p20 {p20:.2f}, p80 {p80:.2f} over turns)")
-    return out
 
 
 def ratios_of(results: dict[str, Result]) -> dict[str, tuple[float, float, float]]:
@@ -207,21 +160,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
     try:
         plan, config = options(sys.argv[1:] if arguments is None else arguments)
-        device = device_of(config)
-        where = environment(device)
-        if plan.publish and where["dirty"]:
-            raise ConfigError("The tree differs from its commit: commit first, then --publish.")
+        where = origin(config, plan.publish)
     except ConfigError as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
-    results = measure(plan, config, nvml.build_meter(device, complain))
-    images = config.optim.global_batch_size
-    rows = {name: summary(result, images) for name, result in results.items()}
-    ratios = ratios_of(results)
-    show(lines(config, rows, ratios))
+    results = measure(plan, config, nvml.build_meter(device_of(config), complain))
+    rows = rows_of(config, results, where)
+    terminal.show(report.caption(rows), *report.cells(rows), report.sentence(rows))
     if plan.publish:
-        append(ROWS, config, rows, ratios, where)
+        append(ROWS, rows)
         print(f"{len(rows)} rows appended to {ROWS.name}")
+    if plan.profile:
+        profiling.report(profiling.profile_step(config, PROFILE, plan.window_steps + 1), PROFILE)
     return 0
 
 
@@ -230,30 +180,30 @@ def complain(sentence: str) -> None:
     print(f"throughput: {sentence}", file=sys.stderr)
 
 
-def show(text: Sequence[str]) -> None:
-    """Print the table."""
-    print("\n".join(text), flush=True)
-
-
-def append(
-    path: Path,
-    config: Config,
-    rows: dict[str, dict[str, Any]],
-    ratios: dict[str, tuple[float, float, float]],
-    where: dict[str, Any],
-) -> None:
-    """One JSON line per contestant; rows of one contest share environment and ratios."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def rows_of(
+    config: Config, results: dict[str, Result], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per contestant; rows of one contest share environment and ratios."""
+    ratios = {title: [round(x, 4) for x in value] for title, value in ratios_of(results).items()}
     shared = {
         "benchmark": "throughput",
         "case": case_of(config),
-        "ratios": {title: [round(x, 4) for x in value] for title, value in ratios.items()},
+        "ratios": ratios,
         "config": flatten(config),
         "environment": where,
     }
+    images = config.optim.global_batch_size
+    return [
+        {**shared, "contestant": name, **summary(result, images)}
+        for name, result in results.items()
+    ]
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON line per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for name, row in rows.items():
-            file.write(json.dumps({**shared, "contestant": name, **row}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import os
 import platform
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -332,6 +334,15 @@ def examine(config: Config, world: World) -> Iterator[Line]:
         yield from speed(config, world)
 
 
+def _shown(name: str, text: str) -> str:
+    """A finding as a line, folded beside its name where a terminal would break it anywhere."""
+    line = f"{name:10s}{text}"
+    if not sys.stdout.isatty():
+        return line
+    width = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(line, width, subsequent_indent=" " * 10, break_on_hyphens=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for a configuration that cannot train, 1 if a check found something wrong."""
     wrong = False
@@ -343,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in examine(config, world):
             wrong = wrong or any(word in text for word in ("WARNING", "WRONG", "DIFFERS"))
             if world.is_main:
-                print(f"{name:10s}{text}", flush=True)
+                print(_shown(name, text), flush=True)
     except (ConfigError, ValueError) as error:
         print(f"doctor: {error}", file=sys.stderr)
         return 2

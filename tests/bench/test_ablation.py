@@ -8,7 +8,6 @@ import torch
 from bench.ablation import EVERYTHING, VARIANTS, rows_of, variants
 from bench.contest import Result, Window
 from bench.machines import WITHOUT, numbered_step
-from bench.profiling import PHASES, shares, with_ranges
 from fastmoco.config import dump, parse
 
 TINY = [
@@ -48,15 +47,3 @@ def test_variants_that_change_nothing_here_are_left_out() -> None:
     assert len(variants(cuda=True, with_compile=False, compiled=True)) == len(VARIANTS) - 1
     chosen = variants(cuda=False, with_compile=True, compiled=False)
     assert list(chosen.values())[-1].overrides == ("--run.compile", "on")
-
-
-def test_profile_names_the_phases_and_shares_out_all_time() -> None:
-    step, run, _ = numbered_step(dump(parse(TINY)))
-    run = with_ranges(step, run)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        run()
-    events = list(profiler.events() or [])
-    assert set(PHASES) <= {event.name for event in events}
-    found = shares(events, cuda=False)
-    assert sum(found.values()) == pytest.approx(100)
-    assert {"convolution", "batch norm", "loss", "update"} <= set(found)

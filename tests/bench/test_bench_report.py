@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from bench import report
+from bench.case import case_of
 from bench.contest import Result, Window
 from bench.harness import ROOT
-from bench.throughput import case_of, ratios_of, summary
+from bench.throughput import ratios_of, summary
 from fastmoco.config import Config
 
 WHERE = {

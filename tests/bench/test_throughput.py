@@ -46,6 +46,6 @@ def test_unknown_contestant_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 def test_dirty_tree_publishes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.throughput.environment", lambda device: {"dirty": True})
+    monkeypatch.setattr("bench.case.environment", lambda device: {"dirty": True})
     assert main([*TINY, "--publish"]) == 2
     assert "commit first" in capsys.readouterr().err

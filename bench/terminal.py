@@ -1,0 +1,48 @@
+"""Tables of the benchmarks on a terminal, by rich; as Markdown where nobody looks or rich is not.
+
+The bench extra installs rich: `pip install 'fastmoco[bench]'`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from bench.report import markdown
+
+
+def show(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:
+    """Print a table whose first column holds names and whose others hold numbers."""
+    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        _draw(caption, headers, body, note)
+    else:
+        print("\n".join([caption, "", *markdown(headers, body), "", note]))
+    sys.stdout.flush()
+
+
+def progress(done: int, windows: int) -> None:
+    """A counter on one line of the terminal, gone when all is done."""
+    if sys.stderr.isatty():
+        text = f"{done}/{windows} windows" if done < windows else ""
+        print(f"\r{text:24s}\r", end="", file=sys.stderr, flush=True)
+
+
+def _draw(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index else "left")
+    for title, *numbers in body:
+        style = "bold" if "**" in title else None
+        short = title.replace("**", "").split(":")[0]
+        # Without spaces a range or a unit stays on its line where the terminal is narrow.
+        table.add_row(short, *(number.replace(" ", "") for number in numbers), style=style)
+    console.print(caption, markup=False, highlight=False)
+    console.print(table)
+    console.print(Markdown(note))

@@ -1,0 +1,118 @@
+"""Every millisecond of a profile belongs to one part, and the phases have their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench.machines import fed_step
+from bench.profiling import DATA, PHASES, profile_step, ranged_batches, shares, with_ranges
+from fastmoco.config import dump, parse
+from fastmoco.data.loader import Batch
+from fastmoco.distributed import World
+from fastmoco.step import Step, WholeStep
+
+TINY = [
+    *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
+    *("--run.device", "cpu", "--run.precision", "fp32"),
+]
+CPU = torch.profiler.ProfilerActivity.CPU
+
+
+def test_profile_names_the_phases_and_shares_out_all_time() -> None:
+    fed = fed_step(dump(parse(TINY)), ranged_batches)
+    run = with_ranges(fed.step, fed.run)
+    with torch.profiler.profile(activities=[CPU]) as profiler:
+        run()
+    events = list(profiler.events() or [])
+    assert {DATA, *PHASES} <= {event.name for event in events}
+    found = shares(events, cuda=False)
+    assert sum(found.values()) == pytest.approx(100)
+    assert {"convolution", "batch norm", "loss", "update", "data"} <= set(found)
+    assert max(found, key=lambda part: found[part]) in ("convolution", "batch norm", "update")
+
+
+def test_profile_leaves_trace_and_table(tmp_path: Path) -> None:
+    row = profile_step(parse(TINY), tmp_path / "profile", 2)
+    assert row["steps"] == 2
+    assert row["step_ms"] > 0
+    assert sum(row["shares"].values()) == pytest.approx(100, abs=0.1)
+    assert '"traceEvents"' in (tmp_path / "profile" / "trace.json").read_text()
+    assert "convolution" in (tmp_path / "profile" / "operations.txt").read_text()
+
+
+def slow(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A loader that uses the processor before every batch."""
+    for batch in batches:
+        for _ in range(60):
+            torch.rand(500_000).sort()
+        yield batch
+
+
+def test_a_slow_loader_is_seen_as_data() -> None:
+    fed = fed_step(dump(parse(TINY)), lambda batches: ranged_batches(slow(batches)))
+    run = with_ranges(fed.step, fed.run)
+    with torch.profiler.profile(activities=[CPU]) as profiler:
+        run()
+    assert shares(list(profiler.events() or []), cuda=False)["data"] > 60
+
+
+def test_a_step_that_is_one_graph_has_one_range() -> None:
+    fed = fed_step(dump(parse(TINY)))
+    parts: dict[str, Any] = {f.name: getattr(fed.step, f.name) for f in fields(Step)}
+    world = World(0, 0, 1, torch.device("cpu"), "none")
+    whole = WholeStep(**parts, world=world, backend="eager")
+    views = Batch(*(torch.zeros(8, 32, 32, 3, dtype=torch.uint8) for _ in range(2)))
+    run = with_ranges(whole, lambda: whole([views], 0))
+    with torch.profiler.profile(activities=[CPU]) as profiler:
+        run()
+    names = [event.name for event in profiler.events() or []]
+    assert names.count("fastmoco.graph") == 1
+
+
+def event(
+    name: str, parent: Any = None, device_us: float = 0, device: str = "CPU", mark: bool = False
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        cpu_parent=parent,
+        self_device_time_total=device_us,
+        self_cpu_time_total=1e9,  # not to be counted on CUDA
+        device_type=SimpleNamespace(name=device),
+        is_user_annotation=mark,
+    )
+
+
+def test_time_on_the_device_is_counted_once_and_belongs_to_whoever_launched_it() -> None:
+    update = event("fastmoco.update")
+    kernel = "triton_red_fused__native_batch_norm_legit_functional_convolution_backward_relu_7"
+    events = [
+        update,
+        event("aten::mul_", update, 10),
+        event("aten::cudnn_convolution", None, 50),
+        event(kernel, None, 20),  # the range that Inductor puts around its launch
+        event("aten::relu_", None, 10),
+        # The same kernels as the device sees them, one that nobody is known to have launched, and
+        # a range, which is no work.
+        event("sm90_xmma_fprop", None, 50, "CUDA"),
+        event(kernel, None, 20, "CUDA"),
+        event("vectorized_elementwise_kernel", None, 20, "CUDA"),
+        event("graph_replayed_kernel", None, 10, "CUDA"),
+        event("fastmoco.update", None, 500, "CUDA", mark=True),
+    ]
+    assert shares(events, cuda=True) == pytest.approx(
+        {
+            "convolution": 50,
+            "batch norm": 20,
+            "update": 10,
+            "elementwise and copies": 10,
+            "unknown": 10,
+        }
+    )
