@@ -47,10 +47,10 @@ def latest(rows: Sequence[Row]) -> list[list[Row]]:
 
 # Header of a column and what stands in it; a row without the field has a dash.
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("images/s p50", lambda row: f"{row['p50_images_per_second']:.2f}"),
+    ("images/s p50", lambda row: figure(row["p50_images_per_second"])),
     (
         "p20 - p80",
-        lambda row: f"{row['p20_images_per_second']:.2f} - {row['p80_images_per_second']:.2f}",
+        lambda row: " - ".join(figure(row[f"p{p}_images_per_second"]) for p in (20, 80)),
     ),
     ("CPU s per step", lambda row: f"{row['cpu_s_per_step']:.3f}"),
     ("peak memory", lambda row: f"{row['peak_memory_gib']:.2f} GiB"),
@@ -58,8 +58,13 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("kernel launches per step", lambda row: str(row["kernel_launches"])),
     ("power", lambda row: f"{row['power_w']:.0f} W"),
     ("SM clock", lambda row: f"{row['sm_clock_mhz']:.0f} MHz"),
-    ("kWh per million images", lambda row: f"{row['kwh_per_million_images']:.2f}"),
+    ("kWh per million images", lambda row: f"{row['kwh_per_million_images']:.3g}"),
 )
+
+
+def figure(value: float) -> str:
+    """About four digits, none of them behind an `e`."""
+    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
 
 
 def cells(run: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -35,14 +35,16 @@ def _draw(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], n
     from rich.table import Table
 
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="right" if index else "left")
-    for title, *numbers in body:
-        style = "bold" if "**" in title else None
+    # One column per contestant: what is measured has long names and more lines than there are
+    # contestants, and a table of ten columns does not fit 80 characters.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for title, *_ in body:
         short = title.replace("**", "").split(":")[0]
-        # Without spaces a range or a unit stays on its line where the terminal is narrow.
-        table.add_row(short, *(number.replace(" ", "") for number in numbers), style=style)
+        table.add_column(short, justify="right", overflow="fold", vertical="bottom")
+    for index, header in enumerate(headers[1:], 1):
+        # Without spaces a range or a unit stays on one line.
+        table.add_row(header, *(line[index].replace(" ", "") for line in body))
     console.print(caption, markup=False, highlight=False)
     console.print(table)
     console.print(Markdown(note))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, terminal
 from bench.case import case_of
 from bench.contest import Result, Window
 from bench.harness import ROOT
@@ -53,7 +54,7 @@ def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
         rows("2026-01-03", 9.0, dirty=True),
     )
     table = report.table("throughput", tmp_path)
-    assert "| **our step** | 256.00 | 256.00 - 256.00 | 2.000 | 1.50 GiB | 0 |" in table
+    assert "| **our step** | 256.0 | 256.0 - 256.0 | 2.000 | 1.50 GiB | 0 |" in table
     assert "our step / published step: **3.00** (3.00 - 3.00)" in table
     assert table.count("published step |") == 1
 
@@ -79,3 +80,41 @@ def test_stale_file_is_found_and_mended(tmp_path: Path) -> None:
     assert report.main(["--check", "--file", str(file)]) == 1
     assert report.main(["--file", str(file)]) == 0
     assert report.main(["--check", "--file", str(file)]) == 0
+
+
+def test_figures_have_about_four_digits() -> None:
+    assert [report.figure(x) for x in (2051.22, 117.43, 25.214, 1.5)] == [
+        *("2051", "117.4", "25.21", "1.50")
+    ]
+
+
+def test_columns_of_a_gpu_stand_only_where_a_row_has_them() -> None:
+    plain = rows("2026-01-01", 2.0)
+    headers, _ = report.cells(plain)
+    assert "power" not in headers
+    assert "kernel launches per step" not in headers
+    on_gpu = [dict(row) for row in plain]
+    on_gpu[0] |= {"power_w": 612.4, "kernel_launches": 321, "kwh_per_million_images": 0.04567}
+    headers, body = report.cells(on_gpu)
+    first, second = (dict(zip(headers, line, strict=True)) for line in body)
+    assert first["power"] == "612 W"
+    assert first["kernel launches per step"] == "321"
+    assert first["kWh per million images"] == "0.0457"
+    assert second["power"] == "-"
+
+
+def test_narrow_terminal_shows_every_digit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    contest = rows("2026-01-01", 2.0)
+    headers, body = report.cells(contest)
+    terminal.show(
+        report.caption(contest), headers, [*body, *body, body[0]], report.sentence(contest)
+    )
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    assert "\u2026" not in printed
+    assert printed.count("256.0-256.0") == 3
+    assert "|" not in printed.split("our step / published")[0]
