@@ -40,7 +40,7 @@ def _draw(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], n
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for title, *_ in body:
-        short = title.replace("**", "").split(":")[0]
+        short = title.replace("**", "").split(":")[0].removesuffix(" as in ours")
         table.add_column(short, justify="right", overflow="fold", vertical="bottom")
     for index, header in enumerate(headers[1:], 1):
         # Without spaces a range or a unit stays on one line.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench.contest import Contestant, contest
 from bench.throughput import main, measure, options, ratios_of, summary
@@ -33,7 +34,21 @@ def test_failure_of_a_contestant_is_told() -> None:
 
 def test_synthetic_data_has_no_loader_to_time() -> None:
     plan, _ = options(TINY)
+    assert plan.only == ("step", "encoder", "official", "official_kept")
+
+
+def test_allocator_of_the_host_is_no_matter_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.throughput.device_of", lambda config: torch.device("cuda"))
+    plan, _ = options(TINY)
     assert plan.only == ("step", "encoder", "official")
+    assert plan.window_steps == 10
+
+
+def test_kept_memory_saves_the_published_step_its_page_faults() -> None:
+    large = [*TINY, "--augment.image_size", "64", "--optim.global_batch_size", "64"]
+    plan, config = options([*large, "--windows", "3", "--only", "official,official_kept"])
+    faults = [sum(w.page_faults for w in r.windows) for r in measure(plan, config).values()]
+    assert faults[1] < faults[0] / 4
 
 
 def test_unknown_contestant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
