@@ -19,9 +19,10 @@ lint: $(READY)
 type: $(READY)
 	$(BIN)/mypy
 
-# The tables of README.md from the rows in bench/results.
+# Tables and pictures of the documents from the rows in bench/results.
 bench-report: $(READY)
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.figures
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

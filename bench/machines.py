@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.launches import launches_of
 from bench.official import OfficialMoCo, OfficialStep
-from fastmoco import encoder as encoders
+from bench.switches import Run, switch_off
 from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
 from fastmoco.data.loader import Batch, Loader, build_loader
@@ -31,11 +30,9 @@ from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
 from fastmoco.host import settle
 from fastmoco.moco import build_moco
 from fastmoco.step import Step, build_step
-from fastmoco_kernels import InfoNCE, enqueue_
 
 # Operations through which a value reaches the host, by their ATen names.
 HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
-Run = Callable[[], object]
 FOREVER = 10**9
 
 
@@ -138,12 +135,10 @@ def loader_alone(config: str) -> Bench:
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
     """The step of `fastmoco.train` on images that are on the device already.
 
-    `without` switches improvements off, by their names in `WITHOUT`.
+    `without` switches improvements off, by their names in `bench.switches.WITHOUT`.
     """
     step, run, device = numbered_step(config, without)
-    for name in without:
-        run = WITHOUT[name](run, step)
-    return Bench(device, run)
+    return Bench(device, switch_off(run, step, without))
 
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
@@ -295,56 +290,3 @@ def _official(parsed: Config, world: World) -> Bench:
         turn += 1
 
     return Bench(world.device, run)
-
-
-def _without_channels_last(run: Run, step: Step) -> Run:
-    step.moco.to(memory_format=torch.contiguous_format)
-
-    def contiguous(images: Tensor) -> Tensor:
-        return normalize_pixels(images).contiguous()
-
-    return _patched(run, mock.patch.object(encoders, "normalize_pixels", contiguous))
-
-
-def _without_fused_loss(run: Run, step: Step) -> Run:
-    return _patched(run, mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
-
-
-def _without_uint8(run: Run, step: Step) -> Run:
-    return _patched(run, mock.patch.object(encoders, "normalize_pixels", _channels_first))
-
-
-def _channels_first(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2)
-
-
-def _as_it_is(run: Run, step: Step) -> Run:
-    return run
-
-
-def _patched(run: Run, patch: Any) -> Run:
-    def patched() -> None:
-        with patch:
-            run()
-
-    return patched
-
-
-def eager_loss(
-    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
-) -> InfoNCE:
-    """The loss as published: queue cloned, logits (N, 1+K) materialized, autograd through them."""
-    positive = (q * k).sum(1, keepdim=True)
-    logits = torch.cat([positive, q @ queue.clone().detach().T], dim=1) / temperature
-    losses = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="none")
-    rank = (logits[:, 1:] >= logits[:, :1]).sum(1)
-    enqueue_(keys, queue, queue_ptr)
-    return InfoNCE(losses.mean(), rank, losses.detach())
-
-
-WITHOUT: dict[str, Callable[[Run, Step], Run]] = {
-    "channels_last": _without_channels_last,
-    "uint8_input": _without_uint8,
-    "kept_memory": _as_it_is,  # the process was not settled
-    "fused_loss": _without_fused_loss,
-}

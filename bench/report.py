@@ -122,29 +122,81 @@ def sentence(run: Sequence[Row]) -> str:
 
 
 def _ablation(rows: Sequence[Row]) -> list[str]:
-    lines: list[str] = []
+    """One table per case: every improvement switched off by itself, whatever part it stood in."""
+    cases: dict[str, list[list[Row]]] = {}
     for run in latest(rows):
-        case = run[0]["case"]
+        case = run[0]["case"] | {"device": run[0]["environment"]["device"]}
+        if case.pop("part") != "waterfall":
+            cases.setdefault(json.dumps(case), []).append(run)
+    lines: list[str] = []
+    for runs in cases.values():
+        head = caption(runs[0]).removesuffix(":")
         lines += [
-            f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
-            f"K = {case['queue_size']}: our step with one thing switched off at a time.",
+            f"{head}; times relative to our step in the same turns, {runs[0][0]['n']} turns:",
             "",
-            "| switched off | time of a step, relative (p50) | p20 - p80 | CPU time, relative |",
+            "| switched off | time of a step (p50) | p20 - p80 | CPU time |",
             "|---|---:|---:|---:|",
         ]
-        for row in run:
-            p20, p50, p80 = row["relative"]
-            lines.append(
-                f"| {row['contestant']} | {p50:.2f} | {p20:.2f} - {p80:.2f} | "
-                f"{row['relative_cpu']:.2f} |"
-            )
+        for run in runs:
+            for row in run:
+                p20, p50, p80 = row["relative"]
+                if p20 == p50 == p80 == 1:  # our step itself
+                    continue
+                lines.append(
+                    f"| {row['contestant']} | {p50:.2f} | {p20:.2f} - {p80:.2f} | "
+                    f"{row['relative_cpu']:.2f} |"
+                )
         lines.append("")
     return lines[:-1]
+
+
+def _threads(rows: Sequence[Row]) -> list[str]:
+    """Settings of the host's threads, relative to libgomp's own with every core."""
+    beside = {
+        "loader": "fed by its loader",
+        "nobody": "images at hand, cores idle",
+        "process": "images at hand, beside one busy process",
+    }
+    lines = [
+        "| step | setting | images/s p50 | time of a step, to all threads (p50) | p20 - p80 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for run in latest(rows):
+        case, where = run[0]["case"], run[0]["environment"]
+        for row in run:
+            p20, p50, p80 = row["relative"]
+            name = row["contestant"].replace("nothing", f"{where['threads']} threads")
+            lines.append(
+                f"| {case['arch']}, {case['image_size']} px, batch {case['batch']}, "
+                f"{beside[case['beside']]} | {name} | {figure(row['p50_images_per_second'])} | "
+                f"{p50:.2f} | {p20:.2f} - {p80:.2f} |"
+            )
+    return lines if len(lines) > 2 else []
+
+
+def _profile(rows: Sequence[Row]) -> list[str]:
+    """Shares of the parts of a step fed by its loader."""
+    runs = [run[-1] for run in latest(rows)]
+    parts = sorted(
+        {part for row in runs for part in row["shares"]},
+        key=lambda part: -max(row["shares"].get(part, 0) for row in runs),
+    )
+    body = [
+        [
+            f"{row['case']['arch']}, {row['case']['image_size']} px, "
+            f"batch {row['case']['batch']}, {row['threads']} threads",
+            *(f"{row['shares'].get(part, 0):.1f} %" for part in parts),
+        ]
+        for row in runs
+    ]
+    return markdown(["", *parts], body) if body else []
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "throughput": ("throughput.jsonl", _throughput),
     "ablation": ("ablation.jsonl", _ablation),
+    "threads": ("threads.jsonl", _threads),
+    "profile": ("profile.jsonl", _profile),
 }
 
 

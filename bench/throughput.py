@@ -12,6 +12,7 @@ differs between CPU and CUDA.
     --window-steps N   steps of a window (1 on the CPU, 10 on CUDA)
     --limit-s S        begin no further window after that many seconds
     --only A,B         some of: loader, step, end_to_end, encoder, official, official_kept
+    --profile          then write a trace, the costliest operations and shares to runs/profile
     --publish          append rows to bench/results/throughput.jsonl; refused for a dirty tree
 """
 

@@ -1,14 +1,18 @@
-"""Switching an improvement off changes its cost and not what is learned."""
+"""Switching improvements off changes the cost of a step and not what is learned."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 
-from bench.ablation import EVERYTHING, VARIANTS, rows_of, variants
+from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, parts_of, rows_of, variants
 from bench.contest import Result, Window
-from bench.machines import WITHOUT, numbered_step
-from fastmoco.config import dump, parse
+from bench.machines import numbered_step
+from bench.switches import WITHOUT, switch_off
+from fastmoco.config import ConfigError, dump, parse
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -17,19 +21,38 @@ TINY = [
 ]
 
 
-def queue_after_two_steps(without: tuple[str, ...]) -> torch.Tensor:
-    step, run, _ = numbered_step(dump(parse(TINY)), without)
-    for name in without:
-        run = WITHOUT[name](run, step)
+def queue_after_two_steps(without: tuple[str, ...], *overrides: str) -> torch.Tensor:
+    step, run, _ = numbered_step(dump(parse([*TINY, *overrides])), without)
+    run = switch_off(run, step, without)
     run()
     run()
     return step.moco.queue
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT))
-def test_what_is_switched_off_does_not_change_the_keys(name: str) -> None:
-    apart = queue_after_two_steps((name,)) - queue_after_two_steps(())
+@pytest.mark.parametrize("without", [(name,) for name in WITHOUT] + [WITHOUT])
+def test_what_is_switched_off_does_not_change_the_keys(without: tuple[str, ...]) -> None:
+    apart = queue_after_two_steps(without) - queue_after_two_steps(())
     assert float(apart.abs().max()) < 1e-3
+
+
+def test_everything_off_learns_the_same() -> None:
+    everything_off = variants("waterfall", parse([*TINY, "--run.precision", "bf16"]))[PLAIN]
+    off = queue_after_two_steps(everything_off.without, *everything_off.overrides)
+    assert float((off - queue_after_two_steps(())).abs().max()) < 1e-3
+
+
+def test_switched_off_means_off() -> None:
+    step, run, _ = numbered_step(dump(parse(TINY)), ("channels_last", "uint8_input"))
+    seen: list[torch.Tensor] = []
+    stem = step.moco.encoder_q.get_submodule("conv1")
+    stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with mock.patch("fastmoco.encoder.normalize_pixels", side_effect=AssertionError):
+        switch_off(run, step, ("channels_last", "uint8_input"))()
+    assert seen[0].is_contiguous()
+    assert not seen[0].is_contiguous(memory_format=torch.channels_last)
+    weights = stem.weight
+    assert isinstance(weights, torch.Tensor)
+    assert weights.is_contiguous()
 
 
 def test_rows_are_relative_to_the_whole() -> None:
@@ -37,13 +60,41 @@ def test_rows_are_relative_to_the_whole() -> None:
         EVERYTHING: Result([Window(1, 2.0, 4.0, 0.0)] * 3, {}),
         "other": Result([Window(1, 3.0, 8.0, 0.0)] * 3, {}),
     }
-    rows = rows_of(results, {"benchmark": "ablation"})
+    rows = rows_of(results, {"benchmark": "ablation", "case": {"batch": 8}})
     assert rows[0]["relative"] == [1.0, 1.0, 1.0]
     assert rows[1]["relative"] == [1.5, 1.5, 1.5]
     assert rows[1]["relative_cpu"] == 2.0
+    assert rows[1]["step_ms"] == [3000.0, 3000.0, 3000.0]
+
+
+def test_waterfall_switches_one_thing_on_at_a_time() -> None:
+    chain = variants("waterfall", parse([*TINY, "--run.precision", "bf16"]))
+    names = list(chain)
+    assert names[:3] == [PUBLISHED, PLAIN, "freed memory kept"]
+    assert names[-1] == EVERYTHING
+    assert chain[EVERYTHING] == Variant()
+    off = [len(v.overrides) // 2 + len(v.without) for v in list(chain.values())[1:]]
+    assert all(more - fewer == 1 for more, fewer in pairwise(off))
 
 
 def test_variants_that_change_nothing_here_are_left_out() -> None:
-    assert len(variants(cuda=True, with_compile=False, compiled=True)) == len(VARIANTS) - 1
-    chosen = variants(cuda=False, with_compile=True, compiled=False)
-    assert list(chosen.values())[-1].overrides == ("--run.compile", "on")
+    config = parse([*TINY, "--optim.name", "sgd"])
+    names = " ".join(variants("switches", config))
+    for absent in ("fp32 (", "fused update", "torch.compile"):
+        assert absent not in names
+    with mock.patch("bench.ablation.device_of", return_value=torch.device("cuda")):
+        names = " ".join(variants("switches", parse([*TINY, "--run.precision", "bf16"])))
+        assert "torch.compile (eager" in names
+        assert "malloc" not in names
+        (other,) = list(variants("data", config).values())[1:]
+        assert other.overrides == ("--data.backend", "array")
+    (other,) = list(variants("data", config).values())[1:]
+    assert other.overrides == ("--data.backend", "dali")
+
+
+def test_parts_that_cannot_run_are_refused() -> None:
+    assert parts_of("", parse(TINY)) == ["switches", "waterfall"]
+    with pytest.raises(ConfigError, match="nonsense"):
+        parts_of("nonsense", parse(TINY))
+    with pytest.raises(ConfigError, match="needs images"):
+        parts_of("data", parse(TINY))

@@ -1,0 +1,90 @@
+"""Improvements of the step that can be switched off: what `bench.ablation` compares.
+
+A switch is turned by the configuration or in `bench.machines`, where the program itself has none.
+The step learns the same without any of them (`tests/bench/test_ablation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco import encoder as encoders
+from fastmoco.config import Config
+from fastmoco.encoder import normalize_pixels
+from fastmoco.step import Step
+from fastmoco_kernels import InfoNCE, enqueue_
+
+Run = Callable[[], object]
+# Names that `without` takes.
+WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One improvement: its name, what stands in its place, and how it is switched off."""
+
+    name: str
+    instead: str
+    overrides: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
+    """Those that make a difference here, in the order in which the waterfall switches them on."""
+    precision = config.run.precision
+    found = [
+        Switch("freed memory kept", "default malloc", without=("kept_memory",)),
+        Switch("channels-last", "NCHW", without=("channels_last",)),
+        Switch(precision, "fp32", ("--run.precision", "fp32")),
+        Switch("uint8 input", "fp32 images", without=("uint8_input",)),
+        Switch("fused loss", "N x K logits", without=("fused_loss",)),
+        Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
+        Switch("torch.compile", "eager", ("--run.compile", "off")),
+    ]
+    out = {
+        "freed memory kept": cuda,  # CUDA tensors do not come from malloc
+        "fp32": precision == "fp32",
+        "fused update": config.optim.name != "sgd_ema",
+        "torch.compile": not compiled,
+    }
+    return [switch for switch in found if not out.get(switch.name, False)]
+
+
+def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
+    """`run` without those improvements that the program itself has no switch for."""
+    if "channels_last" in without:
+        step.moco.to(memory_format=torch.contiguous_format)
+    floats, contiguous = "uint8_input" in without, "channels_last" in without
+
+    def pixels(images: Tensor) -> Tensor:
+        ready = images.permute(0, 3, 1, 2) if floats else normalize_pixels(images)
+        return ready.contiguous() if contiguous else ready
+
+    def switched() -> None:
+        with ExitStack() as patches:
+            if floats or contiguous:
+                patches.enter_context(mock.patch.object(encoders, "normalize_pixels", pixels))
+            if "fused_loss" in without:
+                patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
+            run()
+
+    return switched
+
+
+def eager_loss(
+    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
+) -> InfoNCE:
+    """The loss as published: queue cloned, logits (N, 1+K) materialized, autograd through them."""
+    positive = (q * k).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.clone().detach().T], dim=1) / temperature
+    losses = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="none")
+    rank = (logits[:, 1:] >= logits[:, :1]).sum(1)
+    enqueue_(keys, queue, queue_ptr)
+    return InfoNCE(losses.mean(), rank, losses.detach())
