@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows:
             p20, p50, p80 = row["relative"]
             print(
-                f"{row['contestant']:40s}{row['step_ms'][1]:10.1f} ms  {p50:.2f} of ours "
+                f"{row['contestant']:46s}{row['step_ms'][1]:10.1f} ms  {p50:.2f} of ours "
                 f"({p20:.2f} - {p80:.2f}), CPU time {row['relative_cpu']:.2f}",
                 flush=True,
             )

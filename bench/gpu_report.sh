@@ -1,19 +1,43 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in one go: bash bench/gpu_report.sh [options of fastmoco.train]
 #
-# Preflight, kernel benches, throughput, ablation and profile of one recipe on this machine, as one
-# Markdown file, gpu_report.md, to paste into an issue. A part that fails says so and the next one
-# runs. Without options: moco_v2_r50_200ep on synthetic images (give --data.root for the loader).
+# Preflight, kernel benches, throughput with power and a profile, and the ablation of one recipe on
+# this machine, as one Markdown file, gpu_report.md, to paste into an issue; traces in runs/profile.
+# From a clean tree the rows are also appended to bench/results. A part that fails says so and the
+# next one runs. Without options: moco_v2_r50_200ep on synthetic images; give --data.root to measure
+# the loader as well. Neither DALI, NVML nor rich needs to be installed.
+#
+#   PYTHON=python3.12   which interpreter
+#   REPORT=file.md      where to write
+#   REHEARSE=1          every part on the CPU, as small as it goes: a test of this script
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
+report=${REPORT:-gpu_report.md}
+failed=0
+
 options=("$@")
 if [ ${#options[@]} -eq 0 ]; then
   options=(--config configs/moco_v2_r50_200ep.yaml --data.source synthetic)
 fi
-report=gpu_report.md
-failed=0
+machine=(nvidia-smi)
+tests=(tests)
+kernels=(--device cuda --save)
+few=()
+small_batch=32
+publish=()
+[ -n "$(git status --porcelain -- . ':!bench/results' 2>&1)" ] || publish=(--publish)
+if [ -n "${REHEARSE:-}" ]; then
+  options+=(--run.device cpu --model.arch resnet18 --augment.image_size 32
+    --optim.global_batch_size 16 --moco.bn_group_size 8 --moco.queue_size 64)
+  machine=(uname -a)
+  tests=(tests/bench/test_launches.py)
+  kernels=(--device cpu --only ema --rounds 1)
+  few=(--windows 1)
+  small_batch=8
+  publish=()
+fi
 
 part() { # part TITLE COMMAND...
   local title=$1 status
@@ -31,14 +55,16 @@ part() { # part TITLE COMMAND...
 
 printf '# fastmoco on %s\n\n%s, commit %s\n' "$(uname -n)" "$(date -u +%FT%TZ)" \
   "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" > "$report"
-part "Device" nvidia-smi
+part "Machine" "${machine[@]}"
 part "Doctor and preflight" "$python" -m fastmoco.doctor "${options[@]}"
-part "Tests on the device" "$python" -m pytest -q -m gpu tests
-part "Kernels" "$python" -m bench.kernels --device cuda --save
-part "Throughput" "$python" -m bench.throughput "${options[@]}"
-part "Throughput, batch 32" "$python" -m bench.throughput "${options[@]}" \
-  --optim.global_batch_size 32
-part "Ablation" "$python" -m bench.ablation "${options[@]}" --compile
-part "Profile" "$python" -m bench.profiling "${options[@]}" --out runs/gpu_profile
+part "Tests on the device" "$python" -m pytest -q -m gpu "${tests[@]}"
+part "Kernels" "$python" -m bench.kernels "${kernels[@]}"
+part "Throughput and profile" "$python" -m bench.throughput "${options[@]}" --profile \
+  ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+part "Throughput of a small batch" "$python" -m bench.throughput "${options[@]}" \
+  --optim.global_batch_size "$small_batch" ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+part "Ablation" "$python" -m bench.ablation "${options[@]}" \
+  ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+printf '\n%s parts failed.\n' "$failed" >> "$report"
 echo "$report written; $failed parts failed"
 exit $((failed > 0))
