@@ -118,3 +118,49 @@ def test_narrow_terminal_shows_every_digit(
     assert "\u2026" not in printed
     assert printed.count("256.0-256.0") == 3
     assert "|" not in printed.split("our step / published")[0]
+
+
+def row_of(case: dict[str, object], date: str, **more: object) -> dict[str, object]:
+    """A row of the kinds that stand beside the contest's."""
+    whole = {"arch": "resnet18", "image_size": 32, "batch": 8, "queue_size": 64} | case
+    return {"case": whole | {"precision": "bf16"}, "environment": {**WHERE, "date": date}, **more}
+
+
+def test_ablation_shows_all_parts_of_a_case_and_leaves_out_our_step_itself(tmp_path: Path) -> None:
+    def part(name: str, date: str, contestant: str, p50: float) -> list[dict[str, object]]:
+        ours = {"contestant": "nothing", "relative": [1.0, 1.0, 1.0], "relative_cpu": 1.0, "n": 3}
+        other = {"contestant": contestant, "relative": [p50 - 0.1, p50, p50 + 0.1], "n": 3}
+        case: dict[str, object] = {"part": name}
+        return [
+            row_of(case, date, **ours),
+            row_of(case, date, **other, relative_cpu=p50),
+        ]
+
+    write(
+        tmp_path / "ablation.jsonl",
+        part("switches", "2026-01-01", "old", 9.0),
+        part("switches", "2026-01-02", "bf16 (fp32 instead)", 2.0),
+        part("data", "2026-01-01", "array loader (dali instead)", 3.0),
+        part("waterfall", "2026-01-03", "published step", 4.0),
+    )
+    table = report.table("ablation", tmp_path)
+    assert "| bf16 (fp32 instead) | 2.00 | 1.90 - 2.10 | 2.00 |" in table
+    assert "| array loader (dali instead) | 3.00 |" in table
+    assert table.count("| switched off |") == 1
+    for absent in ("old", "published", "nothing"):
+        assert absent not in table
+
+
+def test_tables_of_threads_and_profiles(tmp_path: Path) -> None:
+    setting = {"contestant": "1 thread", "relative": [1.1, 1.2, 1.3], "p50_images_per_second": 50.0}
+    write(tmp_path / "threads.jsonl", [row_of({"beside": "loader"}, "2026-01-01", **setting)])
+    assert "fed by its loader | 1 thread | 50.00 | 1.20 |" in report.table("threads", tmp_path)
+    shares = [{"convolution": 60.0, "data": 5.0}, {"convolution": 20.0, "loss": 70.0}]
+    contests = [
+        [row_of({"batch": i}, "2026-01-01", shares=share, threads=2)]
+        for i, share in enumerate(shares)
+    ]
+    write(tmp_path / "profile.jsonl", *contests)
+    table = report.table("profile", tmp_path)
+    assert table.splitlines()[0] == "| | loss | convolution | data |"
+    assert "| 0.0 % | 60.0 % | 5.0 % |" in table
