@@ -39,7 +39,7 @@ FOREVER = 10**9
 class Counter(TorchDispatchMode):
     """Counts operations and, among them, host synchronizations; the same on every device.
 
-    Inside a compiled region or a custom op nothing is counted: that is one operation.
+    A custom op is one operation. Compiled code does not run under a dispatch mode.
     """
 
     def __init__(self) -> None:
@@ -63,12 +63,14 @@ class Bench:
         loader: Loader | None = None,
         facts: dict[str, Any] | None = None,
         count: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.device = device
         self._step = step
         self._loader = loader
         self._facts = facts or {}
         self._count = count
+        self.compiled = compiled
 
     @property
     def wait_s(self) -> float:
@@ -81,12 +83,16 @@ class Bench:
             self._step()
 
     def facts(self) -> dict[str, Any]:
-        """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes."""
+        """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes.
+
+        Of a compiled step only what the driver sees is counted, so nothing on the CPU.
+        """
         known = {"threads": torch.get_num_threads(), **self._facts}
-        if self._count:
+        if self._count and not self.compiled:
             with Counter() as counter:
                 self._step()
             known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+        if self._count:
             known |= launches_of(self._step, self.device)
         return known
 
@@ -138,7 +144,8 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
     `without` switches improvements off, by their names in `bench.switches.WITHOUT`.
     """
     step, run, device = numbered_step(config, without)
-    return Bench(device, switch_off(run, step, without))
+    compiled = compile_encoders(parse_text(config), device)
+    return Bench(device, switch_off(run, step, without), compiled=compiled)
 
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
@@ -235,7 +242,7 @@ def bare_encoder(config: str) -> Bench:
             F.cross_entropy(plain_q(batch.im_q), labels).backward()
         of_q.zero_grad(set_to_none=True)
 
-    return Bench(world.device, step)
+    return Bench(world.device, step, compiled=compiled)
 
 
 class _Logits(Embed):

@@ -9,7 +9,14 @@ import torch
 from torch.profiler import record_function
 
 from bench.launches import RANGE, count, launches_of
-from bench.machines import Bench
+from bench.machines import Bench, bare_encoder, our_step
+from fastmoco.config import dump, parse
+
+TINY = [
+    *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
+    *("--run.device", "cpu", "--run.precision", "fp32"),
+]
 
 
 def event(
@@ -67,6 +74,16 @@ def test_events_of_the_real_profiler_have_what_is_read() -> None:
     events = list(profiler.events() or [])
     inside = next(e for e in events if e.name == "aten::ones").time_range.start
     assert count([*events, event("cudaLaunchKernel", inside)])["kernel_launches"] == 1
+
+
+def test_a_compiled_step_runs_while_its_facts_are_taken() -> None:
+    text = dump(parse([*TINY, "--run.compile", "on"]))
+    assert our_step(text).compiled
+    assert bare_encoder(text).compiled
+    x = torch.ones(8)
+    graph = torch.compile(lambda: (x + 1).sum(), fullgraph=True, backend="eager")
+    facts = Bench(torch.device("cpu"), graph, compiled=True).facts()
+    assert "host_syncs" not in facts
 
 
 @pytest.mark.gpu
