@@ -10,6 +10,7 @@ n local batch, S side of a view.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,6 +133,9 @@ class WorkerEngine:
             num_workers=self.workers,
             prefetch_factor=self.ahead,
             worker_init_fn=_in_worker,
+            # Also in a process that was itself spawned, whose children would be spawned by default:
+            # those import torch again, for seconds, and abort when they are told to end.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
         self._items = iter(loader)
 

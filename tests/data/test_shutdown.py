@@ -110,3 +110,46 @@ def test_nothing_is_left(photos: Path, tmp_path: Path, backend: str, end: str) -
     finally:
         for left in members(process.pid):
             os.kill(left, signal.SIGKILL)
+
+
+SPAWNED = """
+import multiprocessing
+import sys
+from program import main
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=main, args=sys.argv[1:])
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+"""
+MAIN = """
+import torch
+from fastmoco.config import AugmentConfig, Config, DataConfig, OptimConfig, RunConfig
+from fastmoco.data.loader import build_loader
+
+def main(root, run):
+    config = Config(
+        run=RunConfig(dir=run),
+        data=DataConfig(root=root, backend="array", workers=2),
+        augment=AugmentConfig(image_size=224),
+        optim=OptimConfig(global_batch_size=32),
+    )
+    with build_loader(config, device=torch.device("cpu")) as loader:
+        assert len(list(loader.batches(0, 3))) == 3
+"""
+
+
+def test_a_trainer_that_was_spawned_closes_its_readers(photos: Path, tmp_path: Path) -> None:
+    """As under torch.multiprocessing.spawn: children of such a process are spawned by default."""
+    (tmp_path / "program.py").write_text(MAIN)
+    (tmp_path / "start.py").write_text(SPAWNED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "start.py"), str(photos), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "terminate" not in done.stderr
