@@ -2,9 +2,14 @@
 
 About 45 bytes per sample: the folder (4), the end of the name in one blob (8), the name itself, and
 width and height (8). The cache is one file of raw arrays that every process maps, so readers share
-its pages. It is valid while no folder below the root has changed its modification time, which every
-added, removed or renamed file changes. A file that is overwritten in place goes unnoticed here; the
-reader compares its size when it reads it.
+its pages.
+
+It is valid while no folder below the root has changed its modification time, which every added,
+removed or renamed file or folder changes: a stat per folder, none per file. What that cannot show:
+a file overwritten in place (the reader looks at the size in the file itself, so its views are
+right, and only a file that was bad and is good now stays replaced), the target of a link that was
+exchanged, and changes on network file systems that report modification times late. Deleting the
+cache file indexes anew; `FASTMOCO_CACHE` names its folder.
 
 N samples, F folders.
 """
@@ -52,7 +57,7 @@ class Index:
         """Hash of all arrays and of the folders or shards that they number."""
         digest = hashlib.sha256()
         for name in sorted(self.arrays):
-            digest.update(np.ascontiguousarray(self.arrays[name]).tobytes())
+            digest.update(_bytes(self.arrays[name]))
         places = [self.facts.get("folders"), self.facts.get("shards")]
         digest.update(json.dumps(places).encode())
         return digest.hexdigest()
@@ -61,6 +66,11 @@ class Index:
     def bad(self) -> dict[int, str]:
         """Reasons of the samples that were found unreadable while indexing."""
         return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The memory of an array, without a copy of it."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def save_index(index: Index, path: Path) -> Index:
@@ -78,7 +88,7 @@ def save_index(index: Index, path: Path) -> Index:
             file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
             file.write(b"\0" * (-file.tell() % _ALIGN))
             for array in index.arrays.values():
-                file.write(np.ascontiguousarray(array).tobytes())
+                file.write(_bytes(array))
                 file.write(b"\0" * (-file.tell() % _ALIGN))
         os.replace(partial, path)
     finally:

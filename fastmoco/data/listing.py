@@ -54,8 +54,8 @@ def scan_list(path: Path, max_pixels: int) -> Index:
     """The index of the listed images, in the order of the list."""
     names = listed_paths(path)
     encoded = [os.fsencode(name) for name in names]
-    files = [os.path.join(path.parent, name) for name in names]
-    sizes, bad = measure(partial(probe_chunk, max_pixels=max_pixels), files, "index")
+    files = (os.path.join(path.parent, name) for name in names)
+    sizes, bad = measure(partial(probe_chunk, max_pixels=max_pixels), files, len(names))
     arrays = {
         "folder_of": np.zeros(len(names), np.uint32),
         "name_ends": np.cumsum([len(name) for name in encoded], dtype=np.uint64),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,9 +36,16 @@ HEAD = 1 << 16
 CHUNK = 512
 # Below this many files threads are faster: processes take a second to start.
 _PROCESSES_FROM = 20_000
+_AHEAD = 64
+# Kernels stamp files with the time of the last clock tick, of which there are 100 or more a second.
+_TICK_S = 0.02
 
 Found = tuple[int, int, str]
 """Width, height and, for an unreadable image, why."""
+Listed = tuple[str, int, list[str]]
+"""A folder's path relative to the root, modification time in ns, sorted names of its images."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def probe_file(path: str, max_pixels: int) -> Found:
@@ -59,32 +70,50 @@ def probe_chunk(paths: Sequence[str], max_pixels: int) -> list[Found]:
     return [probe_file(path, max_pixels) for path in paths]
 
 
-def walk(root: str) -> Iterator[tuple[str, int, list[str]]]:
-    """Folders that hold images: path relative to root, modification time in ns, sorted names.
+def walk(root: str) -> Iterator[Listed]:
+    """Every folder below root, itself included, in depth-first sorted order.
 
-    Links are followed; a folder that was already visited is not visited again. Also yields folders
-    without images, because a file added to one later must be noticed.
+    Links are followed; a folder that was already visited is not visited again. Folders without
+    images are yielded too, because a file added to one later must be noticed. Raises `OSError` for
+    a folder that cannot be listed: leaving it out would train on less than the user named.
     """
     seen: set[tuple[int, int]] = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        place = os.path.join(root, folder)
+        status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
-            inner.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        images = sorted(
-            name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        )
-        relative = os.path.relpath(folder, root)
-        yield "" if relative == "." else relative, status.st_mtime_ns, images
+        _let_tick_pass(status.st_mtime_ns)
+        inner, images = [], []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "lost+found":
+                    continue
+                if entry.is_dir():
+                    inner.append(os.path.join(folder, entry.name))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    images.append(entry.name)
+        yield folder, status.st_mtime_ns, sorted(images)
+        pending += sorted(inner, reverse=True)
+
+
+def _let_tick_pass(changed: int) -> None:
+    """Waits until a change from now on gives the folder another modification time than this one."""
+    if abs(time.time_ns() - changed) < _TICK_S * 1e9:
+        time.sleep(_TICK_S)
 
 
 def scan_folder(root: str, max_pixels: int) -> Index:
-    """The index of all images below root, with a progress bar on a terminal."""
+    """The index of all images below root, with a progress bar on a terminal.
+
+    Raises `OSError` for a folder that cannot be listed.
+    """
     folders: list[tuple[str, int]] = []
     folder_of, ends, blobs, end = [], [], [], 0
-    for number, (folder, changed, names) in enumerate(walk(root)):
+    for number, (folder, changed, names) in enumerate(progress(walk(root), _images, "list")):
         folders.append((folder, changed))
         encoded = [os.fsencode(name) for name in names]
         folder_of.append(np.full(len(names), number, np.uint32))
@@ -97,29 +126,36 @@ def scan_folder(root: str, max_pixels: int) -> Index:
         "names": np.frombuffer(b"".join(blobs), np.uint8),
     }
     paths = _paths(root, folders, arrays)
-    sizes, bad = measure(partial(probe_chunk, max_pixels=max_pixels), paths, "index")
+    probe = partial(probe_chunk, max_pixels=max_pixels)
+    sizes, bad = measure(probe, paths, len(arrays["folder_of"]))
     return Index({**arrays, "sizes": sizes}, {"folders": folders, "bad": bad})
 
 
-def _paths(root: str, folders: list[tuple[str, int]], arrays: dict[str, Any]) -> list[str]:
-    blob = arrays["names"].tobytes()
-    paths, start = [], 0
-    for folder, end in zip(arrays["folder_of"].tolist(), arrays["name_ends"].tolist(), strict=True):
-        paths.append(os.path.join(root, folders[folder][0], os.fsdecode(blob[start:end])))
-        start = end
-    return paths
+def _images(listed: Listed) -> int:
+    return len(listed[2])
+
+
+def _paths(root: str, folders: list[tuple[str, int]], arrays: dict[str, Any]) -> Iterator[str]:
+    blob, start = arrays["names"].tobytes(), 0
+    for at in range(0, len(arrays["folder_of"]), CHUNK):  # a list of all would take 80 bytes each
+        part = slice(at, at + CHUNK)
+        folder_of, ends = (arrays[name][part].tolist() for name in ("folder_of", "name_ends"))
+        for folder, end in zip(folder_of, ends, strict=True):
+            yield os.path.join(root, folders[folder][0], os.fsdecode(blob[start:end]))
+            start = end
 
 
 def measure(
-    probe: Callable[[Sequence[Any]], list[Found]], items: Sequence[Any], label: str
+    probe: Callable[[Sequence[str]], list[Found]], paths: Iterable[str], total: int
 ) -> tuple[Any, dict[int, str]]:
-    """Sizes, int32 (N, 2), and the reasons of unreadable items, found with all cores."""
-    sizes = np.zeros((len(items), 2), np.int32)
+    """Sizes, int32 (N, 2), and the reasons of unreadable files, found with all cores."""
+    sizes = np.zeros((total, 2), np.int32)
     bad: dict[int, str] = {}
-    chunks = [items[at : at + CHUNK] for at in range(0, len(items), CHUNK)]
-    with in_parallel(many=len(items) >= _PROCESSES_FROM) as pool:
+    remaining = iter(paths)
+    chunks = iter(lambda: list(islice(remaining, CHUNK)), [])
+    with in_parallel(many=total >= _PROCESSES_FROM) as pool:
         at = 0
-        for found in progress(pool.map(probe, chunks), len(chunks), label):
+        for found in progress(in_order(pool, probe, chunks), len, "index", total):
             for width, height, reason in found:
                 if reason:
                     bad[at] = reason
@@ -134,17 +170,49 @@ def in_parallel(*, many: bool) -> Executor:
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not many:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
+    )
 
 
-def progress(work: Iterable[Any], total: int, label: str, unit: str = f"x{CHUNK}") -> Iterable[Any]:
-    """The same items with a progress bar, if the standard error is a terminal."""
-    if not sys.stderr.isatty():
-        return work
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes: the one that started these says so and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def in_order(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """`pool.map` that takes an item only when its turn is near, so that few are in memory."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def progress(
+    work: Iterable[Result],
+    count: Callable[[Result], int],
+    label: str,
+    total: int | None = None,
+    unit: str = "image",
+) -> Iterator[Result]:
+    """The same items with a progress bar on standard error; `count` says what each adds to it.
+
+    A terminal shows the bar at once, a log file a line per minute if it takes longer than that.
+    """
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(work, total=total, desc=label, unit=unit)
-    return bar
+    pause = 0.1 if sys.stderr.isatty() else 60.0
+    delay = 0.0 if sys.stderr.isatty() else 60.0
+    options = {"mininterval": pause, "maxinterval": 2 * pause, "delay": delay}
+    with tqdm(desc=label, total=total, unit=unit, unit_scale=True, **options) as bar:
+        for item in work:
+            yield item
+            bar.update(count(item))
 
 
 def folders_unchanged(root: str, index: Index) -> bool:

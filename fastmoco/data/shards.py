@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.data.header import BadImage, image_size
 from fastmoco.data.index import Index, cache_folder, exclusive, load_index, save_index
-from fastmoco.data.scan import EXTENSIONS, HEAD, in_parallel, progress
+from fastmoco.data.scan import EXTENSIONS, HEAD, in_order, in_parallel, progress
 
 _SUFFIX = ".fastmoco-index"
 _OPEN_FILES = 64
@@ -113,7 +113,8 @@ def _join(shards: Sequence[Path], max_pixels: int) -> Index:
     """One index of all shards, each from its own where that still holds."""
     work = partial(_indexed, max_pixels=max_pixels)
     with in_parallel(many=len(shards) > 8) as pool:
-        parts = list(progress(pool.map(work, shards), len(shards), "shards", "shard"))
+        indexed = in_order(pool, work, shards)
+        parts = list(progress(indexed, lambda part: len(part.sizes), "index"))
     counts = [len(part.sizes) for part in parts]
     if not sum(counts):
         raise ConfigError(f"the {len(shards)} shards of data.root hold no image file.")

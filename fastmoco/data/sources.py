@@ -95,11 +95,17 @@ def open_folder(root: str, max_pixels: int) -> FolderSource:
     if not Path(root).is_dir():
         raise ConfigError(f"data.root {root} is not a folder.")
     real = str(Path(root).resolve())
-    index = _kept(
-        f"{real} {max_pixels}",
-        holds=lambda index: folders_unchanged(real, index),
-        scan=lambda: scan_folder(real, max_pixels),
-    )
+    try:
+        index = _kept(
+            f"{real} {max_pixels}",
+            holds=lambda index: folders_unchanged(real, index),
+            scan=lambda: scan_folder(real, max_pixels),
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"data.root: the folder {error.filename} cannot be listed: {error.strerror}; "
+            "make it readable or move it elsewhere."
+        ) from error
     require_readable(index, f"data.root {root}")
     return FolderSource(real, index)
 

@@ -10,7 +10,7 @@ from functools import partial
 from fastmoco.data.header import BadImage
 from fastmoco.data.index import cache_folder, exclusive
 from fastmoco.data.reader import decode_sample
-from fastmoco.data.scan import CHUNK, in_parallel, progress
+from fastmoco.data.scan import CHUNK, in_order, in_parallel, progress
 from fastmoco.data.sources import Source
 
 
@@ -33,20 +33,24 @@ def verify(source: Source, max_pixels: int) -> dict[int, str]:
 
 def _scan(source: Source, max_pixels: int) -> dict[int, str]:
     total = len(source.sizes)
-    chunks = [range(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK)]
+    chunks = (range(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK))
     found: dict[int, str] = {}
     work = partial(_decode_all, source, max_pixels)
-    with in_parallel(many=len(chunks) > 4) as pool:
-        for part in progress(pool.map(work, chunks), len(chunks), "verify"):
-            found.update(part)
+    with in_parallel(many=total > 4 * CHUNK) as pool:
+        decoded = in_order(pool, work, chunks)
+        for _, bad in progress(decoded, lambda part: part[0], "verify", total):
+            found.update(bad)
     return found
 
 
-def _decode_all(source: Source, max_pixels: int, samples: Sequence[int]) -> dict[int, str]:
+def _decode_all(
+    source: Source, max_pixels: int, samples: Sequence[int]
+) -> tuple[int, dict[int, str]]:
+    """How many were decoded, and the reasons of those that could not be."""
     bad: dict[int, str] = {}
     for sample in samples:
         try:
             decode_sample(source, sample, max_pixels)
         except BadImage as error:
             bad[sample] = str(error)
-    return bad
+    return len(samples), bad
