@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -190,6 +190,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """p20, p50, p80 and n of some measurements, as they stand in a row."""
+    shares = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+    found = {name: round(percentile(values, share), digits) for name, share in shares.items()}
+    return {**found, "n": len(values)}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one JSON line per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def append_rows(
     path: Path,
     benchmark: str,
@@ -198,11 +212,12 @@ def append_rows(
     where: Mapping[str, Any],
 ) -> None:
     """One JSON line per contender; rows of one race share the environment with its date."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for name, timing in timings.items():
-            row = {"benchmark": benchmark, "case": dict(case), "contender": name}
-            file.write(json.dumps(row | asdict(timing) | {"environment": dict(where)}) + "\n")
+    shared = {"benchmark": benchmark, "case": dict(case)}
+    rows = (
+        {**shared, "contender": name, **asdict(timing), "environment": dict(where)}
+        for name, timing in timings.items()
+    )
+    write_rows(path, rows)
 
 
 def table(timings: Mapping[str, Timing], baseline: str) -> str:
