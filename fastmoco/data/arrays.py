@@ -4,7 +4,8 @@ The same arithmetic as PIL, roundings included, on whole planes at once: colour 
 the reference but for rare ties; resize (torch's antialiased uint8 kernel) and blur (PIL's stacked
 boxes with 8-bit weights) stay within about one level. docs/augmentation.md has the table.
 
-Temporaries are preallocated: fresh ones of this size cost more page faults than arithmetic.
+Temporaries are preallocated: fresh ones of this size cost more page faults than arithmetic. Choices
+between values are arithmetic with a mask: NumPy's `where` takes as long as fifty additions.
 
 S side of a view, planes are (3, S, S).
 """
@@ -12,13 +13,13 @@ S side of a view, planes are (3, S, S).
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision import io as torchvision_io
 
 from fastmoco.data.augment import BRIGHTNESS, CONTRAST, HUE, ViewTable
 from fastmoco.data.header import JPEG_START, decode
@@ -27,6 +28,8 @@ UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 _PAD = 2  # the widest box of a blur with sigma up to 3.4 reaches two pixels
 _BOXES = 3
+# Deprecated in torchvision 0.29; without it PIL decodes, to the same pixels in a tenth more time.
+_decode_jpeg: Any = getattr(torchvision_io, "decode_jpeg", None)
 
 
 class Canvas:
@@ -37,7 +40,7 @@ class Canvas:
         plane = (side, side)
         self.rgb: Float32 = np.empty((3, *plane), np.float32)
         self.value, self.chroma, self.a, self.b, self.c = np.empty((5, *plane), np.float32)
-        self.mask, self.other = np.empty((2, *plane), np.bool_)
+        self.mask = np.empty(plane, np.bool_)
         padded = (3, side + 2 * _PAD, side + 2 * _PAD)
         self.blurred, self.sums, self.centre = np.zeros((3, *padded), np.uint16)
 
@@ -103,10 +106,10 @@ class Canvas:
         np.subtract(blue, red, out=c)
         b *= 0.5
         c += b
-        np.copyto(a, c, where=self.mask)
+        self._choose(a, c)
         np.equal(red, value, out=self.mask)
         np.subtract(green, blue, out=c)
-        np.copyto(a, c, where=self.mask)
+        self._choose(a, c)
         np.maximum(chroma, 1.0, out=b)
         b *= 6.0
         a /= b
@@ -115,7 +118,8 @@ class Canvas:
         np.floor(a, out=a)
         a += amount
         np.greater_equal(a, 256.0, out=self.mask)
-        np.subtract(a, 256.0, out=a, where=self.mask)
+        np.multiply(self.mask, np.float32(256.0), out=c)
+        a -= c
         a *= 6.0 / 255.0
         np.maximum(value, 1.0, out=b)
         chroma *= 255.0
@@ -123,17 +127,26 @@ class Canvas:
         np.floor(chroma, out=chroma)
         chroma *= value
         chroma *= 1.0 / 255.0
-        for plane, offset in enumerate((5.0, 3.0, 1.0)):
-            self._hexagon(self.rgb[plane], offset)
+        for plane, (full, sign) in enumerate(((3.0, -1.0), (2.0, 1.0), (4.0, 1.0))):
+            self._fade(self.rgb[plane], full, sign)
 
-    def _hexagon(self, plane: Float32, offset: float) -> None:
-        """plane <- value - chroma times the hexagon's ramp at hue + offset, rounded."""
-        b, c = self.b, self.c
-        np.add(self.a, offset, out=b)
-        np.greater_equal(b, 6.0, out=self.mask)
-        np.subtract(b, 6.0, out=b, where=self.mask)
-        np.subtract(4.0, b, out=c)
-        np.minimum(b, c, out=b)
+    def _choose(self, a: Float32, b: Float32) -> None:
+        """a <- b where the mask is set; exact for the integers that both hold. Changes b."""
+        b -= a
+        b *= self.mask
+        a += b
+
+    def _fade(self, plane: Float32, full: float, sign: float) -> None:
+        """plane <- value - chroma times the ramp of a colour, rounded; angles in sixths of a turn.
+
+        The ramp is 0 within one sixth of `full`, where the colour is complete, and 1 beyond two
+        (sign 1); for red, whose angle is 0, it is the opposite of that around cyan (sign -1).
+        """
+        b = self.b
+        np.subtract(self.a, full, out=b)
+        np.abs(b, out=b)
+        b *= sign
+        b += 2.0 if sign < 0 else -1.0
         np.clip(b, 0.0, 1.0, out=b)
         b *= self.chroma
         np.subtract(self.value, b, out=plane)
@@ -201,11 +214,12 @@ def box_radius(sigma: float) -> float:
 
 def decode_tensor(data: bytes, max_pixels: int) -> Tensor:
     """(3, H, W) uint8 RGB, as PIL decodes it. Raises `BadImage` where PIL does not."""
-    if data.startswith(JPEG_START):
+    if _decode_jpeg is not None and data.startswith(JPEG_START):
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             # The same libjpeg-turbo settings as PIL's, without PIL's copies of the pixels.
-            return cast(Tensor, decode_jpeg(buffer, ImageReadMode.RGB))
+            decoded: Tensor = _decode_jpeg(buffer, torchvision_io.ImageReadMode.RGB)
+            return decoded
         except RuntimeError:
             pass  # PIL decides, and has the reason
     return torch.from_numpy(np.array(decode(data, max_pixels))).permute(2, 0, 1)

@@ -68,9 +68,29 @@ class Index:
         return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
 
 
-def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+class Indexed:
+    """What all sources on top of an index have in common."""
+
+    index: Index
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2): width and height in pixels; 0 where the image could not be read."""
+        return self.index.sizes
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reason by sample, for those found unreadable while indexing."""
+        return self.index.bad
+
+    def fingerprint(self) -> str:
+        """Changes when a sample is added, removed, renamed or found to have another size."""
+        return self.index.fingerprint()
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
     """The memory of an array, without a copy of it."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def save_index(index: Index, path: Path) -> Index:

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
 from fastmoco.data.header import BadImage, image_size
-from fastmoco.data.index import Index, cache_folder, exclusive, load_index, save_index
+from fastmoco.data.index import Index, Indexed, cache_folder, exclusive, load_index, save_index
 from fastmoco.data.scan import EXTENSIONS, HEAD, in_order, in_parallel, progress
 
 _SUFFIX = ".fastmoco-index"
 _OPEN_FILES = 64
 
 
-class ShardSource:
+class ShardSource(Indexed):
     """Images inside tar files, numbered shard by shard in the order of the archive."""
 
     def __init__(self, index: Index) -> None:
@@ -39,14 +39,6 @@ class ShardSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSource, (self.index,)  # open files stay in their process
-
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        return self.index.sizes
-
-    @property
-    def bad(self) -> dict[int, str]:
-        return self.index.bad
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -66,9 +58,6 @@ class ShardSource:
                 if member.offset_data == offset:
                     return f"{shard}:{member.name}"
         return f"{shard}:@{offset}"
-
-    def fingerprint(self) -> str:
-        return self.index.fingerprint()
 
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)

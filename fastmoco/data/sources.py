@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data.index import Index, cache_folder, exclusive, load_index, save_index
+from fastmoco.data.index import Index, Indexed, cache_folder, exclusive, load_index, save_index
 from fastmoco.data.listing import list_stamp, scan_list
 from fastmoco.data.scan import folders_unchanged, scan_folder
 from fastmoco.data.shards import open_shards
@@ -49,19 +49,11 @@ class Source(Protocol):
         """Changes when a sample is added, removed, renamed or found to have another size."""
 
 
-class FolderSource:
+class FolderSource(Indexed):
     """Images below a folder: flat, nested or class folders, in sorted order."""
 
     def __init__(self, root: str, index: Index) -> None:
         self.root, self.index = root, index
-
-    @property
-    def sizes(self) -> NDArray[np.int32]:
-        return self.index.sizes
-
-    @property
-    def bad(self) -> dict[int, str]:
-        return self.index.bad
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -77,9 +69,6 @@ class FolderSource:
         name = arrays["names"][start : arrays["name_ends"][sample]].tobytes()
         folder: str = self.index.facts["folders"][arrays["folder_of"][sample]][0]
         return os.path.join(self.root, folder, name.decode(*_NAMES))  # keeps absolute names
-
-    def fingerprint(self) -> str:
-        return self.index.fingerprint()
 
 
 _NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them

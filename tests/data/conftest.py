@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +47,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = image.convert("L")
         image.save(folder / f"{number:03d}.jpg", quality=92)
     return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Real JPEGs of the user: $FASTMOCO_PHOTOGRAPHS names a folder of them, or a tar file."""
+    place = os.environ.get("FASTMOCO_PHOTOGRAPHS")
+    if not place:
+        pytest.skip("set FASTMOCO_PHOTOGRAPHS to a folder or tar file of photographs")
+    root = Path(place)
+    if root.is_file():
+        root = tmp_path_factory.mktemp("photographs")
+        with tarfile.open(place) as tar:
+            tar.extractall(root, filter="data")
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    assert files, f"{place} holds no JPEG"
+    return [path.read_bytes() for path in files[:: max(1, len(files) // 64)]][:64]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from fastmoco.config import AugmentConfig
+from fastmoco.data import arrays
 from fastmoco.data.arrays import Canvas, box_radius, decode_tensor
 from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
 from fastmoco.data.reference import execute, open_rgb
@@ -47,7 +48,12 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def test_jpegs_decode_to_pils_pixels(photos: Path) -> None:
+@pytest.mark.parametrize("without_torchvisions", [False, True])
+def test_jpegs_decode_to_pils_pixels(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, without_torchvisions: bool
+) -> None:
+    if without_torchvisions:
+        monkeypatch.setattr(arrays, "_decode_jpeg", None)
     for path in photos.rglob("*.jpg"):
         data = path.read_bytes()
         expected = np.asarray(open_rgb(data))
@@ -109,3 +115,17 @@ def kernel(whole: int, inner: float, outer: float) -> float:
     box = np.array([outer] + [inner] * (2 * whole + 1) + [outer])
     stacked = np.convolve(np.convolve(box, box), box)
     return float(stacked.max())
+
+
+@pytest.mark.parametrize("recipe", ["v1", "v2"])
+def test_whole_views_of_photographs(photographs: list[bytes], recipe: str) -> None:
+    """Decoded by the executor itself, at full size."""
+    config = AugmentConfig(recipe=recipe, hue=0.4 if recipe == "v1" else 0.1)  # type: ignore[arg-type]
+    images = [open_rgb(data) for data in photographs]
+    sizes = np.array([image.size for image in images], np.int32)
+    table = view_table(config, draw_uniforms(0, 0, 0, 0, len(images)), sizes)
+    canvas = Canvas(config.image_size, recipe)
+    for row, data in enumerate(photographs):
+        expected = execute(images[row], table, row, config.image_size, recipe).astype(np.int64)
+        wrong = np.abs(expected - canvas.execute(decode_tensor(data, 10**9), table, row))
+        assert wrong.mean() < 1, row
