@@ -1,37 +1,37 @@
-"""Loader throughput against torchvision's pipeline on the same table, interleaved in one run.
+"""Loader throughput against torchvision's pipeline on the same table, in turns in one run.
 
-    python -m bench.loader --root FOLDER_OF_IMAGES [--rounds 3] [--out bench/results/loader.jsonl]
+    python -m bench.loader --root FOLDER_OF_IMAGES
 
 Three parts: `pipeline` is images per second of two v2 views with two worker processes (or two DALI
 threads), consumed as fast as they come; `reader` is encoded bytes and table rows per second of one
 reader process, without decoding; `stage` is CPU milliseconds per image on one core. Everything is
-measured on the folder and on tar shards of the same files. Rows hold p20, p50 and p80 over the
-rounds. Before timing, the views of every contender are checked against the reference.
+measured on the folder and on tar shards of the same files. Before timing, the views of every
+contender are checked against the reference.
+
+    --rounds N     windows of each contender (20); the first round is not counted
+    --only A,B     some of: torchvision, pil folder, array folder, array shards, dali folder
+    --publish      append rows to bench/results/loader.jsonl; refused for a dirty tree
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
+import itertools
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
+from bench.harness import RESULTS, environment, percentile, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.arrays import Canvas, crop, decode_tensor
 from fastmoco.data.augment import ViewTable
@@ -42,24 +42,29 @@ from fastmoco.data.reference import crop as crop_by_pil
 from fastmoco.data.reference import execute
 from fastmoco.data.sources import open_source
 
+ROWS = RESULTS / "loader.jsonl"
 CPU = torch.device("cpu")
 F: Any = functional  # its annotations name tensors only
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 50
 PROCESSES = 2
+LEAD, COUNTED = 2, 6
+"""Batches of a window before the clock starts, when all workers are busy, and those it counts."""
+STAGE_IMAGES = 100
+Samples = dict[str, list[float]]
 
 
 class OfficialViews(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """What the official pipeline does to position i: PIL views, to_tensor, normalize."""
 
-    def __init__(self, config: Config, images: int) -> None:
-        self.config, self.images = config, images
+    def __init__(self, config: Config) -> None:
+        self.config = config
         source = open_source(config)
         self.reader = Reader(source, config.run.seed, config.data.max_pixels)
         self.plan = make_plan(config, source, len(source.sizes))
 
     def __len__(self) -> int:
-        return self.images
+        return 2**30  # as long as our batches: a pipeline near its end has idle workers
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         micro_step, row = divmod(position, BATCH)
@@ -75,16 +80,15 @@ class OfficialViews(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return q, k
 
 
-def official(config: Config, images: int) -> Iterator[Any]:
+def official(config: Config) -> Iterator[Any]:
     """Batches of torchvision's pipeline from a DataLoader with two workers."""
-    dataset = OfficialViews(config, images)
-    yield from DataLoader(dataset, batch_size=BATCH, num_workers=PROCESSES)
+    yield from DataLoader(OfficialViews(config), batch_size=BATCH, num_workers=PROCESSES)
 
 
-def ours(config: Config, images: int) -> Iterator[Any]:
+def ours(config: Config) -> Iterator[Any]:
     """Batches of a backend of the loader."""
     with build_loader(config, device=CPU) as loader:
-        yield from loader.batches(0, images // BATCH)
+        yield from loader.batches(0, 2**30)
 
 
 def configuration(root: str, backend: str, source: str = "folder") -> Config:
@@ -103,33 +107,34 @@ def configuration(root: str, backend: str, source: str = "folder") -> Config:
     )
 
 
-def contenders(root: str, shards: str) -> dict[str, Callable[[int], Iterator[Any]]]:
-    """Name and how to start: number of images to batches."""
-    backends = ["pil", "array", *(["dali"] if has_dali() else [])]
-    found: dict[str, Callable[[int], Iterator[Any]]] = {
-        "torchvision": partial(official, configuration(root, "pil"))
+Start = Callable[[], Iterator[Any]]
+
+
+def contenders(root: str, shards: str) -> dict[str, Start]:
+    """Name of each pipeline and how to start it."""
+    found: dict[str, Start] = {
+        "torchvision": partial(official, configuration(root, "pil")),
+        "array folder": partial(ours, configuration(root, "array")),
+        "array shards": partial(ours, configuration(shards, "array", "shards")),
+        "pil folder": partial(ours, configuration(root, "pil")),
     }
-    for backend in backends:
-        for source, place in (("folder", root), ("shards", shards)):
-            if source == "shards" and backend != "array":
-                continue
-            config = configuration(place, backend, source)
-            found[f"{backend} {source}"] = partial(ours, config)
+    if has_dali():
+        found["dali folder"] = partial(ours, configuration(root, "dali"))
     return found
 
 
-def pipeline_rate(batches: Iterator[Any], images: int) -> float:
-    """Images per second after the first four batches, which were made ahead of time."""
-    lead = 4
-    for _ in range(lead):
-        next(batches)
+def pipeline_rate(start: Start) -> float:
+    """Images per second between the arrivals of batch LEAD and batch LEAD + COUNTED."""
+    batches = start()
+    list(itertools.islice(batches, LEAD))
     began = time.perf_counter()
-    for _ in batches:
-        pass
-    return (images - lead * BATCH) / (time.perf_counter() - began)
+    list(itertools.islice(batches, COUNTED))
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]  # a generator: ends its workers
+    return COUNTED * BATCH / seconds
 
 
-def reader_rate(config: Config, images: int) -> float:
+def reader_rate(config: Config) -> float:
     """Samples per second of encoded bytes and table rows in one process, warm page cache."""
     source = open_source(config)
     config = replace(config, optim=OptimConfig(global_batch_size=250))
@@ -137,19 +142,19 @@ def reader_rate(config: Config, images: int) -> float:
     reader = Reader(source, 0, config.data.max_pixels)
     read_work(reader, plan, config.augment, 0)
     began = time.perf_counter()
-    steps = max(1, images // 250)
+    steps = 4
     for micro_step in range(steps):
         read_work(reader, plan, config.augment, micro_step)
     return 250 * steps / (time.perf_counter() - began)
 
 
-def stage_times(root: str, images: int) -> dict[str, float]:
+def stage_times(root: str) -> dict[str, float]:
     """CPU milliseconds per image of one core, cumulative: decode, + two crops, full two views."""
     config = configuration(root, "pil")
     source = open_source(config)
     plan = make_plan(config, source, len(source.sizes))
     reader = Reader(source, 0, config.data.max_pixels)
-    works = [read_work(reader, plan, config.augment, m) for m in range(images // BATCH)]
+    works = [read_work(reader, plan, config.augment, m) for m in range(STAGE_IMAGES // BATCH)]
     items = [
         (one, [ViewTable.unpack(rows) for rows in (work.rows_q, work.rows_k)], row)
         for work in works
@@ -200,7 +205,7 @@ def stage_times(root: str, images: int) -> dict[str, float]:
 def check(root: str) -> dict[str, float]:
     """Mean difference in levels of each backend's first batch from the reference's."""
     batches = {
-        backend: next(ours(configuration(root, backend), 10 * BATCH))
+        backend: next(ours(configuration(root, backend)))
         for backend in ["pil", "array", *(["dali"] if has_dali() else [])]
     }
     truth = batches.pop("pil")
@@ -210,31 +215,6 @@ def check(root: str) -> dict[str, float]:
     }
     assert all(error < 1.0 for error in errors.values()), errors
     return errors
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers come from."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    names = ("torch", "torchvision", "pillow", "numpy", "nvidia-dali-cuda130")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return {
-        "device": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-    }
 
 
 def write_shards(config: Config, folder: Path) -> str:
@@ -247,48 +227,75 @@ def write_shards(config: Config, folder: Path) -> str:
     return str(folder)
 
 
-def rows_of(part: str, unit: str, samples: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row per contender: percentiles over the rounds."""
+def measure(root: str, shards: str, only: Sequence[str], rounds: int) -> dict[str, Samples]:
+    """Samples of every part by contender: rates, and CPU milliseconds of the stages."""
+    racing = list(contenders(root, shards).items())
+    racing = [(name, start) for name, start in racing if not only or name in only]
+    found: dict[str, Samples] = {"pipeline": {}, "reader": {}, "stage": {}}
+
+    def take(part: str, name: str, value: float) -> None:
+        found[part].setdefault(name, []).append(value)
+
+    for turn in range(rounds + 1):
+        if turn == 1:
+            found = {part: {} for part in found}  # the first round warmed caches up
+        shift = turn % len(racing)  # nobody always runs in the wake of the same one
+        for name, start in [*racing[shift:], *racing[:shift]]:
+            take("pipeline", name, pipeline_rate(start))
+        take("reader", "folder", reader_rate(configuration(root, "pil")))
+        take("reader", "shards", reader_rate(configuration(shards, "pil", "shards")))
+        for name, value in stage_times(root).items():
+            take("stage", name, value)
+    return found
+
+
+UNITS = {"pipeline": "images/s", "reader": "samples/s", "stage": "CPU ms/image"}
+
+
+def rows_of(
+    found: Mapping[str, Samples], errors: Mapping[str, float], where: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per part and contender; a pipeline also has its ratios to torchvision's, by turn."""
     rows = []
-    for name, values in samples.items():
-        low, mid, high = (round(float(x), 3) for x in np.percentile(values, (20, 50, 80)))
-        row: dict[str, Any] = {"bench": "loader", "part": part, "name": name, "unit": unit}
-        rows.append(row | {"p20": low, "p50": mid, "p80": high, "n": len(values)})
+    base = found["pipeline"].get("torchvision")
+    for part, samples in found.items():
+        case = {"part": part, "unit": UNITS[part], "image_size": 224, "recipe": "v2"}
+        for name, values in samples.items():
+            row = {"benchmark": "loader", "case": case, "contender": name, **spread(values, 3)}
+            if part == "pipeline" and base:
+                ratios = [a / b for a, b in zip(values, base, strict=True)]
+                row["ratios"] = [round(percentile(ratios, share), 3) for share in (0.2, 0.5, 0.8)]
+            error = errors.get(name.split()[0])
+            rows.append({**row, "error_levels": error, "environment": dict(where)})
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 where rows must not be published."""
+    parser = argparse.ArgumentParser("bench.loader", description=__doc__)
     parser.add_argument("--root", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    where = environment() | {"images": options.images, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--publish", action="store_true")
+    options = parser.parse_args(arguments)
+    where = environment(CPU)
+    if options.publish and where["dirty"]:
+        print("loader: the tree differs from its commit: commit first.", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
     errors = check(options.root)
-    rates: dict[str, list[float]] = {}
-    readers: dict[str, list[float]] = {}
-    stages: dict[str, list[float]] = {}
+    only = options.only.split(",") if options.only else []
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(configuration(options.root, "pil"), Path(folder))
-        racing = contenders(options.root, shards)
-        for _ in range(options.rounds):  # A, B, C, A, B, C: noise of the machine hits all alike
-            for name, start in racing.items():
-                rate = pipeline_rate(start(options.images), options.images)
-                rates.setdefault(name, []).append(rate)
-            for source, root in (("folder", options.root), ("shards", shards)):
-                config = configuration(root, "pil", source)
-                readers.setdefault(source, []).append(reader_rate(config, options.images))
-            for name, value in stage_times(options.root, min(200, options.images)).items():
-                stages.setdefault(name, []).append(value)
-    rows = rows_of("pipeline", "images/s", rates) + rows_of("reader", "samples/s", readers)
-    rows += rows_of("stage", "CPU ms/image", stages)
+        found = measure(options.root, shards, only, options.rounds)
+    rows = rows_of(found, errors, where)
     for row in rows:
-        print(f"{row['part']:9} {row['name']:22} {row['p50']:9.2f} {row['unit']}")
+        ratio = f"{row['ratios'][1]:6.2f} x torchvision" if "ratios" in row else ""
+        case = row["case"]
+        print(f"{case['part']:9} {row['contender']:22} {row['p50']:9.2f} {case['unit']} {ratio}")
     print("mean difference from the reference in levels:", errors)
-    if options.out:
-        with open(options.out, "a") as file:
-            file.writelines(json.dumps(row | {"errors": errors} | where) + "\n" for row in rows)
+    if options.publish:
+        write_rows(ROWS, rows)
     return 0
 
 

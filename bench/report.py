@@ -15,7 +15,11 @@ from typing import Any
 
 from bench.harness import RESULTS, ROOT
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "loader.md",
+)
 
 Row = dict[str, Any]
 
@@ -192,11 +196,62 @@ def _profile(rows: Sequence[Row]) -> list[str]:
     return markdown(["", *parts], body) if body else []
 
 
+def _where(row: Row) -> str:
+    where = row["environment"]
+    return f"{where['cpu']} (commit {where['commit'][:7]}, load average {where['load_average']:g})"
+
+
+def _index(rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    for run in latest(rows):
+        case = run[0]["case"]
+        lines += [
+            f"{case['files']:,} images in {case['folders']:,} folders, on {_where(run[0])}:",
+            "",
+            "| | seconds p50 | p20 - p80 | n | memory gained per image | of it not shared | peak |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in run:
+            line = f"| {row['contender']} | {row['p50']:.3f} | {row['p20']:.3f} - {row['p80']:.3f} "
+            line += f"| {row['n']} "
+            for fact in ("gained_bytes", "own_bytes", "peak_bytes"):
+                each = row[fact] / case["files"] if fact in row else None
+                line += "| - " if each is None else f"| {each:.1f} bytes "
+            lines.append(line + "|")
+        size = run[0]["index_bytes"] / case["files"]
+        lines += ["", f"The index on disk takes {size:.1f} bytes per image, names included.", ""]
+    return lines[:-1]
+
+
+def _loader(rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    for run in latest(rows):
+        case = run[0]["case"]
+        if not lines:
+            lines += [f"On {_where(run[0])}; p20 - p80 over {run[0]['n']} windows each, in turns:"]
+        ratio = "ratios" in run[0]
+        lines += [
+            "",
+            f"| {case['part']} | {case['unit']} p50 | p20 - p80 |" + " x torchvision |" * ratio,
+            "|---|---:|---:|" + "---:|" * ratio,
+        ]
+        for row in run:
+            low, middle, high = (f"{row[name]:,.2f}" for name in ("p20", "p50", "p80"))
+            line = f"| {row['contender']} | {middle} | {low} - {high} |"
+            if ratio:
+                p20, p50, p80 = row["ratios"]
+                line += f" **{p50:.2f}** ({p20:.2f} - {p80:.2f}) |"
+            lines.append(line)
+    return lines
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "throughput": ("throughput.jsonl", _throughput),
     "ablation": ("ablation.jsonl", _ablation),
     "threads": ("threads.jsonl", _threads),
     "profile": ("profile.jsonl", _profile),
+    "index": ("index.jsonl", _index),
+    "loader": ("loader.jsonl", _loader),
 }
 
 
@@ -224,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 when `--check` finds a stale table."""
     parser = argparse.ArgumentParser("bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--file", type=Path, help="instead of README.md and docs/performance.md")
+    parser.add_argument("--file", type=Path, help="instead of the documents")
     chosen = parser.parse_args(arguments)
     stale = 0
     for file in [chosen.file] if chosen.file else DOCUMENTS:

@@ -59,6 +59,31 @@ def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
     assert table.count("published step |") == 1
 
 
+def test_tables_of_the_loader_and_of_the_index(tmp_path: Path) -> None:
+    where = {**WHERE, "date": "2026-01-01"}
+    spread = {"p20": 900.0, "p50": 1234.5, "p80": 2000.0, "n": 21}
+    case = {"part": "pipeline", "unit": "images/s"}
+    contest = [
+        {"case": case, "contender": name, **spread, "ratios": [1, ratio, 9], "environment": where}
+        for name, ratio in (("torchvision", 1.0), ("array", 2.5))
+    ]
+    reader = {**contest[0], "case": {"part": "reader", "unit": "samples/s"}, "contender": "folder"}
+    del reader["ratios"]
+    write(tmp_path / "loader.jsonl", [*contest, reader])
+    table = report.table("loader", tmp_path)
+    assert "| array | 1,234.50 | 900.00 - 2,000.00 | **2.50** (1.00 - 9.00) |" in table
+    assert "| folder | 1,234.50 | 900.00 - 2,000.00 |\n" in table + "\n"
+    first = {"gained_bytes": 84e6, "own_bytes": 46e6, "peak_bytes": 93e6, "index_bytes": 38e6}
+    about = {"case": {"files": 10**6, "folders": 1000}, **spread, "environment": where}
+    write(
+        tmp_path / "index.jsonl",
+        [{**about, "contender": "first", **first}, {**about, "contender": "batch"}],
+    )
+    table = report.table("index", tmp_path)
+    assert "| 21 | 84.0 bytes | 46.0 bytes | 93.0 bytes |" in table
+    assert "| batch | 1234.500 | 900.000 - 2000.000 | 21 | - | - | - |" in table
+
+
 def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
     text = "a\n<!-- bench:throughput -->\nold\n<!-- /bench:throughput -->\nb\n"
     new = report.with_tables(text, tmp_path)
