@@ -36,6 +36,7 @@ class Progress:
         self._metrics = Metrics(world)
         self._clock = Clock(world.device)
         self._waited = 0.0
+        self._bad = 0
 
     def add(self, result: InfoNCE) -> None:
         """Count one step."""
@@ -48,11 +49,11 @@ class Progress:
         regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
         return regular or done in (self._warm, self._stop)
 
-    def flush(self, done: int, lr: float, waited_s: float) -> None:
+    def flush(self, done: int, lr: float, waited_s: float, bad: int) -> None:
         """Write down the window since the last flush; the host synchronization of the loop.
 
-        `waited_s` is how long the loop has waited for data in all, in seconds. Raises
-        `DivergedError` if the mean loss is not finite.
+        `waited_s` is how long the loop has waited for data in all, in seconds; `bad` how many
+        samples this rank knows to be bad. Raises `DivergedError` if the mean loss is not finite.
         """
         values = self._metrics.flush()
         window = self._clock.window()
@@ -68,6 +69,7 @@ class Progress:
             "images_per_second": window.steps * batch / window.seconds,
             "step_ms_p50": window.step_ms_p50,
             "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
+            "bad_samples": bad,
             "peak_memory_gib": peak_memory_gib(self._world.device),
         }
         self._waited = waited_s
@@ -82,6 +84,9 @@ class Progress:
         total = self._per_epoch * self._config.optim.epochs
         self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
         views = 2 if self._config.moco.symmetric else 1
+        if bad > self._bad:
+            self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
+        self._bad = bad
         for sentence in alarms(record, keys_enqueued=done * batch * views, queue_size=queue_size):
             self._log.warn(sentence)
 

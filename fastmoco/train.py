@@ -101,7 +101,8 @@ class Run:
             self.done = done = number + 1
             alone = self.world.size == 1  # several ranks agree to stop at a flush
             if progress.due(done) or (self.stopping and alone):
-                progress.flush(done, lr, self.loader.wait_s)  # the one host synchronization
+                bad = len(self.loader.bad_samples.reasons)
+                progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 require_agreement(step.moco, self.world, done)
                 self.stopping = distributed.any_rank(self.stopping, self.world)
                 self._evaluate_and_save(progress)

@@ -99,6 +99,26 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     assert state(run)["module.queue_ptr"].item() == 6 * 8 % 40
 
 
+def test_bad_files_are_replaced_counted_and_listed(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    images(tmp_path / "images", 16, 0)
+    first = sorted((tmp_path / "images").rglob("*.jpg"))[0]
+    first.write_bytes(first.read_bytes()[:-500])  # only reading all of it shows that
+    arguments = [*TINY, "--data.source", "folder", "--data.root", str(tmp_path / "images")]
+    arguments += ["--data.max_bad_share", "0.1", "--knn.every", "0", "--data.workers", "1"]
+    run = tmp_path / "run"
+    assert main([*arguments, "--run.dir", str(run)]) == 0
+    assert [r["bad_samples"] for r in records(run) if r["kind"] == "train"][-1] == 1
+    assert "1 bad samples so far" in "".join(capfd.readouterr())
+    listed = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert [Path(row["name"]) for row in listed] == [first]
+    assert (
+        main([*arguments, "--run.dir", str(tmp_path / "strict"), "--data.max_bad_share", "0"]) == 2
+    )
+    assert "max_bad_share" in capfd.readouterr().err
+
+
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Exit code 2, and one sentence on standard error."""
     assert main([*TINY, *arguments]) == 2

@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.loader import build_loader
+from fastmoco.data.sources import FolderSource
 
 CPU = torch.device("cpu")
 GOOD = 40
@@ -217,6 +218,29 @@ def test_files_that_vanish_or_rot_during_training(tmp_path: Path, backend: str) 
     assert {3, 11} & set(asked[6 * BATCH :].tolist()) <= {
         files.index(path) for path in (gone, cut) if path.name in reported
     }
+
+
+def test_a_file_without_permission_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is simulated, since root may read everything; workers are forked with it."""
+    build_corpus(tmp_path / "some", hostile=False)
+    config = configuration(tmp_path / "some", tmp_path, "array")
+    before, asked, _ = run(config, 4)
+    read = FolderSource.read
+
+    def refusing(source: FolderSource, sample: int) -> bytes:
+        if sample == 7:
+            raise PermissionError(13, "Permission denied")
+        return read(source, sample)
+
+    monkeypatch.setattr(FolderSource, "read", refusing)
+    views, _, reported = run(config, 4)
+    others = asked != 7
+    assert not others.all()
+    assert torch.equal(torch.cat(views)[others], torch.cat(before)[others])
+    assert not torch.equal(torch.cat(views)[~others], torch.cat(before)[~others])
+    assert list(reported.values()) == ["PermissionError: Permission denied"]
 
 
 def test_too_many_bad_files_stop_the_run_with_one_sentence(tmp_path: Path) -> None:
