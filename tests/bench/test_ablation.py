@@ -82,7 +82,8 @@ def test_variants_that_change_nothing_here_are_left_out() -> None:
     names = " ".join(variants("switches", config))
     for absent in ("fp32 (", "fused update", "torch.compile"):
         assert absent not in names
-    with mock.patch("bench.ablation.device_of", return_value=torch.device("cuda")):
+    on_cuda = mock.patch("bench.ablation.device_of", return_value=torch.device("cuda"))
+    with on_cuda, mock.patch("bench.ablation.has_dali", return_value=True):
         names = " ".join(variants("switches", parse([*TINY, "--run.precision", "bf16"])))
         assert "torch.compile (eager" in names
         assert "malloc" not in names

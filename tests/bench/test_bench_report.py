@@ -131,6 +131,7 @@ def test_columns_of_a_gpu_stand_only_where_a_row_has_them() -> None:
 def test_narrow_terminal_shows_every_digit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     contest = rows("2026-01-01", 2.0)
