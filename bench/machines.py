@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.launches import launches_of
-from bench.official import OfficialMoCo, OfficialStep
+from bench.official import OfficialMoCo, OfficialStep, as_published
 from bench.switches import Run, switch_off
 from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
@@ -272,7 +272,7 @@ def _official(parsed: Config, world: World) -> Bench:
         store = f"file://{Path(folder) / 'store'}"
         dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     torch.manual_seed(parsed.run.seed)
-    encoder = build_encoder(parsed.model).to(memory_format=torch.contiguous_format)
+    encoder = as_published(build_encoder(parsed.model))
     queue = F.normalize(torch.randn(parsed.model.dim, parsed.moco.queue_size), dim=0)
     moco = OfficialMoCo(
         encoder, queue, momentum=parsed.moco.momentum, temperature=parsed.moco.temperature

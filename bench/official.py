@@ -18,6 +18,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet
+
+from fastmoco import resnet as ours
+from fastmoco.batchnorm import SplitBatchNorm2d
+
+# What torchvision has in place of each of our modules; both have the same parameters and buffers.
+PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
+    ours.ResNet: resnet.ResNet,
+    ours.WideResNet: resnet.ResNet,
+    ours.BasicBlock: resnet.BasicBlock,
+    ours.Bottleneck: resnet.Bottleneck,
+    SplitBatchNorm2d: nn.BatchNorm2d,
+}
+
+
+def as_published(encoder: nn.Module) -> nn.Module:
+    """The same network, in place, in NCHW memory with torchvision's own forward."""
+    for module in encoder.modules():
+        module.__class__ = PUBLISHED.get(type(module), type(module))
+    return encoder.to(memory_format=torch.contiguous_format)
 
 
 class OfficialMoCo(nn.Module):

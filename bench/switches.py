@@ -23,7 +23,7 @@ from fastmoco_kernels import InfoNCE, enqueue_
 
 Run = Callable[[], object]
 # Names that `without` takes.
-WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input")
+WITHOUT = ("channels_last", "fused_loss", "fused_norm", "kept_memory", "uint8_input")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch("channels-last", "NCHW", without=("channels_last",)),
         Switch(precision, "fp32", ("--run.precision", "fp32")),
         Switch("uint8 input", "fp32 images", without=("uint8_input",)),
+        Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
         Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
         Switch("torch.compile", "eager", ("--run.compile", "off")),
     ]
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
+        "fused batch norm": cuda or compiled,  # there it is Inductor that fuses
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,
@@ -71,11 +73,17 @@ def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
         with ExitStack() as patches:
             if floats or contiguous:
                 patches.enter_context(mock.patch.object(encoders, "normalize_pixels", pixels))
+            if "fused_norm" in without:
+                patches.enter_context(mock.patch("fastmoco.batchnorm.supports", _nothing))
             if "fused_loss" in without:
                 patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
             run()
 
     return switched
+
+
+def _nothing(*_: object) -> bool:
+    return False
 
 
 def eager_loss(

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, warnings
 from fastmoco.distributed import World
 
@@ -39,7 +40,8 @@ def start_lines(
         f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
         f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule, "
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
-        f"precision {config.run.precision}; torch.compile {'on' if compiled else 'off'}{auto}",
+        f"precision {config.run.precision}; torch.compile {'on' if compiled else 'off'}{auto}; "
+        f"batch norm {norm_choice(world.device, compiled)}",
         f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",
     ]
     if done:

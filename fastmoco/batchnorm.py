@@ -14,10 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco_kernels import reference
+from fastmoco_kernels.batch_norm_cpu import batch_norm_act, reason, supports
+
+
+def norm_choice(device: torch.device, compiled: bool) -> str:
+    """Who runs batch norm, addition and ReLU on this device, and why; may compile the CPU form."""
+    if compiled:
+        return "fused by torch.compile"
+    if device.type != "cpu":
+        return "by cuDNN (run.compile off)"
+    return f"by ATen ({why})" if (why := reason()) else "fused with ReLU for this CPU"
+
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` applied to each run of `group_size` consecutive samples by itself.
 
+    `group_size` 0 means one group, the whole batch. The addition and the ReLU that follow in a
+    ResNet may be part of the call, for in memory traffic they weigh as much as the normalization.
     Parameters and buffers are those of `BatchNorm2d`, so checkpoints interchange. In training, the
     running statistics move once per forward by the *mean over groups* of the group statistics: what
     the average over GPUs would be if each group were a GPU. In evaluation nothing is split.
@@ -29,40 +43,38 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, momentum=momentum)
         self.group_size = group_size
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape, dtype and memory format."""
-        if not self.training or input.shape[0] == self.group_size:
-            return super().forward(input)
-        if input.shape[0] % self.group_size:
-            raise ValueError(
-                f"batch of shape {tuple(input.shape)} is no multiple of BN group {self.group_size}"
-            )
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """`relu(norm(input) + residual)`: (N, C, H, W) to the same shape, dtype and format."""
+        groups = 1
+        if self.training and self.group_size:
+            groups, rest = divmod(input.shape[0], self.group_size)
+            if rest:
+                shape, size = tuple(input.shape), self.group_size
+                raise ValueError(f"batch of shape {shape} is no multiple of BN group {size}")
         if torch.compiler.is_compiling():
-            return self._forward_batched(input)
-        return self._forward_by_group(input)
-
-    def _forward_by_group(self, x: Tensor) -> Tensor:
-        """One library kernel per group: fastest without a compiler, channels-last throughout."""
-        groups = x.shape[0] // self.group_size
-        momentum = self.momentum or 0.0
-        out = []
-        for index, group in enumerate(x.split(self.group_size)):
-            # Weights of successive updates such that every group ends up with momentum / groups.
-            share = (momentum / groups) / (1 - (groups - 1 - index) * momentum / groups)
-            out.append(
-                F.batch_norm(
-                    group,
-                    self.running_mean,
-                    self.running_var,
-                    self.weight,
-                    self.bias,
-                    training=True,
-                    momentum=share,
-                    eps=self.eps,
-                )
-            )
-        self._count_batch()
-        return torch.cat(out)
+            out = self._forward_batched(input) if groups > 1 else super().forward(input)
+            out = out if residual is None else out + residual
+            return F.relu(out) if relu else out
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        recorded = self.training or not torch.is_grad_enabled()
+        fused = recorded and supports(input, residual, groups)
+        function = batch_norm_act if fused else reference.batch_norm_act
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return function(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+            groups,
+            relu,
+        )
 
     def _forward_batched(self, x: Tensor) -> Tensor:
         """All groups in one reduction and one pointwise pass, for Inductor to fuse."""
@@ -82,9 +94,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             assert self.running_var is not None
             self.running_mean.lerp_(mean.mean(0), momentum)
             self.running_var.lerp_(var.mean(0) * (count / (count - 1)), momentum)
-        self._count_batch()
-        return out.view(n, h, w, c).permute(0, 3, 1, 2)
-
-    def _count_batch(self) -> None:
-        if self.num_batches_tracked is not None:
+            assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
+        return out.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
-from torchvision import transforms
+from torchvision import models, transforms
 
+from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config.fields import Arch
-from fastmoco.encoder import BACKBONES, DTYPES, Embed, build_encoder, normalize_pixels
-from fastmoco.encoder import trunk_features as trunk
+from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
+from fastmoco.resnet import BACKBONES
 
 # Millions of trunk parameters: table 1 of arXiv 1911.05722 where it has the network,
 # torchvision's docs (less the classifier) elsewhere.
@@ -31,7 +33,7 @@ def test_every_backbone_of_the_configuration_exists_and_has_its_published_size()
     assert set(get_args(Arch)) == set(BACKBONES) == set(MILLIONS)
     for arch in get_args(Arch):
         with torch.device("meta"):
-            encoder = BACKBONES[arch](norm_layer=torch.nn.BatchNorm2d)
+            encoder = BACKBONES[arch](norm_layer=partial(SplitBatchNorm2d, group_size=0))
         count = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith("fc."))
         assert count / 1e6 == pytest.approx(MILLIONS[arch], abs=0.06)
 
@@ -66,11 +68,19 @@ def test_pixels_are_normalized_as_torchvision_does() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
 
-def test_trunk_features_are_what_the_classifier_would_read() -> None:
-    encoder = build_encoder(ModelConfig(arch="resnet18", head="linear", dim=5)).eval()
-    x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(encoder.fc(trunk(encoder, x)), encoder(x))
-    assert trunk(encoder, x).shape == (2, 512)
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_trunk_and_gradients_are_those_of_torchvision(arch: str) -> None:
+    torch.manual_seed(0)
+    encoder = BACKBONES[arch](norm_layer=partial(SplitBatchNorm2d, group_size=0)).double()
+    torch.manual_seed(0)
+    twin = getattr(models, arch)().double()
+    x, upstream = torch.randn(4, 3, 64, 64).double(), torch.randn(4, 1000).double()
+    for network in (encoder.train(), twin.train()):
+        network(x).backward(upstream)
+    for (name, mine), theirs in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    torch.testing.assert_close(dict(encoder.named_buffers()), dict(twin.named_buffers()))
+    torch.testing.assert_close(encoder.eval().fc(encoder.trunk(x)), twin.eval()(x))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

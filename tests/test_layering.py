@@ -19,11 +19,12 @@ ALLOWED: dict[str, set[str]] = {
     "fastmoco_kernels": set(),
     "config": set(),
     "distributed": {"host"},
-    "batchnorm": set(),
+    "batchnorm": {"fastmoco_kernels"},
+    "resnet": set(),
     "host": set(),
     "data": {"config", "host"},
     "report": {"config"},
-    "encoder": {"batchnorm", "config"},
+    "encoder": {"batchnorm", "config", "resnet"},
     "shuffle": {"config", "distributed"},
     "moco": {"fastmoco_kernels", "config", "encoder"},
     "agreement": {"distributed", "moco"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"fastmoco_kernels", "distributed"},
     "logbook": {"metrics"},
     "progress": {"fastmoco_kernels", "config", "distributed", "logbook", "metrics"},
-    "banner": {"config", "distributed"},
+    "banner": {"batchnorm", "config", "distributed"},
 }
 # Entry points stand on top of everything but the benchmarks.
 TOP = {"fastmoco", "train", "doctor"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.distributed import World, all_reduce_mean_, gather_rows
-from fastmoco.encoder import DTYPES, normalize_pixels, trunk_features
+from fastmoco.encoder import DTYPES, normalize_pixels
 from fastmoco.evaluate.features import LabelledImages, extract_features, raw_pixel_features
 from fastmoco.evaluate.knn import knn_accuracy
 from fastmoco.moco import MoCo
@@ -54,7 +54,7 @@ class KnnMonitor:
 
         def trunk(images: Tensor) -> Tensor:
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-                return trunk_features(encoder, normalize_pixels(images))
+                return encoder.trunk(normalize_pixels(images))
 
         encoder.eval()
         features = [

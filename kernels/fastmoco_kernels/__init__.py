@@ -1,4 +1,4 @@
-"""Fused operations of MoCo as torch custom ops: Triton for CUDA, ATen for the CPU."""
+"""Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU, one eager oracle each."""
 
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqueue

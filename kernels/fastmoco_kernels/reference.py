@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Two logits tie when they differ by less than this times sum_c |q_c k_c|. A dot product of equal
@@ -76,3 +77,33 @@ def sgd_ema_(
         buf.mul_(momentum).add_(g.to(p.dtype) + weight_decay * p)
         p.sub_(buf * lr.to(p.device))
     ema_(ema_params, params, ema_momentum)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """`relu(batch_norm(x) + residual)`, with `groups` runs of samples normalized by themselves.
+
+    x, residual (N, C, H, W); the others (C,). Running statistics move once, in place.
+    """
+    # Weights of successive updates such that every group ends up with momentum / groups.
+    shares = [(momentum / groups) / (1 - i * momentum / groups) for i in reversed(range(groups))]
+    parts = x.chunk(groups) if training and groups > 1 else (x,)
+    out = [
+        F.batch_norm(part, running_mean, running_var, weight, bias, training, share, eps)
+        for part, share in zip(parts, shares, strict=False)
+    ]
+    y = out[0] if len(out) == 1 else torch.cat(out)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchvision.models import resnet18
 
-from bench.official import OfficialMoCo, OfficialStep
+from bench.official import OfficialMoCo, OfficialStep, as_published
 from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastmoco.distributed import World
-from fastmoco.encoder import normalize_pixels
+from fastmoco.encoder import build_encoder, normalize_pixels
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import AllToAllShuffle
 from fastmoco.step import build_step
@@ -91,6 +93,17 @@ def check(apart: dict[str, list[float]]) -> None:
     assert max(apart["top1"]) == 0
     assert max(apart["queue"]) < 1e-3
     assert max(apart["weights"]) < 1e-3
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50_w2x"])
+def test_published_encoder_runs_the_code_of_torchvision_on_the_same_weights(arch: str) -> None:
+    encoder = build_encoder(ModelConfig(arch=arch, dim=4)).double()  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 64, 64).double()
+    ours = encoder(x)
+    published = as_published(copy.deepcopy(encoder))
+    torch.testing.assert_close(published(x), ours)
+    assert not any("fastmoco" in type(module).__module__ for module in published.modules())
+    assert any("fastmoco" in type(module).__module__ for module in encoder.modules())
 
 
 def test_official_step_equals_ours_on_one_rank(tmp_path: Path) -> None:
