@@ -292,7 +292,7 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
     truth = [t.to(device) for t in (y.detach(), *torch.autograd.grad(y, leaves, upstream.double()))]
     contenders = [Contender("official", step(official), error, 10.0)]
     contenders += [Contender("compiled", step(torch.compile(official)), error, 10.0)]
-    if supports(x.to(device), residual.to(device), 1):
+    if supports(x.to(device), residual.to(device), weight, 1):
         contenders.append(Contender("fastmoco", step(fused), error, 10.0))
     case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
     return "batch_norm", case, contenders

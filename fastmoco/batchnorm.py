@@ -58,7 +58,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         recorded = self.training or not torch.is_grad_enabled()
-        fused = recorded and supports(input, residual, groups)
+        fused = recorded and supports(input, residual, self.weight, groups)
         function = batch_norm_act if fused else reference.batch_norm_act
         assert self.running_mean is not None
         assert self.running_var is not None

@@ -80,7 +80,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except subprocess.CalledProcessError as error:
         return None, f"the compiler {compiler} failed: {(error.stderr or '').strip()[:200]}"
-    except OSError as error:  # no such compiler, no place for the library, or an unknown symbol
+    except (OSError, RuntimeError) as error:  # no such compiler, no home, or an unknown symbol
         return None, f"the compiler's work cannot be used: {error}"
     for name in ("batch_norm_forward", "batch_norm_backward"):
         function = getattr(library, name)
@@ -110,8 +110,10 @@ def reason() -> str:
     return "" if apart < 1e-5 else f"its result differs from ATen's by {apart:.1e}"
 
 
-def supports(x: Tensor, residual: Tensor | None, groups: int) -> bool:
+def supports(x: Tensor, residual: Tensor | None, weight: Tensor, groups: int) -> bool:
     """Whether `batch_norm_act` takes these: plain CPU tensors in channels-last memory."""
+    if weight.dtype != torch.float32:
+        return False
     for t in (x, residual):
         if t is not None and not (
             type(t) is Tensor

@@ -84,7 +84,7 @@ def test_forward_backward_and_running_statistics(
 
     x, upstream = channels_last(shape, dtype, 0), channels_last(shape, dtype, 2)
     residual = channels_last(shape, dtype, 1) if form == "residual" else None
-    assert supports(x, residual, groups)
+    assert supports(x, residual, parameters(shape[1])[0], groups)
     y, dx, *of_norm = run(batch_norm_act)
 
     leaf, own = x.double().requires_grad_(), parameters(shape[1], torch.float64)
@@ -173,15 +173,16 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_what_it_does_not_take() -> None:
-    good = channels_last((4, 8, 5, 5), torch.float32, 8)
-    assert supports(good, None, 1)
-    assert not supports(good.contiguous(), None, 1)  # NCHW
-    assert not supports(good.double(), None, 1)
-    assert not supports(good, good.bfloat16(), 1)
-    assert not supports(good, good[:2], 1)
-    assert not supports(
-        good[:, :, :1, :1].contiguous(), None, 4
-    )  # one value per group: no variance
+    good, weight = channels_last((4, 8, 5, 5), torch.float32, 8), torch.ones(8)
+    assert supports(good, None, weight, 1)
+    assert not supports(good.contiguous(), None, weight, 1)  # NCHW
+    assert not supports(good.double(), None, weight, 1)
+    assert not supports(good, None, weight.bfloat16(), 1)
+    assert not supports(good, good.bfloat16(), weight, 1)
+    assert not supports(good, good[:2], weight, 1)
+    single = good[:, :, :1, :1].contiguous()  # one value per group has no variance
+    assert not supports(single, None, weight, 4)
+    assert supports(single, None, weight, 2)
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/g++"])
