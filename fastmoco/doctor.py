@@ -137,7 +137,7 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     compiled = compile_encoders(config, world.device)
     reason = "only CUDA pays back the compile time" if config.run.compile == "auto" else "asked for"
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
-    yield "batch norm", norm_choice(world.device, compiled)
+    yield "norm", norm_choice(world.device, compiled)
     strategy, group = config.shuffle_bn(world.size), config.bn_group_size(world.size)
     yield (
         "shuffle",
