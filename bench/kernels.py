@@ -282,7 +282,9 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
         return run
 
     def error(got: tuple[Tensor, ...]) -> float:
-        return max(float((g.double() - w).abs().max()) for g, w in zip(got, truth, strict=True))
+        # On average: beside the kink of the ReLU single gradients are right either way.
+        pairs = zip(got, truth, strict=True)
+        return max(float((g.double() - w).abs().mean() / w.abs().mean()) for g, w in pairs)
 
     leaves = [t.double().requires_grad_() for t in ((x, residual) if added else (x,))]
     w, b, m, v = (t.double().cpu() for t in (weight, bias, mean, var))
@@ -290,10 +292,10 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
         leaves[0], leaves[1] if added else None, w, b, m, v, True, 0.1, 1e-5, 1, True
     )
     truth = [t.to(device) for t in (y.detach(), *torch.autograd.grad(y, leaves, upstream.double()))]
-    contenders = [Contender("official", step(official), error, 10.0)]
-    contenders += [Contender("compiled", step(torch.compile(official)), error, 10.0)]
-    if supports(x.to(device), residual.to(device), weight, 1):
-        contenders.append(Contender("fastmoco", step(fused), error, 10.0))
+    contenders = [Contender("official", step(official), error, 2e-2)]
+    contenders += [Contender("compiled", step(torch.compile(official)), error, 2e-2)]
+    if supports(sets[0][0], sets[0][1], (weight, bias, mean, var), 1):
+        contenders.append(Contender("fastmoco", step(fused), error, 2e-2))
     case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
     return "batch_norm", case, contenders
 

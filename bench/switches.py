@@ -20,6 +20,7 @@ from fastmoco.config import Config
 from fastmoco.encoder import normalize_pixels
 from fastmoco.step import Step
 from fastmoco_kernels import InfoNCE, enqueue_
+from fastmoco_kernels.batch_norm_cpu import reason
 
 Run = Callable[[], object]
 # Names that `without` takes.
@@ -51,7 +52,7 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     ]
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
-        "fused batch norm": cuda or compiled,  # there it is Inductor that fuses
+        "fused batch norm": cuda or compiled or reason() != "",  # there it is Inductor that fuses
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,

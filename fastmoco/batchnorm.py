@@ -57,8 +57,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return F.relu(out) if relu else out
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        recorded = self.training or not torch.is_grad_enabled()
-        fused = recorded and supports(input, residual, self.weight, groups)
+        per_channel = (self.weight, self.bias, self.running_mean, self.running_var)
+        fused = (
+            (self.training or not torch.is_grad_enabled())  # no backward through running statistics
+            and (relu or residual is None)
+            and supports(input, residual, per_channel, groups)
+        )
         function = batch_norm_act if fused else reference.batch_norm_act
         assert self.running_mean is not None
         assert self.running_var is not None

@@ -1,8 +1,7 @@
 """Settings of this process on its host: cores that it may use, threads, memory that is kept.
 
-Measured on two cores (ResNet-50, 224 pixels, batch 32, bf16): giving freed activations back to the
-kernel costs a tenth of the step, for every large tensor is mapped, zeroed and unmapped again. Kept
-in the process it costs 0.2 GiB.
+Giving freed activations back to the kernel costs about a tenth of a step on the CPU, for every
+large tensor is mapped, zeroed and unmapped again (rows "freed memory kept" of bench/results).
 """
 
 from __future__ import annotations
@@ -42,6 +41,18 @@ def affinity() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
+def physical_cores(numbers: list[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Cores behind these hardware threads; as many as threads where the system does not say."""
+    found = set()
+    for number in numbers:
+        try:
+            siblings = (system / f"cpu{number}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(number)
+        found.add(siblings.strip())
+    return len(found)
+
+
 def _quota(cgroup: Path) -> float | None:
     """Cores' worth of time that the control group grants; None without a limit."""
     try:
@@ -56,14 +67,17 @@ def _quota(cgroup: Path) -> float | None:
 
 
 def choose_threads() -> None:
-    """Compute on every core of this rank, unless OMP_NUM_THREADS says how many threads.
+    """One compute thread per core of this rank, unless OMP_NUM_THREADS says how many.
 
+    Two hardware threads of a core share its multipliers, so one of them is enough.
     No core is set aside for loader workers: the step fed by them is faster with all threads, or
     as fast where the loader limits (`python -m bench.threads --fed`). torchrun's own default
     for several ranks, one thread each, does not count as said.
     """
     if not _threads_are_given():
-        torch.set_num_threads(cores())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        physical = physical_cores(affinity()) or cores()
+        torch.set_num_threads(min(cores(), max(1, physical // ranks)))
 
 
 def _threads_are_given() -> bool:

@@ -147,3 +147,9 @@ def test_whole_resnet18_equals_plain_bn_by_group() -> None:
                 close(buffer, torch.stack(moved).mean(0), 1e-10)
 
     both_formulations(check)
+
+
+def test_residual_without_relu_is_added_and_nothing_else() -> None:
+    x = torch.randn(GROUP, 8, 4, 4).to(memory_format=torch.channels_last)
+    norm = SplitBatchNorm2d(8, 0).train()
+    torch.testing.assert_close(norm(x, residual=x), nn.BatchNorm2d(8).train()(x) + x)

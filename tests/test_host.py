@@ -100,3 +100,14 @@ def test_the_choice_is_told(eight_cores: None, monkeypatch: pytest.MonkeyPatch) 
     assert "8 compute threads (every core of this rank) on cores 0-5,8-9," in line
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert "8 compute threads (as OMP_NUM_THREADS says)" in host.settle(torch.device("cpu"))
+
+
+def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    for number, siblings in {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}.items():
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+    assert host.physical_cores([0, 1, 4, 5], tmp_path) == 2
+    assert host.physical_cores([0, 1, 5], tmp_path) == 2
+    assert host.physical_cores([4], tmp_path) == 1
+    assert host.physical_cores([7, 8], tmp_path) == 2  # nothing known about these

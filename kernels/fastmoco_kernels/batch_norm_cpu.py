@@ -11,12 +11,7 @@ N batch, G groups that are normalized by themselves, C channels, H W spatial.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmoco_kernels import reference
+from fastmoco_kernels import cpp, reference
 
 SOURCE = Path(__file__).with_name("batch_norm_cpu.cpp")
-# -fopenmp without linking: the library must share the threads of torch, whose OpenMP is loaded.
-COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
-COMPILE += ["-fno-math-errno", "-fno-trapping-math"]
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -47,73 +39,61 @@ class Arguments(ctypes.Structure):
     )
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor; compiled unless it is cached."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    target = subprocess.run(
-        [compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True
-    )
-    parts = [SOURCE.read_text(), version.stdout, target.stdout, platform.machine(), *COMPILE]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
-    library = root / f"batch_norm_{name}.so"
-    if not library.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            code, linked = Path(folder) / "code.o", Path(folder) / "linked.so"
-            for command in (
-                [compiler, *COMPILE, "-c", str(SOURCE), "-o", str(code)],
-                [compiler, "-shared", str(code), "-o", str(linked)],
-            ):
-                subprocess.run(command, capture_output=True, text=True, check=True)
-            os.replace(linked, library)  # atomic: other ranks compile the same at the same time
-    return library
-
-
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None, "no C++ compiler (g++ or clang++) is installed"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except subprocess.CalledProcessError as error:
-        return None, f"the compiler {compiler} failed: {(error.stderr or '').strip()[:200]}"
-    except (OSError, RuntimeError) as error:  # no such compiler, no home, or an unknown symbol
-        return None, f"the compiler's work cannot be used: {error}"
-    for name in ("batch_norm_forward", "batch_norm_backward"):
+    library, why = cpp.load(SOURCE)
+    for name in ("batch_norm_forward", "batch_norm_backward") if library else ():
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.POINTER(Arguments)], None
-    return library, ""
+    return library, why
 
 
 @cache
 def reason() -> str:
     """Why the fused operation is not used on this machine; empty where it is.
 
-    The first call compiles and compares one small case with ATen.
+    The first call compiles, and compares a small case with ATen: outputs, gradients and running
+    statistics, in both dtypes.
     """
     library, why = _loaded()
     if library is None:
         return why
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        apart = _distance_from_aten(dtype)
+        if not apart < bound:  # NaN too
+            return f"its {dtype} result differs from ATen's by {apart:.1e}"
+    return ""
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _distance_from_aten(dtype: torch.dtype) -> float:
+    """Mean error of anything that comes out, relative to its mean size. ATen computes in fp32."""
     generator = torch.Generator().manual_seed(0)
-    x, residual = (torch.randn(4, 24, 3, 3, generator=generator) for _ in range(2))
-    x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
-    weight, bias = torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24)
-    outputs, statistics = [], []
-    for function in (batch_norm_act, reference.batch_norm_act):
+    inputs = torch.randn(3, 4, 24, 3, 3, generator=generator).to(dtype)
+    found = []
+    for function, kind in ((batch_norm_act, dtype), (reference.batch_norm_act, torch.float32)):
+        x, residual, dy = (t.to(kind, memory_format=torch.channels_last) for t in inputs)
+        w, b = torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24)
         moving = torch.zeros(24), torch.ones(24)
-        outputs.append(function(x, residual, weight, bias, *moving, True, 0.1, 1e-5, 2, True))
-        statistics.append(torch.cat(moving))
-    apart = max(float((a - b).abs().max()) for a, b in (outputs, statistics))
-    return "" if apart < 1e-5 else f"its result differs from ATen's by {apart:.1e}"
+        leaves = [t.requires_grad_() for t in (x, residual, w, b)]
+        y = function(x, residual, w, b, *moving, True, 0.1, 1e-5, 2, True)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, dy), *moving])
+    errors = [(a - b).abs().mean() / b.abs().mean() for a, b in zip(*found, strict=True)]
+    return float(torch.stack(errors).max())
 
 
-def supports(x: Tensor, residual: Tensor | None, weight: Tensor, groups: int) -> bool:
-    """Whether `batch_norm_act` takes these: plain CPU tensors in channels-last memory."""
-    if weight.dtype != torch.float32:
-        return False
+def supports(
+    x: Tensor, residual: Tensor | None, per_channel: Sequence[Tensor | None], groups: int
+) -> bool:
+    """Whether `batch_norm_act` takes these: plain CPU tensors in channels-last memory.
+
+    `per_channel` are weight, bias and running statistics, which must be fp32.
+    """
+    for t in per_channel:
+        if t is None or t.dtype != torch.float32 or t.device.type != "cpu":
+            return False
     for t in (x, residual):
         if t is not None and not (
             type(t) is Tensor
@@ -145,8 +125,10 @@ def batch_norm_act(
     x, residual (N, C, H, W), bf16 or fp32; weight, bias, running_mean, running_var (C,) fp32. In
     training each of `groups` runs of N / groups samples is normalized by its own statistics, and
     the running ones move once, by the mean over groups (variances unbiased); otherwise the running
-    ones are used and no gradient is recorded. Without `relu` there must be no residual.
+    ones are used and no gradient is recorded. Raises `ValueError` for a residual without `relu`.
     """
+    if residual is not None and not relu:
+        raise ValueError("a residual is only added in front of a ReLU")
     out: Tensor = _BatchNormAct.apply(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, relu
     )
@@ -184,7 +166,7 @@ class _BatchNormAct(torch.autograd.Function):
     ) -> Tensor:
         y = torch.empty_like(x)
         if training:
-            mean, invstd = torch.empty(2, groups, x.shape[1])
+            mean, invstd = torch.empty(2, groups, x.shape[1], dtype=torch.float32, device="cpu")
         else:
             mean, invstd = running_mean, torch.rsqrt(running_var + eps)
         arguments = _arguments(
@@ -216,7 +198,7 @@ class _BatchNormAct(torch.autograd.Function):
         x, y, weight, bias, mean, invstd = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, d_residual = torch.empty_like(x), None if y is None else torch.empty_like(x)
-        grad_weight, grad_bias = torch.empty(2, x.shape[1])
+        grad_weight, grad_bias = torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
         arguments = _arguments(
             x,
             ctx.groups,

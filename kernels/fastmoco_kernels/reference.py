@@ -1,6 +1,6 @@
 """One plain eager implementation per op: its meaning, and what runs where a kernel is distrusted.
 
-Everything is computed in float32, or in float64 when an input is float64, from the materialized
+Losses are computed in float32, or in float64 when an input is float64, from the materialized
 N x (1+K) logits. Nothing here reads a value back to the host, so all of it also runs on CUDA.
 N local batch, C feature dimension, K queue length, M gathered keys.
 """

@@ -84,7 +84,7 @@ def test_forward_backward_and_running_statistics(
 
     x, upstream = channels_last(shape, dtype, 0), channels_last(shape, dtype, 2)
     residual = channels_last(shape, dtype, 1) if form == "residual" else None
-    assert supports(x, residual, parameters(shape[1])[0], groups)
+    assert supports(x, residual, parameters(shape[1]), groups)
     y, dx, *of_norm = run(batch_norm_act)
 
     leaf, own = x.double().requires_grad_(), parameters(shape[1], torch.float64)
@@ -173,16 +173,31 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_what_it_does_not_take() -> None:
-    good, weight = channels_last((4, 8, 5, 5), torch.float32, 8), torch.ones(8)
-    assert supports(good, None, weight, 1)
-    assert not supports(good.contiguous(), None, weight, 1)  # NCHW
-    assert not supports(good.double(), None, weight, 1)
-    assert not supports(good, None, weight.bfloat16(), 1)
-    assert not supports(good, good.bfloat16(), weight, 1)
-    assert not supports(good, good[:2], weight, 1)
+    good, own = channels_last((4, 8, 5, 5), torch.float32, 8), parameters(8)
+    assert supports(good, None, own, 1)
+    assert not supports(good.contiguous(), None, own, 1)  # NCHW
+    assert not supports(good.double(), None, own, 1)
+    assert not supports(good, None, [t.bfloat16() for t in own], 1)
+    assert not supports(good, None, [*own[:3], None], 1)
+    assert not supports(good, good.bfloat16(), own, 1)
+    assert not supports(good, good[:2], own, 1)
     single = good[:, :, :1, :1].contiguous()  # one value per group has no variance
-    assert not supports(single, None, weight, 4)
-    assert supports(single, None, weight, 2)
+    assert not supports(single, None, own, 4)
+    assert supports(single, None, own, 2)
+    with pytest.raises(ValueError, match="ReLU"):
+        act(batch_norm_act, good, good, own, 1, relu=False)
+
+
+def test_statistics_are_float32_whatever_the_default_dtype() -> None:
+    x = channels_last((4, 8, 5, 5), torch.bfloat16, 8)
+    want = act(batch_norm_act, x, None, parameters(8), 2, relu=True)
+    own = parameters(8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = act(batch_norm_act, x, None, own, 2, relu=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/g++"])

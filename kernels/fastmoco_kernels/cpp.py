@@ -1,0 +1,59 @@
+"""A C++ source of this package as a library compiled for this machine, or why there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# -fopenmp without linking: the library must share the threads of torch, whose OpenMP is loaded.
+COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
+COMPILE += ["-fno-math-errno", "-fno-trapping-math"]
+
+
+def _processor() -> str:
+    """What -march=native depends on: folders in a shared home serve other processors too."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    known = ("flags", "Features", "model name", "CPU part")
+    return "".join([platform.machine(), *sorted({x for x in lines if x.startswith(known)})])
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    """The shared library for this source, compiler and processor; compiled unless it is cached."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    parts = [source.read_text(), version.stdout, _processor(), *COMPILE]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+    library = root / f"{source.stem}_{name}.so"
+    if not library.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            code, linked = Path(folder) / "code.o", Path(folder) / "linked.so"
+            for command in (
+                [compiler, *COMPILE, "-c", str(source), "-o", str(code)],
+                [compiler, "-shared", str(code), "-o", str(linked)],
+            ):
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(linked, library)  # atomic: other ranks compile the same at the same time
+    return library
+
+
+def load(source: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None and the reason in words. Compiling takes about two seconds."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "no C++ compiler (g++ or clang++) is installed"
+    try:
+        return ctypes.CDLL(str(_compiled(source, compiler))), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"the compiler {compiler} failed: {(error.stderr or '').strip()[:200]}"
+    except (OSError, RuntimeError) as error:  # no such compiler, no home, or an unknown symbol
+        return None, f"the compiler's work cannot be used: {error}"
