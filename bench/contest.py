@@ -104,6 +104,8 @@ def contest(
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
+    if not contestants:
+        return {}
     with _processes(contestants) as running:
         for process in running:
             process.ask("run", warmup)

@@ -121,8 +121,8 @@ def sentence(run: Sequence[Row]) -> str:
     found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
     waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
     found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
-    how = f". {run[0]['n']} windows of each, in turns; what the loader feeds ran apart."
-    return "; ".join(found) + how
+    how = f"{run[0]['n']} windows of each, in turns; what the loader feeds ran apart."
+    return f"{'; '.join(found)}. {how}" if found else how
 
 
 def _ablation(rows: Sequence[Row]) -> list[str]:

@@ -83,10 +83,12 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
     sensible = [name for name in FACTORIES if not (cuda and name == "official_kept")]
     only = tuple(own.only.split(",")) if own.only else tuple(sensible)
     if config.data.source == "synthetic":
-        only = tuple(name for name in only if name not in ("loader", "end_to_end"))
+        only = tuple(name for name in only if name not in FED)
     unknown = sorted(set(only) - set(FACTORIES))
     if unknown:
         raise ConfigError(f"--only knows {', '.join(FACTORIES)}, not {', '.join(unknown)}.")
+    if not only:
+        raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
     plan = Plan(
         only=only,
         windows=own.windows or (5 if own.quick else 20),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 from bench.contest import Contestant, contest
 from bench.machines import official_step, official_step_with_kept_memory
@@ -38,6 +40,24 @@ def test_failure_of_a_contestant_is_told() -> None:
 def test_synthetic_data_has_no_loader_to_time() -> None:
     plan, _ = options(TINY)
     assert plan.only == ("step", "encoder", "official", "official_kept")
+
+
+def test_who_is_fed_may_run_alone_on_images_but_not_on_synthetic_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "--only", "loader"]) == 2
+    assert "--only loader" in capsys.readouterr().err
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        picture = Image.new("RGB", (40, 40), (number, 0, 0))
+        picture.save(tmp_path / "images" / f"{number}.png")
+    images = ["--data.source", "folder", "--data.root", str(tmp_path / "images")]
+    images += ["--data.workers", "1", "--run.dir", str(tmp_path / "run")]
+    assert main([*TINY, *images, "--only", "loader", "--windows", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "loader alone" in printed
+    assert "\n1 windows of each" in printed
 
 
 def test_allocator_of_the_host_is_no_matter_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
