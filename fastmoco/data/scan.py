@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -165,14 +167,29 @@ def measure(
     return sizes, bad
 
 
-def in_parallel(*, many: bool) -> Executor:
-    """All cores: processes for much work, threads where processes would take longer to start."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if not many:
-        return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
-    )
+@contextlib.contextmanager
+def in_parallel(*, many: bool) -> Iterator[Executor]:
+    """All cores: processes for much work, threads where processes would take longer to start.
+
+    Whatever leaves the block, work that nobody began by then is dropped, not waited for.
+    """
+    pool = _processes(_cores()) if many else ThreadPoolExecutor(_cores())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _processes(workers: int) -> Executor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _ignore_interrupts)
+
+
+def _cores() -> int:
+    """Cores of all ranks of this machine: one scans while the others wait for its index."""
+    # Imported on demand: it brings torch, which the processes of a scan do without.
+    host = importlib.import_module("fastmoco.host")
+    return int(host.cores()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _ignore_interrupts() -> None:

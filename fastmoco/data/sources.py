@@ -91,6 +91,8 @@ def open_folder(root: str, max_pixels: int) -> FolderSource:
             scan=lambda: scan_folder(real, max_pixels),
         )
     except OSError as error:
+        if error.filename is None:  # about no path: a process or a pipe that could not be made
+            raise
         raise ConfigError(
             f"data.root: the folder {error.filename} cannot be listed: {error.strerror}; "
             "make it readable or move it elsewhere."

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from fastmoco import host
 from fastmoco.config import ConfigError
 from fastmoco.data import scan
 from fastmoco.data.sources import open_folder
@@ -75,6 +76,45 @@ def test_a_folder_that_cannot_be_listed_is_named(
     with pytest.raises(ConfigError, match=r"shut cannot be listed: Permission denied") as caught:
         open_folder(str(tmp_path), LIMIT)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_is_about_no_folder_is_not_called_one(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1.jpg").write_bytes(picture(photos))
+
+    def no_process(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(scan, "measure", no_process)
+    with pytest.raises(BlockingIOError):
+        open_folder(str(tmp_path), LIMIT)
+
+
+def test_a_failure_drops_the_work_that_nobody_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cores", lambda: 2)
+    begun = 0
+
+    def probe(paths: Sequence[str]) -> list[scan.Found]:
+        nonlocal begun
+        begun += 1
+        time.sleep(0.05)
+        raise ValueError("the first chunk fails while others wait")
+
+    with pytest.raises(ValueError, match="first chunk"):
+        scan.measure(probe, ["x"] * (100 * scan.CHUNK), 1)
+    assert begun <= 20  # of the 64 that were handed out
+
+
+def test_a_scan_uses_the_cores_of_the_container_and_of_every_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "affinity", lambda: list(range(64)))
+    monkeypatch.setattr(host, "_quota", lambda cgroup: 8.0)
+    for ranks in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        with scan.in_parallel(many=False) as pool:
+            assert pool._max_workers == 8  # type: ignore[attr-defined]
 
 
 def test_work_is_taken_when_its_turn_comes_and_returned_in_order() -> None:
