@@ -23,11 +23,12 @@ if [ ${#options[@]} -eq 0 ]; then
 fi
 machine=(nvidia-smi)
 tests=(tests)
-kernels=(--device cuda --save)
+kernels=(--device cuda)
 few=()
 small_batch=32
 publish=()
 [ -n "$(git status --porcelain -- . ':!bench/results' 2>&1)" ] || publish=(--publish)
+kernels+=(${publish[@]+--save})
 if [ -n "${REHEARSE:-}" ]; then
   options+=(--run.device cpu --model.arch resnet18 --augment.image_size 32
     --optim.global_batch_size 16 --moco.bn_group_size 8 --moco.queue_size 64)
