@@ -15,16 +15,16 @@ is a process of its own, and those of a part take turns (`bench.contest`).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench import nvml, terminal
 from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentile
+from bench.harness import RESULTS, percentile, write_rows
 from bench.switches import Switch, switches
 from bench.throughput import complain, summary
 from fastmoco.banner import compile_encoders
@@ -139,7 +139,7 @@ def run_part(part: str, arguments: Sequence[str], windows: int) -> dict[str, Res
         steps=max(steps, 4) if part == "data" else steps,
         warmup=max(2, steps),
         lead=config.data.prefetch + 2 if part == "data" else 0,
-        meter=nvml.build_meter(device, complain),
+        meter=nvml.build_meter(device, partial(complain, "ablation")),
         progress=lambda done: terminal.progress(done, windows),
     )
 
@@ -189,8 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flush=True,
             )
         if own.publish:
-            with ROWS.open("a") as file:
-                file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)
+            write_rows(ROWS, ({**row, "environment": where} for row in rows))
     return 0
 
 

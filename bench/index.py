@@ -104,12 +104,17 @@ def start(root: str) -> dict[str, Any]:
 
 def first_batch(root: str) -> dict[str, Any]:
     """Seconds from the configuration to the first batch, and images per second after it."""
+    with tempfile.TemporaryDirectory() as run:
+        config = Config(
+            run=RunConfig(dir=run),
+            data=DataConfig(root=root, backend="array", workers=2, max_pixels=MAX_PIXELS),
+            optim=OptimConfig(global_batch_size=BATCH),
+        )
+        return _first_batch(config)
+
+
+def _first_batch(config: Config) -> dict[str, Any]:
     steps = 9
-    config = Config(
-        run=RunConfig(dir=tempfile.mkdtemp()),
-        data=DataConfig(root=root, backend="array", workers=2, max_pixels=MAX_PIXELS),
-        optim=OptimConfig(global_batch_size=BATCH),
-    )
     began = time.perf_counter()
     with build_loader(config, device=torch.device("cpu")) as loader:
         batches = loader.batches(0, steps)

@@ -16,14 +16,16 @@ contender are checked against the reference.
 from __future__ import annotations
 
 import argparse
+import atexit
 import itertools
+import shutil
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def configuration(root: str, backend: str, source: str = "folder") -> Config:
     """MoCo v2 at 224 pixels, two workers or threads, 50 images per batch."""
     readers = 1 if backend == "dali" else PROCESSES
     return Config(
-        run=RunConfig(dir=tempfile.mkdtemp()),
+        run=RunConfig(dir=_run_folder()),
         data=DataConfig(
             source=source,  # type: ignore[arg-type]
             root=root,
@@ -105,6 +107,14 @@ def configuration(root: str, backend: str, source: str = "folder") -> Config:
         ),
         optim=OptimConfig(global_batch_size=BATCH),
     )
+
+
+@cache
+def _run_folder() -> str:
+    """Where loaders report bad samples; it goes when this process ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 Start = Callable[[], Iterator[Any]]

@@ -64,12 +64,14 @@ class Bench:
         facts: dict[str, Any] | None = None,
         count: bool = True,
         compiled: bool = False,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self._step = step
         self._loader = loader
         self._facts = facts or {}
         self._count = count
+        self._after = after
         self.compiled = compiled
 
     @property
@@ -97,11 +99,12 @@ class Bench:
         return known
 
     def close(self) -> None:
-        """End the loader's processes and the process group."""
+        """End the loader's processes and the process group; then what was left to do."""
         if self._loader:
             self._loader.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._after()
 
 
 def _started(config: str) -> tuple[Config, World]:
@@ -266,10 +269,10 @@ def official_step_with_kept_memory(config: str) -> Bench:
 
 
 def _official(parsed: Config, world: World) -> Bench:
+    folder = tempfile.TemporaryDirectory()
     if world.size == 1:
-        folder = tempfile.mkdtemp()
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        store = f"file://{Path(folder) / 'store'}"
+        store = f"file://{Path(folder.name) / 'store'}"
         dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     torch.manual_seed(parsed.run.seed)
     encoder = as_published(build_encoder(parsed.model))
@@ -296,4 +299,4 @@ def _official(parsed: Config, world: World) -> Bench:
         step(im_q, im_k)
         turn += 1
 
-    return Bench(world.device, run)
+    return Bench(world.device, run, after=folder.cleanup)

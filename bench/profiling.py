@@ -14,7 +14,6 @@ With `--nvtx` they are emitted for Nsight instead:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.case import case_of, origin
 from bench.contest import synchronize
-from bench.harness import RESULTS
+from bench.harness import RESULTS, write_rows
 from bench.machines import Fed, fed_step
 from fastmoco import step as steps
 from fastmoco.config import Config, ConfigError, check, dump, parse
@@ -226,8 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(row, own.out)
     if own.publish:
         shared = {"benchmark": "profile", "case": case_of(config), "environment": where}
-        with ROWS.open("a") as file:
-            file.write(json.dumps({**shared, **row}) + "\n")
+        write_rows(ROWS, [{**shared, **row}])
     return 0
 
 

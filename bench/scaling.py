@@ -12,7 +12,6 @@ N local batch, W ranks, S image side, C feature dimension, K queue length.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.harness import RESULTS, environment
+from bench.harness import RESULTS, environment, write_rows
 from bench.wire import Wire
 from fastmoco.config import ShuffleBN
 from fastmoco.distributed import World
@@ -178,11 +177,9 @@ def main() -> None:
             f"| {case['ranks']} | {row['contender']} | {cells} | {row['link']} | "
             f"{row['modelled_ms']} |"
         )
-        lines.append(json.dumps(row | {"environment": where}))
+        lines.append(row | {"environment": where})
     if save:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        with (RESULTS / "scaling.jsonl").open("a") as file:
-            file.write("\n".join(lines) + "\n")
+        write_rows(RESULTS / "scaling.jsonl", lines)
 
 
 if __name__ == "__main__":

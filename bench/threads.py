@@ -11,7 +11,6 @@ a moment to wake. Every setting is a process of its own, and they take turns:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
@@ -22,7 +21,7 @@ import torch
 from bench.ablation import EVERYTHING, relative
 from bench.case import case_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS
+from bench.harness import RESULTS, write_rows
 from bench.throughput import summary
 from fastmoco.config import Config, ConfigError, check, dump, parse
 from fastmoco.data.folders import resolve_folders
@@ -109,8 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['page_faults_per_step']} page faults, waiting {row['data_wait_percent']:.1f} %"
         )
     if own.publish:
-        with ROWS.open("a") as file:
-            file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)
+        write_rows(ROWS, ({**row, "environment": where} for row in rows))
     return 0
 
 

@@ -19,18 +19,18 @@ differs between CPU and CUDA.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import nvml, profiling, report, terminal
 from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentile
+from bench.harness import RESULTS, percentile, write_rows
 from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
 from fastmoco.data.folders import resolve_folders
 
@@ -172,20 +172,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
-    results = measure(plan, config, nvml.build_meter(device_of(config), complain))
+    meter = nvml.build_meter(device_of(config), partial(complain, "throughput"))
+    results = measure(plan, config, meter)
     rows = rows_of(config, results, where)
     terminal.show(report.caption(rows), *report.cells(rows), report.sentence(rows))
     if plan.publish:
-        append(ROWS, rows)
+        write_rows(ROWS, rows)
         print(f"{len(rows)} rows appended to {ROWS.name}")
     if plan.profile:
         profiling.report(profiling.profile_step(config, PROFILE, plan.window_steps + 1), PROFILE)
     return 0
 
 
-def complain(sentence: str) -> None:
-    """Say it beside the table, not in it."""
-    print(f"throughput: {sentence}", file=sys.stderr)
+def complain(program: str, sentence: str) -> None:
+    """Say it in the program's name beside the table, not in it."""
+    print(f"{program}: {sentence}", file=sys.stderr)
 
 
 def rows_of(
@@ -205,13 +206,6 @@ def rows_of(
         {**shared, "contestant": name, **summary(result, images)}
         for name, result in results.items()
     ]
-
-
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One JSON line per row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
