@@ -126,10 +126,11 @@ def sentence(run: Sequence[Row]) -> str:
 
 
 def _ablation(rows: Sequence[Row]) -> list[str]:
-    """One table per case: every improvement switched off by itself, whatever part it stood in."""
+    """One table per case and run: every improvement switched off by itself, of whatever part."""
     cases: dict[str, list[list[Row]]] = {}
     for run in latest(rows):
-        case = run[0]["case"] | {"device": run[0]["environment"]["device"]}
+        where = run[0]["environment"]
+        case = run[0]["case"] | {"device": where["device"], "date": where["date"]}
         if case.pop("part") != "waterfall":
             cases.setdefault(json.dumps(case), []).append(run)
     lines: list[str] = []

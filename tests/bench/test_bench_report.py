@@ -164,13 +164,16 @@ def test_ablation_shows_all_parts_of_a_case_and_leaves_out_our_step_itself(tmp_p
         tmp_path / "ablation.jsonl",
         part("switches", "2026-01-01", "old", 9.0),
         part("switches", "2026-01-02", "bf16 (fp32 instead)", 2.0),
-        part("data", "2026-01-01", "array loader (dali instead)", 3.0),
+        part("data", "2026-01-02", "array loader (dali instead)", 3.0),
+        part("compile", "2026-01-03", "run.compile off (on instead)", 5.0),
         part("waterfall", "2026-01-03", "published step", 4.0),
     )
     table = report.table("ablation", tmp_path)
     assert "| bf16 (fp32 instead) | 2.00 | 1.90 - 2.10 | 2.00 |" in table
     assert "| array loader (dali instead) | 3.00 |" in table
-    assert table.count("| switched off |") == 1
+    first, second = table.split("\n\nresnet18")  # a run of its own has a caption of its own
+    assert first.count("| switched off |") == second.count("| switched off |") == 1
+    assert "| run.compile off (on instead) | 5.00 |" in second
     for absent in ("old", "published", "nothing"):
         assert absent not in table
 
