@@ -28,12 +28,20 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPU cores for this rank: what affinity and the container's quota allow, over local ranks."""
+def machine_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores for all ranks of this machine: what affinity and the container's quota allow."""
     allowed = len(affinity()) or os.cpu_count() or 1
     quota = _quota(cgroup)
-    allowed = min(allowed, max(1, int(quota))) if quota else allowed
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(allowed, max(1, int(quota))) if quota else allowed
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores for this rank: its share of `machine_cores`."""
+    return max(1, machine_cores(cgroup) // _local_ranks())
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def affinity() -> list[int]:
@@ -75,15 +83,13 @@ def choose_threads() -> None:
     for several ranks, one thread each, does not count as said.
     """
     if not _threads_are_given():
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         physical = physical_cores(affinity()) or cores()
-        torch.set_num_threads(min(cores(), max(1, physical // ranks)))
+        torch.set_num_threads(min(cores(), max(1, physical // _local_ranks())))
 
 
 def _threads_are_given() -> bool:
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return given != "" and not (several and given == "1")
+    return given != "" and not (_local_ranks() > 1 and given == "1")
 
 
 def settle(device: torch.device) -> str:

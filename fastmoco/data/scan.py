@@ -188,8 +188,7 @@ def _processes(workers: int) -> Executor:
 def _cores() -> int:
     """Cores of all ranks of this machine: one scans while the others wait for its index."""
     # Imported on demand: it brings torch, which the processes of a scan do without.
-    host = importlib.import_module("fastmoco.host")
-    return int(host.cores()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(importlib.import_module("fastmoco.host").machine_cores())
 
 
 def _ignore_interrupts() -> None:

@@ -5,13 +5,13 @@
 // residual come one read in the forward, one read and one write in the backward. Sums are taken
 // chunk by chunk in float32 around a value of the channel itself, for a mean far from zero would
 // cost digits, and put together in float64. Neither chunks nor results depend on the thread count.
-//
 // Compiled at run time by batch_norm_cpu.py, whose Arguments has the same fields.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 struct Arguments {
@@ -137,18 +137,23 @@ void input_gradient(const T* dz, const T* x, T* dx, int64_t n, int64_t channels,
   }
 }
 
-// Statistics of channel i from the sums of all chunks; running statistics move once, by the mean
-// over groups.
+// Both sums of channel i in group g, over its chunks.
+std::pair<double, double> totals(const Chunks& chunks, const float* partial, int64_t g, int64_t i) {
+  std::pair<double, double> sums;
+  for (int64_t k = g * chunks.per_group; k < (g + 1) * chunks.per_group; ++k) {
+    sums.first += partial[k * 2 * chunks.channels + i];
+    sums.second += partial[(k * 2 + 1) * chunks.channels + i];
+  }
+  return sums;
+}
+
+// Statistics of channel i; the running ones move once, by the mean over groups.
 template <class T>
 void finish_moments(const Arguments& a, const Chunks& chunks, const float* partial, int64_t i) {
   const int64_t c = a.channels;
   double means = 0, variances = 0;
   for (int64_t g = 0; g < a.groups; ++g) {
-    double sum = 0, square = 0;
-    for (int64_t k = g * chunks.per_group; k < (g + 1) * chunks.per_group; ++k) {
-      sum += partial[k * 2 * c + i];
-      square += partial[k * 2 * c + c + i];
-    }
+    const auto [sum, square] = totals(chunks, partial, g, i);
     const double away = sum / a.rows, var = square / a.rows - away * away;
     const double mean = value(static_cast<const T*>(a.x)[g * a.rows * c + i]) + away;
     a.mean[g * c + i] = static_cast<float>(mean);
@@ -166,11 +171,7 @@ void finish_gradients(const Arguments& a, const Chunks& chunks, const float* par
   const int64_t c = a.channels;
   double of_weight = 0, of_bias = 0;
   for (int64_t g = 0; g < a.groups; ++g) {
-    double sum = 0, product = 0;
-    for (int64_t k = g * chunks.per_group; k < (g + 1) * chunks.per_group; ++k) {
-      sum += partial[k * 2 * c + i];
-      product += partial[k * 2 * c + c + i];
-    }
+    const auto [sum, product] = totals(chunks, partial, g, i);
     const double invstd = a.invstd[g * c + i], factor = scale[g * c + i];
     const double tilt = -factor * invstd * invstd * product / a.rows;
     slope[g * c + i] = static_cast<float>(tilt);

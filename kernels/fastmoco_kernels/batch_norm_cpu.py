@@ -135,9 +135,11 @@ def batch_norm_act(
     return out
 
 
-def _arguments(x: Tensor, groups: int, **fields: Any) -> Arguments:
+def _call(function: str, x: Tensor, groups: int, **fields: Any) -> None:
+    """Run `function` of the library; `fields` are those of `Arguments`, tensors by address."""
+    library = _loaded()[0]
     pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    return Arguments(
+    arguments = Arguments(
         x=x.data_ptr(),
         groups=groups,
         rows=x.numel() // (groups * x.shape[1]),
@@ -146,6 +148,7 @@ def _arguments(x: Tensor, groups: int, **fields: Any) -> Arguments:
         threads=torch.get_num_threads(),
         **pointers,
     )
+    getattr(library, function)(arguments)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -169,7 +172,8 @@ class _BatchNormAct(torch.autograd.Function):
             mean, invstd = torch.empty(2, groups, x.shape[1], dtype=torch.float32, device="cpu")
         else:
             mean, invstd = running_mean, torch.rsqrt(running_var + eps)
-        arguments = _arguments(
+        _call(
+            "batch_norm_forward",
             x,
             groups,
             residual=residual,
@@ -185,9 +189,6 @@ class _BatchNormAct(torch.autograd.Function):
             relu=relu,
             training=training,
         )
-        library = _loaded()[0]
-        assert library is not None
-        library.batch_norm_forward(arguments)
         ctx.save_for_backward(x, None if residual is None else y, weight, bias, mean, invstd)
         ctx.groups, ctx.relu = groups, relu
         return y
@@ -199,7 +200,8 @@ class _BatchNormAct(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, d_residual = torch.empty_like(x), None if y is None else torch.empty_like(x)
         grad_weight, grad_bias = torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
-        arguments = _arguments(
+        _call(
+            "batch_norm_backward",
             x,
             ctx.groups,
             residual=y,  # not read: says that there was one
@@ -216,7 +218,4 @@ class _BatchNormAct(torch.autograd.Function):
             relu=ctx.relu,
             training=True,
         )
-        library = _loaded()[0]
-        assert library is not None
-        library.batch_norm_backward(arguments)
         return dx, d_residual, grad_weight, grad_bias, *[None] * 7

@@ -92,7 +92,7 @@ def test_an_error_that_is_about_no_folder_is_not_called_one(
 
 
 def test_a_failure_drops_the_work_that_nobody_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cores", lambda: 2)
+    monkeypatch.setattr(host, "machine_cores", lambda: 2)
     begun = 0
 
     def probe(paths: Sequence[str]) -> list[scan.Found]:
