@@ -26,7 +26,7 @@ from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
 from bench.harness import RESULTS, percentile, write_rows
 from bench.switches import Switch, switches
-from bench.throughput import complain, summary
+from bench.throughput import summary
 from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, ConfigError, check, dump, parse
 from fastmoco.data.folders import resolve_folders
@@ -139,7 +139,7 @@ def run_part(part: str, arguments: Sequence[str], windows: int) -> dict[str, Res
         steps=max(steps, 4) if part == "data" else steps,
         warmup=max(2, steps),
         lead=config.data.prefetch + 2 if part == "data" else 0,
-        meter=nvml.build_meter(device, partial(complain, "ablation")),
+        meter=nvml.build_meter(device, partial(terminal.complain, "ablation")),
         progress=lambda done: terminal.progress(done, windows),
     )
 
@@ -159,21 +159,18 @@ def parts_of(named: str, config: Config) -> list[str]:
     return chosen
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
+@terminal.command("ablation")
+def main(arguments: Sequence[str]) -> None:
+    """Print a table per part; with --publish also append its rows."""
     parser = argparse.ArgumentParser("bench.ablation", description=__doc__, add_help=False)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--parts", default="")
     parser.add_argument("--publish", action="store_true")
-    own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    try:
-        config = parse(rest)
-        check(config, 1)
-        parts = parts_of(own.parts, config)
-        where = origin(config, own.publish)
-    except ConfigError as error:
-        print(f"ablation: {error}", file=sys.stderr)
-        return 2
+    own, rest = parser.parse_known_args(arguments)
+    config = parse(rest)
+    check(config, 1)
+    parts = parts_of(own.parts, config)
+    where = origin(device_of(config), own.publish)
     for part in parts:
         results = run_part(part, rest, own.windows)
         shared: dict[str, Any] = {"benchmark": "ablation", "case": case_of(config) | {"part": part}}
@@ -190,7 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if own.publish:
             write_rows(ROWS, ({**row, "environment": where} for row in rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ def case_of(config: Config) -> dict[str, Any]:
     return chosen
 
 
-def origin(config: Config, publish: bool) -> dict[str, Any]:
+def origin(device: torch.device, publish: bool) -> dict[str, Any]:
     """The environment of rows (`bench.harness.environment`); take it before anything is measured.
 
     Raises `ConfigError` where rows are to be published from a tree that differs from its commit.
     """
-    where = environment(device_of(config))
+    where = environment(device)
     if publish and where["dirty"]:
-        raise ConfigError("The tree differs from its commit: commit first, then --publish.")
+        raise ConfigError("The tree differs from its commit, so no row may be kept: commit first.")
     return where

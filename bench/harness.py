@@ -168,10 +168,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Everything that a reader needs to judge a number: hardware, versions, commit, load, command.
-
-    Take it before a results file is touched: writing a row makes the tree dirty.
-    """
+    """Everything a reader needs to judge a number: hardware, versions, commit, load, command."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",

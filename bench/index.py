@@ -34,7 +34,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.harness import RESULTS, environment, spread, write_rows
+from bench import terminal
+from bench.case import origin
+from bench.harness import RESULTS, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.loader import build_loader
 from fastmoco.data.scan import in_order, in_parallel, progress
@@ -175,18 +177,16 @@ def rows_of(
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 where rows must not be published."""
+@terminal.command("index")
+def main(arguments: Sequence[str]) -> None:
+    """Print the percentiles; with --publish also append the rows."""
     parser = argparse.ArgumentParser("bench.index", description=__doc__)
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--place", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--publish", action="store_true")
     chosen = parser.parse_args(arguments)
-    where = environment(torch.device("cpu"))
-    if chosen.publish and where["dirty"]:
-        print("index: the tree differs from its commit: commit first.", file=sys.stderr)
-        return 2
+    where = origin(torch.device("cpu"), chosen.publish)
     with tempfile.TemporaryDirectory(dir=chosen.place, prefix="fastmoco-index-") as place:
         os.environ["FASTMOCO_CACHE"] = str(Path(place) / "cache")
         write_files(Path(place) / "images", chosen.files)
@@ -199,7 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if chosen.publish:
         write_rows(ROWS, rows)
-    return 0
 
 
 if __name__ == "__main__":

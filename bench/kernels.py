@@ -3,18 +3,19 @@
     python -m bench.kernels [--device cuda] [--only ema] [--rounds 20] [--threads 2] [--save]
                             [--profile DIR]
 
-Prints a table per case; --save appends rows to bench/results/kernels.jsonl. `official` is what the
-published MoCo code does: einsum, cat, division, cross entropy on a clone of the queue, backward; a
-loop over parameters that allocates each new one; torch.optim.SGD. It takes no top-5, which the
-official step does and the fused op includes. Its batch norm is torchvision's, with addition and
-ReLU in place. N local batch, C dimension, K queue length.
+Prints a table per case; --save appends rows to bench/results/kernels.jsonl and is refused for a
+dirty tree. `official` is what the published MoCo code does: einsum, cat, division, cross entropy on
+a clone of the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD.
+It takes no top-5, which the official step does and the fused op includes. Its batch norm is
+torchvision's, with addition and ReLU in place. N local batch, C dimension, K queue length.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, cross_entropy, normalize, relu
 
-from bench.harness import RESULTS, Contender, append_rows, environment, race, table
+from bench import terminal
+from bench.case import origin
+from bench.harness import RESULTS, Contender, append_rows, race, table
 from fastmoco.host import keep_freed_memory
 from fastmoco_kernels import ema_, info_nce, info_nce_enqueue, reference, sgd_ema_
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
@@ -337,8 +340,9 @@ def profile(contenders: list[Contender], folder: Path, name: str, device: torch.
         print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40))
 
 
-def main() -> None:
-    """Parse the command line and run."""
+@terminal.command("kernels")
+def main(arguments: Sequence[str]) -> None:
+    """Race what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=list(races(torch.device("cpu"))))
@@ -346,23 +350,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--profile", type=Path, metavar="DIR")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    where = origin(device, options.save)
     for op, builders in races(device).items():
-        if arguments.only not in (None, op):
+        if options.only not in (None, op):
             continue
         for build in builders:
             name, case, contenders = build()
-            if arguments.profile:
-                profile(contenders, arguments.profile, name, device)
+            if options.profile:
+                profile(contenders, options.profile, name, device)
                 continue
-            where = environment(device)
-            timings = race(contenders, device, arguments.rounds)
+            timings = race(contenders, device, options.rounds)
             print(f"\n{name} {case}\n{table(timings, 'official')}", flush=True)
-            if arguments.save:
+            if options.save:
                 append_rows(RESULTS / "kernels.jsonl", name, case, timings, where)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,7 +33,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from bench.harness import RESULTS, environment, percentile, spread, write_rows
+from bench import terminal
+from bench.case import origin
+from bench.harness import RESULTS, percentile, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.arrays import Canvas, crop, decode_tensor
 from fastmoco.data.augment import ViewTable
@@ -280,18 +282,16 @@ def rows_of(
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 where rows must not be published."""
+@terminal.command("loader")
+def main(arguments: Sequence[str]) -> None:
+    """Print the percentiles; with --publish also append the rows."""
     parser = argparse.ArgumentParser("bench.loader", description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="")
     parser.add_argument("--publish", action="store_true")
     options = parser.parse_args(arguments)
-    where = environment(CPU)
-    if options.publish and where["dirty"]:
-        print("loader: the tree differs from its commit: commit first.", file=sys.stderr)
-        return 2
+    where = origin(CPU, options.publish)
     torch.set_num_threads(1)
     errors = check(options.root)
     only = options.only.split(",") if options.only else []
@@ -306,7 +306,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("mean difference from the reference in levels:", errors)
     if options.publish:
         write_rows(ROWS, rows)
-    return 0
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.case import case_of, origin
+from bench import terminal
+from bench.case import case_of, device_of, origin
 from bench.contest import synchronize
 from bench.harness import RESULTS, write_rows
 from bench.machines import Fed, fed_step
 from fastmoco import step as steps
-from fastmoco.config import Config, ConfigError, check, dump, parse
+from fastmoco.config import Config, check, dump, parse
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.loader import Batch
 from fastmoco.shuffle import Shuffle
@@ -202,31 +203,27 @@ def report(row: dict[str, Any], out: Path) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
+@terminal.command("profiling")
+def main(arguments: Sequence[str]) -> None:
+    """Print the shares; with --publish also append them as a row."""
     parser = argparse.ArgumentParser("bench.profiling", description=__doc__, add_help=False)
     parser.add_argument("--out", type=Path, default=Path("runs/profile"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--nvtx", action="store_true")
     parser.add_argument("--publish", action="store_true")
-    own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    try:
-        config = parse(rest)
-        check(config, 1)
-        where = origin(config, own.publish)
-        config = config if config.data.source == "synthetic" else resolve_folders(config)
-        if own.nvtx:
-            emit_nvtx(config, own.steps)
-            return 0
-    except ConfigError as error:
-        print(f"profiling: {error}", file=sys.stderr)
-        return 2
+    own, rest = parser.parse_known_args(arguments)
+    config = parse(rest)
+    check(config, 1)
+    where = origin(device_of(config), own.publish)
+    config = config if config.data.source == "synthetic" else resolve_folders(config)
+    if own.nvtx:
+        emit_nvtx(config, own.steps)
+        return
     row = profile_step(config, own.out, own.steps)
     report(row, own.out)
     if own.publish:
         shared = {"benchmark": "profile", "case": case_of(config), "environment": where}
         write_rows(ROWS, [{**shared, **row}])
-    return 0
 
 
 if __name__ == "__main__":

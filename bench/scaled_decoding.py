@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.harness import RESULTS, environment, spread, write_rows
+from bench import terminal
+from bench.case import origin
+from bench.harness import RESULTS, spread, write_rows
 from fastmoco.config import AugmentConfig
 from fastmoco.data.augment import Int64, draw_uniforms, view_table
 from fastmoco.data.header import image_size
@@ -121,17 +123,15 @@ def measure(items: Sequence[Item], side: int, rounds: int) -> list[dict[str, Any
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 where rows must not be published."""
+@terminal.command("scaled_decoding")
+def main(arguments: Sequence[str]) -> None:
+    """Print the percentiles; with --publish also append the rows."""
     parser = argparse.ArgumentParser("bench.scaled_decoding", description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--publish", action="store_true")
     options = parser.parse_args(arguments)
-    where = environment(torch.device("cpu"))
-    if options.publish and where["dirty"]:
-        print("scaled_decoding: the tree differs from its commit.", file=sys.stderr)
-        return 2
+    where = origin(torch.device("cpu"), options.publish)
     rows = [
         row | {"environment": where}
         for side in (224, 112)
@@ -143,7 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*(row["smaller"] for row in rows[::4]), sep="\n")
     if options.publish:
         write_rows(ROWS, rows)
-    return 0
 
 
 if __name__ == "__main__":

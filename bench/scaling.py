@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -23,7 +24,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.harness import RESULTS, environment, write_rows
+from bench import terminal
+from bench.case import origin
+from bench.harness import RESULTS, write_rows
 from bench.wire import Wire
 from fastmoco.config import ShuffleBN
 from fastmoco.distributed import World
@@ -160,12 +163,13 @@ def rows(size: Size) -> Iterator[dict[str, object]]:
             }
 
 
-def main() -> None:
+@terminal.command("scaling")
+def main(arguments: Sequence[str]) -> None:
     """Print the table; with --save also append the rows to bench/results/scaling.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--save", action="store_true", help="append rows to the results")
-    save = parser.parse_args().save
-    where = environment(torch.device("cpu"))
+    save = parser.parse_args(arguments).save
+    where = origin(torch.device("cpu"), save)
     print("| ranks | strategy | images MB | keys MB | state MB | gradients MB | link | ms |")
     print("|---:|---|---:|---:|---:|---:|---|---:|")
     lines = []
@@ -183,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,15 +1,42 @@
-"""Tables of the benchmarks on a terminal, by rich; as Markdown where nobody looks or rich is not.
+"""A benchmark on a terminal: its exit code, what it complains of, its progress and its table.
 
-The bench extra installs rich: `pip install 'fastmoco[bench]'`.
+Tables are drawn by rich; as Markdown where nobody looks or rich is not. The bench extra installs
+it: `pip install 'fastmoco[bench]'`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bench.report import markdown
+from fastmoco.config import ConfigError
+
+
+def command(program: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., int]]:
+    """Decorates what a program does with its arguments, by default those of the command line.
+
+    Returns the exit code: 0, or 2 after the sentence of a `ConfigError`.
+    """
+
+    def decorate(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
+        def main(arguments: Sequence[str] | None = None) -> int:
+            try:
+                work(sys.argv[1:] if arguments is None else arguments)
+            except ConfigError as error:
+                complain(program, str(error))
+                return 2
+            return 0
+
+        return main
+
+    return decorate
+
+
+def complain(program: str, sentence: str) -> None:
+    """Say it in the program's name beside the table, not in it."""
+    print(f"{program}: {sentence}", file=sys.stderr)
 
 
 def show(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from bench import terminal
 from bench.ablation import EVERYTHING, relative
-from bench.case import case_of, origin
+from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
 from bench.harness import RESULTS, write_rows
 from bench.throughput import summary
-from fastmoco.config import Config, ConfigError, check, dump, parse
+from fastmoco.config import Config, check, dump, parse
 from fastmoco.data.folders import resolve_folders
 
 ROWS = RESULTS / "threads.jsonl"
@@ -79,8 +80,9 @@ def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[di
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for rows that must not be published."""
+@terminal.command("threads")
+def main(arguments: Sequence[str]) -> None:
+    """Print a line per setting; with --publish also append the rows."""
     parser = argparse.ArgumentParser("bench.threads", description=__doc__, add_help=False)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window-steps", type=int, default=1)
@@ -88,14 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--fed", action="store_true")
     parser.add_argument("--publish", action="store_true")
-    own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    own, rest = parser.parse_known_args(arguments)
     config = parse(rest)
     check(config, 1)
-    try:
-        where = origin(config, own.publish) | {"threads": own.threads}
-    except ConfigError as error:
-        print(f"threads: {error}", file=sys.stderr)
-        return 2
+    where = origin(device_of(config), own.publish) | {"threads": own.threads}
     beside = "loader" if own.fed else "nobody" if own.alone else "process"
     results = run(config, beside, own.threads, own.windows, own.window_steps)
     shared = {"benchmark": "threads", "case": case_of(config) | {"beside": beside}}
@@ -109,7 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if own.publish:
         write_rows(ROWS, ({**row, "environment": where} for row in rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -164,15 +164,13 @@ def ratios_of(results: dict[str, Result]) -> dict[str, tuple[float, float, float
     return {title: value for title, value in found.items() if value}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for a configuration that cannot run or rows that must not be published."""
-    try:
-        plan, config = options(sys.argv[1:] if arguments is None else arguments)
-        where = origin(config, plan.publish)
-    except ConfigError as error:
-        print(f"throughput: {error}", file=sys.stderr)
-        return 2
-    meter = nvml.build_meter(device_of(config), partial(complain, "throughput"))
+@terminal.command("throughput")
+def main(arguments: Sequence[str]) -> None:
+    """Print the table and whatever else was asked for."""
+    plan, config = options(arguments)
+    device = device_of(config)
+    where = origin(device, plan.publish)
+    meter = nvml.build_meter(device, partial(terminal.complain, "throughput"))
     results = measure(plan, config, meter)
     rows = rows_of(config, results, where)
     terminal.show(report.caption(rows), *report.cells(rows), report.sentence(rows))
@@ -181,12 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows appended to {ROWS.name}")
     if plan.profile:
         profiling.report(profiling.profile_step(config, PROFILE, plan.window_steps + 1), PROFILE)
-    return 0
-
-
-def complain(program: str, sentence: str) -> None:
-    """Say it in the program's name beside the table, not in it."""
-    print(f"{program}: {sentence}", file=sys.stderr)
 
 
 def rows_of(

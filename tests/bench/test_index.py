@@ -25,7 +25,8 @@ def test_rows_of_a_small_folder(
 ) -> None:
     rows = tmp_path / "index.jsonl"
     monkeypatch.setattr(index, "ROWS", rows)
-    monkeypatch.setattr(index, "environment", lambda device: {"dirty": False, "date": "today"})
+    where = {"dirty": False, "date": "today"}
+    monkeypatch.setattr("bench.case.environment", lambda device: where)
     monkeypatch.setenv("FASTMOCO_CACHE", "")  # restored afterwards: the benchmark sets its own
     files = FOLDERS + 7
     assert (
@@ -38,8 +39,3 @@ def test_rows_of_a_small_folder(
     assert cached["case"] == {"files": files, "folders": FOLDERS}
     assert cached["p50"] < first["p50"]
     assert cached["index_bytes"] == first["index_bytes"] > 30 * files
-
-
-def test_a_dirty_tree_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "environment", lambda device: {"dirty": True})
-    assert main(["--files", "10", "--publish"]) == 2

@@ -79,11 +79,3 @@ def test_unknown_contestant_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         options([*TINY, "--only", "nonsense"])
     assert main([*TINY, "--only", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
-
-
-def test_dirty_tree_publishes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("bench.case.environment", lambda device: {"dirty": True})
-    assert main([*TINY, "--publish"]) == 2
-    assert "commit first" in capsys.readouterr().err
