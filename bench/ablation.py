@@ -24,7 +24,7 @@ from typing import Any
 from bench import nvml, terminal
 from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentile, write_rows
+from bench.harness import RESULTS, percentiles, write_rows
 from bench.switches import Switch, switches
 from bench.throughput import summary
 from fastmoco.banner import compile_encoders
@@ -97,7 +97,7 @@ def relative(results: Mapping[str, Result], name: str) -> tuple[list[float], flo
     mine, whole = results[name].windows, results[EVERYTHING].windows
     turns = [a.seconds / b.seconds for a, b in zip(mine, whole, strict=True)]
     busy = sum(w.cpu_seconds for w in mine) / sum(w.cpu_seconds for w in whole)
-    return [round(percentile(turns, share), 4) for share in (0.2, 0.5, 0.8)], round(busy, 4)
+    return percentiles(turns), round(busy, 4)
 
 
 def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[di
                 "contestant": name,
                 "relative": times,
                 "relative_cpu": busy,
-                "step_ms": [round(percentile(step_ms, share), 3) for share in (0.2, 0.5, 0.8)],
+                "step_ms": percentiles(step_ms, 3),
                 **summary(result, shared["case"]["batch"]),
             }
         )

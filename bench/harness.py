@@ -59,6 +59,17 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def percentiles(values: Sequence[float], digits: int = 4) -> list[float]:
+    """p20, p50 and p80, rounded."""
+    return [round(percentile(values, share), digits) for share in (0.2, 0.5, 0.8)]
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """p20, p50, p80 and n of some measurements, as they stand in a row."""
+    p20, p50, p80 = percentiles(values, digits)
+    return {"p20": p20, "p50": p50, "p80": p80, "n": len(values)}
+
+
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,17 +131,11 @@ def race(
             samples[contender.name].append(_milliseconds(contender.run, device))
         if time.perf_counter() - start > limit_seconds:
             break
-    return {
-        name: Timing(
-            p20_ms=round(percentile(times, 0.2), 4),
-            p50_ms=round(percentile(times, 0.5), 4),
-            p80_ms=round(percentile(times, 0.8), 4),
-            n=len(times),
-            error=errors[name],
-            peak_extra_bytes=memory[name],
-        )
-        for name, times in samples.items()
-    }
+    timings = {}
+    for name, times in samples.items():
+        p20, p50, p80 = percentiles(times)
+        timings[name] = Timing(p20, p50, p80, len(times), errors[name], memory[name])
+    return timings
 
 
 def _git(*arguments: str) -> str:
@@ -187,13 +192,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """p20, p50, p80 and n of some measurements, as they stand in a row."""
-    shares = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
-    found = {name: round(percentile(values, share), digits) for name, share in shares.items()}
-    return {**found, "n": len(values)}
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends one JSON line per row."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +220,7 @@ def table(timings: Mapping[str, Timing], baseline: str) -> str:
     base = timings[baseline]
     lines = [f"{'':24s} {'p20':>9s} {'p50':>9s} {'p80':>9s} ms   speed-up  extra MiB"]
     for name, t in timings.items():
-        percentiles = f"{t.p20_ms:9.3f} {t.p50_ms:9.3f} {t.p80_ms:9.3f}"
+        times = f"{t.p20_ms:9.3f} {t.p50_ms:9.3f} {t.p80_ms:9.3f}"
         gain, extra = base.p50_ms / t.p50_ms, t.peak_extra_bytes / 2**20
-        lines.append(f"{name:24s} {percentiles}      {gain:8.2f}  {extra:9.2f}")
+        lines.append(f"{name:24s} {times}      {gain:8.2f}  {extra:9.2f}")
     return "\n".join(lines)

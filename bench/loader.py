@@ -35,7 +35,7 @@ from torchvision.transforms import functional
 
 from bench import terminal
 from bench.case import origin
-from bench.harness import RESULTS, percentile, spread, write_rows
+from bench.harness import RESULTS, percentiles, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.arrays import Canvas, crop, decode_tensor
 from fastmoco.data.augment import ViewTable
@@ -276,7 +276,7 @@ def rows_of(
             row = {"benchmark": "loader", "case": case, "contender": name, **spread(values, 3)}
             if part == "pipeline" and base:
                 ratios = [a / b for a, b in zip(values, base, strict=True)]
-                row["ratios"] = [round(percentile(ratios, share), 3) for share in (0.2, 0.5, 0.8)]
+                row["ratios"] = percentiles(ratios, 3)
             error = errors.get(name.split()[0])
             rows.append({**row, "error_levels": error, "environment": dict(where)})
     return rows

@@ -30,7 +30,7 @@ from typing import Any
 from bench import nvml, profiling, report, terminal
 from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentile, write_rows
+from bench.harness import RESULTS, percentiles, write_rows
 from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
 from fastmoco.data.folders import resolve_folders
 
@@ -104,10 +104,13 @@ def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
 def summary(result: Result, images: int) -> dict[str, Any]:
     """Percentiles and facts of one contestant, as they stand in a row."""
     speeds = result.images_per_second(images)
+    p20, p50, p80 = percentiles(speeds, 3)
     seconds = sum(w.seconds for w in result.windows)
     steps = sum(w.steps for w in result.windows)
     return {
-        **{f"p{p}_images_per_second": round(percentile(speeds, p / 100), 3) for p in (20, 50, 80)},
+        "p20_images_per_second": p20,
+        "p50_images_per_second": p50,
+        "p80_images_per_second": p80,
         "n": len(speeds),
         "steps": steps,
         "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
@@ -118,7 +121,7 @@ def summary(result: Result, images: int) -> dict[str, Any]:
     }
 
 
-def ratio(results: dict[str, Result], mine: str, other: str) -> tuple[float, float, float] | None:
+def ratio(results: dict[str, Result], mine: str, other: str) -> list[float] | None:
     """p20, p50, p80 over turns of the speed of `mine` relative to `other`, or None.
 
     Windows of one turn ran right after each other, so their ratio is steadier than either speed.
@@ -126,9 +129,7 @@ def ratio(results: dict[str, Result], mine: str, other: str) -> tuple[float, flo
     if mine not in results or other not in results:
         return None
     turns = zip(results[mine].windows, results[other].windows, strict=True)
-    ratios = [(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns]
-    p20, p50, p80 = (percentile(ratios, share) for share in (0.2, 0.5, 0.8))
-    return p20, p50, p80
+    return percentiles([(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns])
 
 
 def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict[str, Result]:
@@ -153,7 +154,7 @@ def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict
     return {name: results[name] for name in plan.only}
 
 
-def ratios_of(results: dict[str, Result]) -> dict[str, tuple[float, float, float]]:
+def ratios_of(results: dict[str, Result]) -> dict[str, list[float]]:
     """Every ratio that the contestants allow, by what it says."""
     wanted = {
         "our step / published step": ("step", "official"),
@@ -185,11 +186,10 @@ def rows_of(
     config: Config, results: dict[str, Result], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One row per contestant; rows of one contest share environment and ratios."""
-    ratios = {title: [round(x, 4) for x in value] for title, value in ratios_of(results).items()}
     shared = {
         "benchmark": "throughput",
         "case": case_of(config),
-        "ratios": ratios,
+        "ratios": ratios_of(results),
         "config": flatten(config),
         "environment": where,
     }
