@@ -18,7 +18,7 @@ def device_of(config: Config) -> torch.device:
 
 def case_of(config: Config) -> dict[str, Any]:
     """What a row is about; rows of equal cases are comparable."""
-    chosen = {
+    return {
         "arch": config.model.arch,
         "image_size": config.augment.image_size,
         "batch": config.optim.global_batch_size,
@@ -29,7 +29,6 @@ def case_of(config: Config) -> dict[str, Any]:
         "bn_group_size": config.bn_group_size(1),
         "data": config.data.source,
     }
-    return chosen
 
 
 def origin(device: torch.device, publish: bool) -> dict[str, Any]:

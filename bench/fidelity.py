@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench import terminal
 from fastmoco.config import AugmentConfig
 from fastmoco.data.arrays import Canvas, decode_tensor
 from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
@@ -80,13 +82,15 @@ def difference(a: UInt8, b: UInt8) -> Any:
     return np.abs(a.astype(np.int64) - b)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
+@terminal.command("fidelity")
+def main(arguments: Sequence[str]) -> None:
+    """Print the table; with --picture also draw it."""
+    parser = argparse.ArgumentParser("bench.fidelity", description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--side", type=int, default=112, help="pixels of a view in the picture")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     source = open_folder(options.root, _LIMIT)
     reader = Reader(source, 0, _LIMIT)
     step = max(1, len(source.sizes) // options.images)
@@ -118,7 +122,6 @@ def main() -> int:
         page.convert("P", palette=Image.Palette.ADAPTIVE, colors=255).save(
             options.picture, optimize=True
         )
-    return 0
 
 
 if __name__ == "__main__":

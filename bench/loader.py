@@ -206,7 +206,6 @@ def stage_times(root: str) -> dict[str, float]:
         "two views, array": partial(by_arrays, True),
     }
     times = {}
-    torch.set_num_threads(1)
     for name, task in work_of.items():
         began = time.process_time()
         task()
@@ -291,8 +290,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--publish", action="store_true")
     options = parser.parse_args(arguments)
-    where = origin(CPU, options.publish)
     torch.set_num_threads(1)
+    where = origin(CPU, options.publish)
     errors = check(options.root)
     only = options.only.split(",") if options.only else []
     with tempfile.TemporaryDirectory() as folder:

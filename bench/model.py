@@ -10,6 +10,7 @@ N local batch.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.harness import ROOT
 from bench.machines import Bench, bare_encoder, our_step
+from bench.report import between
 from fastmoco.config import dump, parse
 
 # Images of the traced step. No weight has a first dimension of 2, so that this marks a batch.
@@ -222,6 +224,7 @@ def lines(step: Sequence[Operation], plain: Sequence[Operation]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Bring the tables of docs/performance.md up to date and print them."""
+    argparse.ArgumentParser("bench.model", description=__doc__).parse_args(arguments)
     recipe = parse(
         [
             *("--data.source", "synthetic", "--run.device", "cpu", "--run.compile", "off"),
@@ -232,10 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = "\n".join(lines(trace(our_step, text), supervised(trace(bare_encoder, text))))
     print(made)
     page = ROOT / "docs" / "performance.md"
-    old = page.read_text()
-    head, begin, rest = old.partition("<!-- bench:model -->")
-    _, end, tail = rest.partition("<!-- /bench:model -->")
-    page.write_text(f"{head}{begin}\n{made}\n{end}{tail}")
+    page.write_text(between(page.read_text(), "model", made))
     return 0
 
 

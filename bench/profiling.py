@@ -38,9 +38,10 @@ from fastmoco.step import Step, WholeStep
 from fastmoco_kernels import info_nce_enqueue
 
 ROWS = RESULTS / "profile.jsonl"
+DATA = "fastmoco.data"
 # The first part with a word in an operation's name, or in that of a range around it, owns its time.
 PARTS = {
-    "data": ("fastmoco.data",),
+    "data": (DATA,),
     "loss": ("fastmoco.loss", "info_nce", "mean_with_gradient"),
     "update": ("fastmoco.update", "Optimizer.step", "sgd_ema", "fastmoco::ema_"),
     # Inductor names a kernel after all that it fuses, convolutions beside it included.
@@ -50,7 +51,6 @@ PARTS = {
     "pooling": ("pool",),
 }
 ELEMENTWISE = "elementwise and copies"
-DATA = "fastmoco.data"
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")
 
 

@@ -262,17 +262,21 @@ def table(name: str, results: Path = RESULTS) -> str:
     return "\n".join(make(read_rows(results / file)) or ["No row has been published yet."])
 
 
+def between(text: str, name: str, lines: str) -> str:
+    """`text` with these lines between the markers of that name. ValueError for want of a marker."""
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"no {begin} that {end} closes")
+    return f"{head}{begin}\n{lines}\n{end}{tail}"
+
+
 def with_tables(text: str, results: Path = RESULTS) -> str:
     """`text` with every known table brought up to date. ValueError for a marker left open."""
     for name in TABLES:
-        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-        if begin not in text:
-            continue
-        head, _, rest = text.partition(begin)
-        _, found, tail = rest.partition(end)
-        if not found:
-            raise ValueError(f"{begin} is never closed by {end}")
-        text = f"{head}{begin}\n{table(name, results)}\n{end}{tail}"
+        if f"<!-- bench:{name} -->" in text:
+            text = between(text, name, table(name, results))
     return text
 
 

@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     for row in rows:
         case = row["case"]
         print(f"{case['image_size']} px, {case['images']}, {row['contender']}: {row['p50']:.3f} ms")
-    print(*(row["smaller"] for row in rows[::4]), sep="\n")
+    print(*dict.fromkeys(f"{r['case']['image_size']} px: {r['smaller']}" for r in rows), sep="\n")
     if options.publish:
         write_rows(ROWS, rows)
 

@@ -89,8 +89,10 @@ def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
     assert new.startswith("a\n<!-- bench:throughput -->\nNo row")
     assert new.endswith("<!-- /bench:throughput -->\nb\n")
     assert report.with_tables(new, tmp_path) == new
-    with pytest.raises(ValueError, match="never closed"):
+    with pytest.raises(ValueError, match="/bench:throughput --> closes"):
         report.with_tables("<!-- bench:throughput -->", tmp_path)
+    with pytest.raises(ValueError, match="no <!-- bench:model -->"):
+        report.between(text, "model", "new")
 
 
 def test_readme_is_not_stale() -> None:
