@@ -25,7 +25,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # musl has no mallopt
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # -1 is never; the largest int would be 2 GiB, which a step of ResNet-50 exceeds.
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def machine_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

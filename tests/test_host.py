@@ -37,6 +37,25 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert "kept in the process" in line
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_however_much_is_freed_stays() -> None:
+    """3 GiB at once, of address space only: nothing is written."""
+    script = """
+import torch
+from pathlib import Path
+from fastmoco.host import settle
+settle(torch.device("cpu"))
+def pages():
+    return int(Path("/proc/self/statm").read_text().split()[0])
+held = [torch.empty(2**28, dtype=torch.uint8) for _ in range(12)]
+before = pages()
+held.clear()
+print(before - pages())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 0
+
+
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may run on cores 0 to 5, 8 and 9; nobody says how many threads or ranks."""
