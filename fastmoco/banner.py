@@ -8,6 +8,7 @@ import torch
 
 from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, warnings
+from fastmoco.convolution import gradient_choice
 from fastmoco.distributed import World
 
 
@@ -41,7 +42,8 @@ def start_lines(
         f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule, "
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
         f"precision {config.run.precision}; torch.compile {'on' if compiled else 'off'}{auto}; "
-        f"batch norm {norm_choice(world.device, compiled)}",
+        f"batch norm {norm_choice(world.device, compiled)}, weight gradients "
+        f"{gradient_choice(world.device, config.run.precision, compiled)}",
         f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",
     ]
     if done:

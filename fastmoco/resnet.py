@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
+
+from fastmoco.convolution import adopt
 
 NormLayer = Callable[[int], nn.Module]
 """Makes, for a number of channels, a module that is called as norm(x, residual=..., relu=...)."""
@@ -44,6 +47,10 @@ class Bottleneck(resnet.Bottleneck):
 
 class ResNet(resnet.ResNet):
     """torchvision's ResNet on the blocks above."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        adopt(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, S, S) to what `fc` makes of their features."""

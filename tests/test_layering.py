@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "distributed": {"host"},
     "batchnorm": {"fastmoco_kernels"},
-    "resnet": set(),
+    "convolution": {"fastmoco_kernels"},
+    "resnet": {"convolution"},
     "host": set(),
     "data": {"config", "host"},
     "report": {"config"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"fastmoco_kernels", "distributed"},
     "logbook": {"metrics"},
     "progress": {"fastmoco_kernels", "config", "distributed", "logbook", "metrics"},
-    "banner": {"batchnorm", "config", "distributed"},
+    "banner": {"batchnorm", "config", "convolution", "distributed"},
 }
 # Entry points stand on top of everything but the benchmarks.
 TOP = {"fastmoco", "train", "doctor"}
