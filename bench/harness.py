@@ -38,6 +38,10 @@ class Contender:
     """Largest `error` with which it is admitted to the timing."""
 
 
+# Name, case and contenders.
+Race = tuple[str, dict[str, Any], list[Contender]]
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one call: percentiles over n calls, and the error that was checked before."""

@@ -6,14 +6,13 @@
 Prints a table per case; --save appends rows to bench/results/kernels.jsonl and is refused for a
 dirty tree. `official` is what the published MoCo code does: einsum, cat, division, cross entropy on
 a clone of the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD.
-It takes no top-5, which the official step does and the fused op includes. Its batch norm is
-torchvision's, with addition and ReLU in place. N local batch, C dimension, K queue length.
+It takes no top-5, which the official step does and the fused op includes. The layers of the
+encoder are in `bench.layers`. N local batch, C dimension, K queue length.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,17 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, cross_entropy, normalize, relu
+from torch.nn.functional import cross_entropy, normalize
 
 from bench import terminal
 from bench.case import origin
-from bench.harness import RESULTS, Contender, append_rows, race, table
-from fastmoco.host import keep_freed_memory
-from fastmoco_kernels import ema_, info_nce, info_nce_enqueue, reference, sgd_ema_
-from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
+from bench.harness import RESULTS, Contender, Race, append_rows, race, table
+from bench.layers import batch_norm_race, weight_gradient_races
+from fastmoco_kernels import ema_, info_nce, info_nce_enqueue, sgd_ema_
 
-Race = tuple[str, dict[str, Any], list[Contender]]
-COLD_BYTES = 400 << 20
 MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
 
 
@@ -257,58 +253,6 @@ def _sgd_then_ema(
     return params + ema
 
 
-def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device) -> Race:
-    """Forward and backward of batch norm, addition and ReLU in bf16, on data that no cache holds.
-
-    With freed memory kept, as in training: otherwise mapping it would be half of what is timed.
-    """
-    keep_freed_memory()
-    shape, generator = (n, c, side, side), torch.Generator().manual_seed(0)
-    x, residual, upstream = (
-        torch.randn(shape, generator=generator).bfloat16().to(memory_format=torch.channels_last)
-        for _ in range(3)
-    )
-    weight, bias, mean, var = (torch.linspace(0.5, 1.5, c, device=device) for _ in range(4))
-    # Equal tensors in turns, so many that they come from memory as in a step.
-    copies = max(2, -(-COLD_BYTES // (x.numel() * 2)))
-    sets = [[t.to(device, copy=True) for t in (x, residual, upstream)] for _ in range(copies)]
-    turn = itertools.cycle(sets)
-
-    def official(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = batch_norm(x, mean, var, weight, bias, True)
-        return relu(y if residual is None else y.add_(residual), inplace=True)
-
-    def fused(x: Tensor, residual: Tensor | None) -> Tensor:
-        return batch_norm_act(x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 1, True)
-
-    def step(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        def run() -> tuple[Tensor, ...]:
-            a, b, dy = next(turn)
-            leaves = [t.detach().requires_grad_() for t in ((a, b) if added else (a,))]
-            y = function(leaves[0], leaves[1] if added else None)
-            return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-        return run
-
-    def error(got: tuple[Tensor, ...]) -> float:
-        # On average: beside the kink of the ReLU single gradients are right either way.
-        pairs = zip(got, truth, strict=True)
-        return max(float((g.double() - w).abs().mean() / w.abs().mean()) for g, w in pairs)
-
-    leaves = [t.double().requires_grad_() for t in ((x, residual) if added else (x,))]
-    w, b, m, v = (t.double().cpu() for t in (weight, bias, mean, var))
-    y = reference.batch_norm_act(
-        leaves[0], leaves[1] if added else None, w, b, m, v, True, 0.1, 1e-5, 1, True
-    )
-    truth = [t.to(device) for t in (y.detach(), *torch.autograd.grad(y, leaves, upstream.double()))]
-    contenders = [Contender("official", step(official), error, 2e-2)]
-    contenders += [Contender("compiled", step(torch.compile(official)), error, 2e-2)]
-    if supports(sets[0][0], sets[0][1], (weight, bias, mean, var), 1):
-        contenders.append(Contender("fastmoco", step(fused), error, 2e-2))
-    case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
-    return "batch_norm", case, contenders
-
-
 def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     """All cases by op, built when they are run."""
     f32, bf16 = torch.float32, torch.bfloat16
@@ -327,6 +271,7 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
             lambda: batch_norm_race(32, 256, 14, False, device),
             lambda: batch_norm_race(32, 1024, 14, True, device),
         ],
+        **weight_gradient_races(device),
     }
 
 
@@ -351,16 +296,19 @@ def main(arguments: Sequence[str]) -> None:
     """Race what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=list(races(torch.device("cpu"))))
+    parser.add_argument("--only", metavar="OP")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--profile", type=Path, metavar="DIR")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    known = races(device)
+    if options.only not in (None, *known):
+        parser.error(f"--only knows {', '.join(known)} here, not {options.only}")
     torch.set_num_threads(options.threads)
     where = origin(device, options.save)
-    for op, builders in races(device).items():
+    for op, builders in known.items():
         if options.only not in (None, op):
             continue
         for build in builders:

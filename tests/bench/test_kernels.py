@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from unittest import mock
 
 import pytest
 import torch
 
 from bench.harness import race
-from bench.kernels import enqueue_race, sgd_ema_race
+from bench.kernels import enqueue_race, main, races, sgd_ema_race
+from bench.layers import in_turns, weight_gradient_race
+from fastmoco_kernels import convolution_cpu
 
 CPU = torch.device("cpu")
+why = convolution_cpu.reason()
 
 
 def test_all_contenders_of_the_update_move_parameters_and_averages() -> None:
@@ -27,3 +31,35 @@ def test_both_contenders_of_the_enqueue_write_the_keys() -> None:
     _, _, contenders = enqueue_race(4, 8, 16, CPU)
     assert len(race(contenders, CPU, rounds=1)) == 2
     assert contenders[0].error(torch.zeros(16, 8)) > 0
+
+
+@pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
+def test_weight_gradients_of_both_contenders_are_those_of_float64() -> None:
+    name, case, contenders = weight_gradient_race(2, 64, 5, 128, 3, 2)
+    assert (name, case["side"], case["stride"]) == ("weight_gradient", 5, 2)
+    official, fastmoco = (contender.run() for contender in contenders)
+    assert official.dtype == fastmoco.dtype == torch.float32
+    assert official.shape == fastmoco.shape == (128, 64, 3, 3)
+    timings = race(contenders, CPU, rounds=1)
+    assert timings["fastmoco"].error < 0.01 * timings["official"].error  # not rounded to bf16
+    skewed = fastmoco * torch.linspace(0.99, 1.01, 3)
+    assert all(contender.error(skewed) > contender.allowed for contender in contenders)
+
+
+def test_weight_gradients_are_raced_only_where_our_kernel_computes_them() -> None:
+    with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value=""):
+        assert "weight_gradient" in races(CPU)
+        assert "weight_gradient" not in races(torch.device("cuda"))
+    with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value="no such unit"):
+        assert "weight_gradient" not in races(CPU)
+        with pytest.raises(SystemExit) as refusal:
+            main(["--device", "cpu", "--only", "weight_gradient"])
+    assert refusal.value.code == 2
+
+
+def test_tensors_in_turns_are_equal_and_more_than_a_cache_holds() -> None:
+    x, dy = torch.arange(6.0), torch.ones(2)
+    with mock.patch("bench.layers.COLD_BYTES", 3 * x.nbytes):
+        turns = list(islice(in_turns(x, dy), 4))
+    assert all(torch.equal(a, x) and torch.equal(b, dy) for a, b in turns)
+    assert len({a.data_ptr() for a, _ in turns}) == len({b.data_ptr() for _, b in turns}) == 3
