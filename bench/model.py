@@ -157,7 +157,11 @@ def trace(make: Callable[[str], Bench], config: str) -> list[Operation]:
     machine.run(1)  # momentum buffers are made in the first step
     recorder = Recorder()
     # ATen's operations, as on CUDA: what the CPU runs in their place cannot be recorded.
-    with mock.patch("fastmoco.batchnorm.supports", return_value=False), recorder:
+    with (
+        mock.patch("fastmoco.batchnorm.supports", return_value=False),
+        mock.patch("fastmoco.convolution.supports", return_value=False),
+        recorder,
+    ):
         machine.run(1)
     machine.close()
     return recorder.operations

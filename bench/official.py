@@ -22,6 +22,7 @@ from torchvision.models import resnet
 
 from fastmoco import resnet as ours
 from fastmoco.batchnorm import SplitBatchNorm2d
+from fastmoco.convolution import Conv2d
 
 # What torchvision has in place of each of our modules; both have the same parameters and buffers.
 PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
@@ -30,6 +31,7 @@ PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
     ours.BasicBlock: resnet.BasicBlock,
     ours.Bottleneck: resnet.Bottleneck,
     SplitBatchNorm2d: nn.BatchNorm2d,
+    Conv2d: nn.Conv2d,
 }
 
 
