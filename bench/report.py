@@ -19,6 +19,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "loader.md",
+    ROOT / "docs" / "kernels.md",
 )
 
 Row = dict[str, Any]
@@ -246,6 +247,31 @@ def _loader(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _weight_gradient(rows: Sequence[Row]) -> list[str]:
+    """Weight gradients of convolutions beside oneDNN's; the rate counts taps on padding as well."""
+    runs = latest([row for row in rows if row["benchmark"] == "weight_gradient"])
+    body = []
+    for run in runs:
+        case, by_name = run[0]["case"], {row["contender"]: row for row in run}
+        times = [by_name[name]["p50_ms"] for name in ("official", "fastmoco")]
+        n, c, side, o, k, stride = (case[name] for name in ("n", "c", "side", "o", "k", "stride"))
+        flops = 2 * n * (-(-side // stride)) ** 2 * o * c * k**2  # padded by half a kernel
+        name = f"{n}x{c}x{side}x{side} to {o}, {k}x{k}" + f", stride {stride}" * (stride > 1)
+        gain = f"**{times[0] / times[1]:.2f}**"
+        rates = [f"{flops / ms / 1e6:.0f}" for ms in times]
+        body.append([name, *(f"{ms:.2f} ms" for ms in times), gain, *rates])
+    if not body:
+        return []
+    first = runs[0][0]
+    headers = ["official", "fastmoco", "gain", "GFLOP/s, official", "GFLOP/s, fastmoco"]
+    return [
+        f"On {_where(first)}, {first['environment']['threads']} threads; p50 of {first['n']} "
+        "rounds, in turns:",
+        "",
+        *markdown(["input, outputs, kernel", *headers], body),
+    ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "throughput": ("throughput.jsonl", _throughput),
     "ablation": ("ablation.jsonl", _ablation),
@@ -253,6 +279,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "profile": ("profile.jsonl", _profile),
     "index": ("index.jsonl", _index),
     "loader": ("loader.jsonl", _loader),
+    "weight_gradient": ("kernels.jsonl", _weight_gradient),
 }
 
 

@@ -83,6 +83,24 @@ def test_tables_of_the_loader_and_of_the_index(tmp_path: Path) -> None:
     assert "| batch | 1234.500 | 900.000 - 2000.000 | 21 | - | - | - |" in table
 
 
+def test_table_of_weight_gradients_leaves_out_other_races(tmp_path: Path) -> None:
+    case = {"n": 32, "c": 512, "side": 15, "o": 256, "k": 3, "stride": 2, "device": "cpu"}
+    shared = {"benchmark": "weight_gradient", "case": case, "n": 40}
+    where = {**WHERE, "date": "2026-01-01"}
+    contest: list[dict[str, object]] = [
+        {**shared, "contender": name, "p50_ms": ms, "environment": where}
+        for name, ms in (("official", 6.0), ("fastmoco", 4.0))
+    ]
+    other = {**contest[0], "benchmark": "batch_norm", "contender": "compiled"}
+    write(tmp_path / "kernels.jsonl", [other])
+    assert report.table("weight_gradient", tmp_path) == "No row has been published yet."
+    write(tmp_path / "kernels.jsonl", [*contest, other])
+    flops = 2 * 32 * 8 * 8 * 256 * 512 * 9  # 15 columns at stride 2 are 8
+    rates = " | ".join(f"{flops / ms / 1e6:.0f}" for ms in (6, 4))
+    line = f"| 32x512x15x15 to 256, 3x3, stride 2 | 6.00 ms | 4.00 ms | **1.50** | {rates} |"
+    assert report.table("weight_gradient", tmp_path).splitlines()[-1] == line
+
+
 def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
     text = "a\n<!-- bench:throughput -->\nold\n<!-- /bench:throughput -->\nb\n"
     new = report.with_tables(text, tmp_path)
