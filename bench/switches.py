@@ -19,12 +19,18 @@ from fastmoco import encoder as encoders
 from fastmoco.config import Config
 from fastmoco.encoder import normalize_pixels
 from fastmoco.step import Step
-from fastmoco_kernels import InfoNCE, enqueue_
-from fastmoco_kernels.batch_norm_cpu import reason
+from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_
 
 Run = Callable[[], object]
 # Names that `without` takes.
-WITHOUT = ("channels_last", "fused_loss", "fused_norm", "kept_memory", "uint8_input")
+WITHOUT = (
+    "channels_last",
+    "fused_loss",
+    "fused_norm",
+    "kept_memory",
+    "uint8_input",
+    "weight_gradients",
+)
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,17 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch(precision, "fp32", ("--run.precision", "fp32")),
         Switch("uint8 input", "fp32 images", without=("uint8_input",)),
         Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
+        Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
         Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
         Switch("torch.compile", "eager", ("--run.compile", "off")),
     ]
+    own_norm = not (cuda or compiled or batch_norm_cpu.reason())  # there it is Inductor that fuses
+    own_gradients = not (cuda or compiled or precision != "bf16" or convolution_cpu.reason())
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
-        "fused batch norm": cuda or compiled or reason() != "",  # there it is Inductor that fuses
+        "fused batch norm": not own_norm,
+        "weight gradients": not own_gradients,
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,
@@ -76,6 +86,8 @@ def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
                 patches.enter_context(mock.patch.object(encoders, "normalize_pixels", pixels))
             if "fused_norm" in without:
                 patches.enter_context(mock.patch("fastmoco.batchnorm.supports", _nothing))
+            if "weight_gradients" in without:
+                patches.enter_context(mock.patch("fastmoco.convolution.supports", _nothing))
             if "fused_loss" in without:
                 patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
             run()

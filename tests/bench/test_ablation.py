@@ -11,9 +11,11 @@ import torch
 from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, parts_of, rows_of, variants
 from bench.contest import Result, Window
 from bench.machines import numbered_step
-from bench.switches import WITHOUT, switch_off
-from fastmoco.config import ConfigError, dump, parse
+from bench.switches import WITHOUT, switch_off, switches
+from fastmoco.config import Config, ConfigError, dump, parse
+from fastmoco_kernels import convolution_cpu
 
+why = convolution_cpu.reason()
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
     *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
@@ -53,6 +55,42 @@ def test_switched_off_means_off() -> None:
     weights = stem.weight
     assert isinstance(weights, torch.Tensor)
     assert weights.is_contiguous()
+
+
+def movement(without: tuple[str, ...]) -> list[torch.Tensor]:
+    """By how much one step in bf16 moves each weight of a convolution."""
+    config = dump(parse([*TINY, "--run.precision", "bf16"]))
+    step, run, _ = numbered_step(config, without)
+    weights = [p for p in step.moco.encoder_q.parameters() if p.ndim == 4]
+    before = [weight.detach().clone() for weight in weights]
+    switch_off(run, step, without)()
+    return [w.detach() - b for w, b in zip(weights, before, strict=True)]
+
+
+# A result that is wrong must not look like a processor that lacks the instructions.
+@pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
+def test_weight_gradients_switched_off_are_become_onednns_and_learn_the_same() -> None:
+    ours = movement(())
+    with mock.patch("fastmoco.convolution.convolution", side_effect=AssertionError):
+        theirs = movement(("weight_gradients",))
+        with pytest.raises(AssertionError):
+            movement(())
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+    assert 0 < max(apart) < 1e-2  # oneDNN's are rounded to bf16
+
+
+def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
+    bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
+
+    def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
+        with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value=why):
+            return "weight gradients" in [s.name for s in switches(config, cuda, compiled)]
+
+    assert named(bf16)
+    assert not named(fp32)
+    assert not named(bf16, cuda=True)
+    assert not named(bf16, compiled=True)
+    assert not named(bf16, why="no such unit")
 
 
 def test_rows_are_relative_to_the_whole() -> None:
