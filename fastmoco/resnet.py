@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from fastmoco.convolution import adopt
+from fastmoco.pooling import MaxPool2d
 
 NormLayer = Callable[[int], nn.Module]
 """Makes, for a number of channels, a module that is called as norm(x, residual=..., relu=...)."""
@@ -50,6 +51,7 @@ class ResNet(resnet.ResNet):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.maxpool = MaxPool2d()
         adopt(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "bf16.h"
 
 struct Arguments {
   const void *x, *residual;  // residual is null without one, which needs relu
@@ -32,28 +32,6 @@ namespace {
 
 constexpr int64_t kElements = 1 << 17;  // of a task at most: some ten microseconds
 constexpr int64_t kRows = 1 << 11;      // of a task at most: longer float32 sums lose digits
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float value(float x) { return x; }
-
-inline float value(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline void store(float* to, float x) { *to = x; }
-
-inline void store(bf16* to, float x) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
 
 // Runs of rows of one group, the unit of parallel work.
 struct Chunks {

@@ -27,9 +27,10 @@ def _processor() -> str:
 
 
 def _compiled(source: Path, compiler: str) -> Path:
-    """The shared library for this source, compiler and processor; compiled unless it is cached."""
+    """The shared library for this source, compiler and processor; compiled unless cached."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    parts = [source.read_text(), version.stdout, _processor(), *COMPILE]
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    parts = [source.read_text(), *headers, version.stdout, _processor(), *COMPILE]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
     library = root / f"{source.stem}_{name}.so"
