@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from fastmoco.config import Config, ConfigError, check, dump, flatten, load, parse, warnings
+from fastmoco.config import (
+    Config,
+    ConfigError,
+    check,
+    dump,
+    flatten,
+    load,
+    parse,
+    parse_text,
+    warnings,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -71,6 +82,62 @@ def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = recipe("moco_v1_r50_200ep", "--optim.lr", "0.0123")
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml") == config
+
+
+def choices_with_on_and_off() -> list[str]:
+    groups = {group: type(value) for group, value in vars(Config()).items()}
+    return [
+        f"{group}.{name}"
+        for group, of in groups.items()
+        for name, kind in get_type_hints(of).items()
+        if {"on", "off"} <= set(get_args(kind))
+    ]
+
+
+def test_there_are_choices_with_on_and_off() -> None:
+    assert "run.compile" in choices_with_on_and_off()
+
+
+@pytest.mark.parametrize("option", choices_with_on_and_off())
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_on_and_off_in_a_file_are_choices_and_not_booleans(
+    option: str, word: str, tmp_path: Path
+) -> None:
+    group, name = option.split(".")
+    file = tmp_path / "mine.yaml"
+    for text in (f"{group}: {{{name}: {word}}}", f"{group}:\n  {name}: '{word}'\n"):
+        file.write_text(text)
+        config = load(file)
+        assert flatten(config)[option] == word
+        file.write_text(dump(config))
+        assert load(file) == parse_text(dump(config)) == config
+    assert flatten(parse([f"--{group}={{{name}: {word}}}"]))[option] == word
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "true", "On"])
+def test_other_words_for_on_and_off_are_refused_as_they_were_written(
+    word: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"run: {{compile: {word}}}")
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    assert str(error.value).startswith('Parser key "run.compile"')
+    assert "'auto', 'on', 'off'" in str(error.value)
+    assert str(error.value).endswith(word)
+
+
+def test_booleans_in_a_file_are_still_booleans_and_words_are_words(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for words, meant in ((("true", "True", "on", "yes"), True), (("false", "OFF", "no"), False)):
+        for word in words:
+            file.write_text(f"moco: {{symmetric: {word}}}\ndata: {{verify: {word}}}\n")
+            assert load(file).moco.symmetric is load(file).data.verify is meant
+    file.write_text("moco: {symmetric: maybe}")
+    with pytest.raises(ConfigError, match=r"moco\.symmetric.*bool.*maybe"):
+        load(file)
+    file.write_text("run: {dir: 2026-11-22}\ndata: {root: off}\n")
+    assert (load(file).run.dir, load(file).data.root) == ("2026-11-22", "off")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from fastmoco.config.fields import Config, ConfigError
 
@@ -23,10 +24,22 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"The recipe {name}.yaml is not part of this installation of fastmoco.")
 
 
+class _Words(yaml.SafeLoader):
+    """Leaves on, off, yes, no, true and dates in a file as words: the field's type reads them."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in known if not tag.endswith((":bool", ":timestamp"))]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("words", partial(yaml.load, Loader=_Words), (yaml.YAMLError,))
     parser = ArgumentParser(
         prog="fastmoco",
+        parser_mode="words",
         description="Without arguments the demo recipe runs.",
         exit_on_error=False,
         allow_abbrev=False,

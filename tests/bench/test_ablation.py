@@ -69,7 +69,7 @@ def movement(without: tuple[str, ...]) -> list[torch.Tensor]:
 
 # A result that is wrong must not look like a processor that lacks the instructions.
 @pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
-def test_weight_gradients_switched_off_are_become_onednns_and_learn_the_same() -> None:
+def test_weight_gradients_switched_off_become_onednns_and_learn_the_same() -> None:
     ours = movement(())
     with mock.patch("fastmoco.convolution.convolution", side_effect=AssertionError):
         theirs = movement(("weight_gradients",))
