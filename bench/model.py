@@ -160,6 +160,7 @@ def trace(make: Callable[[str], Bench], config: str) -> list[Operation]:
     with (
         mock.patch("fastmoco.batchnorm.supports", return_value=False),
         mock.patch("fastmoco.convolution.supports", return_value=False),
+        mock.patch("fastmoco.pooling.supports", return_value=False),
         recorder,
     ):
         machine.run(1)

@@ -19,6 +19,7 @@ def test_traced_flops_are_those_of_resnet50() -> None:
     assert 0.95 * 6 * 4.09 < gflop < 6 * 4.09
     passes = [op for op in plain if op.name.startswith("native_batch_norm")]
     assert len(passes) == 2 * 53
+    assert len([op for op in plain if op.name.startswith("max_pool2d")]) == 2
 
 
 def test_fusion_removes_pointwise_traffic_only() -> None:
