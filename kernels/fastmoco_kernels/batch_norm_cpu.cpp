@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "bf16.h"
+#include "memory.h"
 
 struct Arguments {
   const void *x, *residual;  // residual is null without one, which needs relu
@@ -32,6 +32,7 @@ namespace {
 
 constexpr int64_t kElements = 1 << 17;  // of a task at most: some ten microseconds
 constexpr int64_t kRows = 1 << 11;      // of a task at most: longer float32 sums lose digits
+constexpr int64_t kTogether = 4;        // rows that are summed up before memory is touched
 
 // Runs of rows of one group, the unit of parallel work.
 struct Chunks {
@@ -43,27 +44,29 @@ struct Chunks {
     all = a.groups * per_group;
   }
   int64_t group(int64_t k) const { return k / per_group; }
-  int64_t size(int64_t k) const {
-    const int64_t left = rows - k % per_group * step;
-    return left < step ? left : step;
-  }
-  int64_t offset(int64_t k) const {
-    return (group(k) * rows + k % per_group * step) * channels;
-  }
+  int64_t size(int64_t k) const { return std::min(step, rows - k % per_group * step); }
+  int64_t offset(int64_t k) const { return (group(k) * rows + k % per_group * step) * channels; }
 };
 
 // sums[c] = sum of x - origin, sums[channels + c] = sum of its square, over n rows.
 template <class T>
 void moments(const T* x, const T* origin, int64_t n, int64_t channels, float* sums) {
   float* squares = sums + channels;
-  for (int64_t r = 0; r < n; r += 2, x += 2 * channels) {
-    const bool pair = r + 1 < n;  // two rows at a time halve the traffic of the sums
-    const T* next = pair ? x + channels : origin;
+  for (int64_t r = 0; r < n; r += kTogether, x += kTogether * channels) {
+    const T* rows[kTogether];
+    for (int64_t j = 0; j < kTogether; ++j) rows[j] = r + j < n ? x + j * channels : origin;
+    fetch(x, kTogether * channels);
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
-      const float o = value(origin[i]), p = value(x[i]) - o, q = value(next[i]) - o;
-      sums[i] += p + q;
-      squares[i] += p * p + q * q;
+      const float o = value(origin[i]);
+      float sum = 0, square = 0;
+      for (int64_t j = 0; j < kTogether; ++j) {
+        const float away = value(rows[j][i]) - o;
+        sum += away;
+        square += away * away;
+      }
+      sums[i] += sum;
+      squares[i] += square;
     }
   }
 }
@@ -82,23 +85,42 @@ void normalize(const T* x, const T* residual, T* y, int64_t n, int64_t channels,
   }
 }
 
-// sums[c] = sum of dz, sums[channels + c] = sum of dz (x - mean), over n rows, where dz is dy behind
-// the ReLU. Whether that was open is read from y, or recomputed from x where nothing was added.
+// sums[c] = sum of dz, sums[channels + c] = sum of dz (x - mean), over ROWS rows; dz is dy behind the
+// ReLU. Whether that was open is read from y, or recomputed from x where nothing was added.
+template <int64_t ROWS, class T, bool RELU, bool RESIDUAL>
+inline void gradient_rows(const T* dy, const T* x, const T* y, T* dz, int64_t channels,
+                          const float* scale, const float* shift, const float* mean, float* sums) {
+  float* products = sums + channels;
+#pragma omp simd
+  for (int64_t i = 0; i < channels; ++i) {
+    float sum = 0, product = 0;
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const int64_t at = r * channels + i;
+      const float u = value(x[at]), d = value(dy[at]);
+      const float out = RESIDUAL ? value(y[at]) : u * scale[i] + shift[i];
+      const float g = !RELU || out > 0.0f ? d : 0.0f;
+      if (RESIDUAL) store(dz + at, g);
+      sum += g;
+      product += g * (u - mean[i]);
+    }
+    sums[i] += sum;
+    products[i] += product;
+  }
+}
+
 template <class T, bool RELU, bool RESIDUAL>
 void gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t n, int64_t channels,
                    const float* scale, const float* shift, const float* mean, float* sums) {
-  float* products = sums + channels;
-  for (int64_t at = 0; at < n * channels; at += channels) {
-#pragma omp simd
-    for (int64_t i = 0; i < channels; ++i) {
-      const float u = value(x[at + i]), d = value(dy[at + i]);
-      const float out = RESIDUAL ? value(y[at + i]) : u * scale[i] + shift[i];
-      const float g = !RELU || out > 0.0f ? d : 0.0f;
-      if (RESIDUAL) store(dz + at + i, g);
-      sums[i] += g;
-      products[i] += g * (u - mean[i]);
-    }
+  int64_t r = 0, at = 0;
+  for (; !RESIDUAL && r + kTogether <= n; r += kTogether, at += kTogether * channels) {
+    fetch(x + at, kTogether * channels);
+    fetch(dy + at, kTogether * channels);
+    gradient_rows<kTogether, T, RELU, false>(dy + at, x + at, y, dz, channels, scale, shift, mean,
+                                             sums);
   }
+  for (; r < n; ++r, at += channels)
+    gradient_rows<1, T, RELU, RESIDUAL>(dy + at, x + at, y + RESIDUAL * at, dz + RESIDUAL * at,
+                                        channels, scale, shift, mean, sums);
 }
 
 // dx = scale dz + slope x + level

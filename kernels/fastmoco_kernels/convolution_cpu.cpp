@@ -117,7 +117,7 @@ inline void multiply(const uint32_t* dy, const uint32_t* x, float* dw, int64_t s
   for (int i = 0; i < kRows; i++) {
     for (int j = 0; j < 2; j++) {
       sum[i][j] = _mm512_setzero_ps();
-      if (!first) _mm_prefetch(reinterpret_cast<const char*>(dw + i * stride + 16 * j), _MM_HINT_T0);
+      if (!first) __builtin_prefetch(dw + i * stride + 16 * j, 1);
     }
   }
   for (int pair = 0; pair < pairs; pair++) {
@@ -198,7 +198,8 @@ extern "C" const char* unavailable() { return ""; }
 
 extern "C" void weight_gradient(const Arguments* arguments) {
   const Arguments& a = *arguments;
-  const int64_t pixels = a.n * a.out_height * a.out_width, size = a.outputs * a.kernel * a.kernel * a.channels;
+  const int64_t pixels = a.n * a.out_height * a.out_width;
+  const int64_t size = a.outputs * a.kernel * a.kernel * a.channels;
   const int64_t part_pixels = ceil_div(pixels, a.parts);
   // Tasks as large as cache and threads allow: each packs its rows anew.
   int64_t outputs = std::min(a.outputs, kWide), channels = std::min(a.channels, kWide);

@@ -1,9 +1,9 @@
-// 3x3 max pooling with stride 2 and padding 1 over NHWC memory on the CPU: the one of ResNet's stem.
+// 3x3 max pooling with stride 2 and padding 1 over NHWC memory on the CPU: that of ResNet's stem.
 //
-// The forward keeps which of the nine taps was taken in a byte, not in ATen's eight, and the backward
-// gathers: every input pixel asks the one, two or four windows that hold it. So nothing is zeroed
-// first, each tensor is touched once, and the order of sums does not depend on the thread count.
-// Channels come in vectors of the compiler, a multiple of 32. Compiled at run time by
+// The forward keeps which of the nine taps was taken in a byte, not in ATen's eight, and the
+// backward gathers: every input pixel asks the one, two or four windows that hold it. So nothing is
+// zeroed first, each tensor is touched once, and the order of sums does not depend on the thread
+// count. Channels come in vectors of the compiler, a multiple of 32. Compiled at run time by
 // max_pool_cpu.py, whose Arguments has the same fields.
 #include <algorithm>
 #include <cstdint>
