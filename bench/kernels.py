@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 from bench import terminal
 from bench.case import origin
 from bench.harness import RESULTS, Contender, Race, append_rows, race, table
-from bench.layers import batch_norm_race, weight_gradient_races
+from bench.layers import batch_norm_race, cpu_races
 from fastmoco_kernels import ema_, info_nce, info_nce_enqueue, sgd_ema_
 
 MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
@@ -271,7 +271,7 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
             lambda: batch_norm_race(32, 256, 14, False, device),
             lambda: batch_norm_race(32, 1024, 14, True, device),
         ],
-        **weight_gradient_races(device),
+        **cpu_races(device),
     }
 
 

@@ -1,4 +1,4 @@
-"""Op by op, the layers of a ResNet: batch norm, the weight gradients of its convolutions.
+"""Op by op, the layers of a ResNet: batch norm, weight gradients of convolutions, max pooling.
 
 `bench.kernels` runs these. `official` is what torchvision's network does in bf16. Tensors are
 channels-last and come from memory as in a step, and freed memory is kept as in training: otherwise
@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, relu
+from torch.nn.functional import batch_norm, max_pool2d, relu
 from torch.nn.grad import conv2d_weight
 
 from bench.harness import Contender, Race
 from fastmoco.host import keep_freed_memory
-from fastmoco_kernels import convolution_cpu, reference
+from fastmoco_kernels import convolution_cpu, max_pool_cpu, reference
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
 
 COLD_BYTES = 400 << 20
@@ -132,8 +132,46 @@ def weight_gradient_race(n: int, c: int, side: int, o: int, k: int, stride: int)
     return "weight_gradient", case, contenders
 
 
-def weight_gradient_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
-    """The races of weight gradients where our kernel computes them, otherwise none."""
-    if device.type != "cpu" or convolution_cpu.reason():
-        return {}
-    return {"weight_gradient": [partial(weight_gradient_race, *case) for case in CONVOLUTIONS]}
+def max_pool_race(n: int, c: int, side: int, gradient: bool) -> Race:
+    """The stem's max pooling in bf16, as keys need it or with its backward; values are exact."""
+    keep_freed_memory()
+    generator, out = torch.Generator().manual_seed(0), (side + 1) // 2
+    x, dy = _normal(generator, n, c, side, side).relu(), _normal(generator, n, c, out, out)
+    turn = in_turns(x, dy)
+
+    def step(pool: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            x, dy = next(turn)
+            leaf = x.detach().requires_grad_(gradient)
+            y = pool(leaf)
+            return torch.autograd.grad(y, [leaf], dy)[0] if gradient else y
+
+        return run
+
+    def pool(x: Tensor) -> Tensor:
+        return max_pool2d(x, 3, 2, 1)
+
+    def error(got: Tensor) -> float:
+        return float((got.double() - truth).abs().mean() / truth.abs().mean())
+
+    leaf = x.double().requires_grad_()
+    truth = pool(leaf).detach()
+    if gradient:
+        (truth,) = torch.autograd.grad(pool(leaf), [leaf], dy.double())
+    bound = 2e-3 if gradient else 0.0  # sums of up to four values, rounded to bf16
+    contenders = [
+        Contender("official", step(pool), error, bound),
+        Contender("fastmoco", step(max_pool_cpu.max_pool), error, bound),
+    ]
+    case = {"n": n, "c": c, "side": side, "gradient": gradient, "device": "cpu"}
+    return "max_pool", case, contenders
+
+
+def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
+    """The races of the kernels in C++ that work on this device; batch norm is not among them."""
+    found: dict[str, list[Callable[[], Race]]] = {}
+    if device.type == "cpu" and not convolution_cpu.reason():
+        found["weight_gradient"] = [partial(weight_gradient_race, *case) for case in CONVOLUTIONS]
+    if device.type == "cpu" and not max_pool_cpu.reason():
+        found["max_pool"] = [partial(max_pool_race, 32, 64, 112, kept) for kept in (False, True)]
+    return found

@@ -19,7 +19,7 @@ from fastmoco import encoder as encoders
 from fastmoco.config import Config
 from fastmoco.encoder import normalize_pixels
 from fastmoco.step import Step
-from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_
+from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_, max_pool_cpu
 
 Run = Callable[[], object]
 # Names that `without` takes.
@@ -28,6 +28,7 @@ WITHOUT = (
     "fused_loss",
     "fused_norm",
     "kept_memory",
+    "max_pooling",
     "uint8_input",
     "weight_gradients",
 )
@@ -53,16 +54,20 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch("uint8 input", "fp32 images", without=("uint8_input",)),
         Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
         Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
+        Switch("max pooling", "ATen's", without=("max_pooling",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
         Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
         Switch("torch.compile", "eager", ("--run.compile", "off")),
     ]
     own_norm = not (cuda or compiled or batch_norm_cpu.reason())  # there it is Inductor that fuses
     own_gradients = not (cuda or compiled or precision != "bf16" or convolution_cpu.reason())
+    own_pooling = not (cuda or compiled or max_pool_cpu.reason())
+    own_pooling &= config.model.stem != "cifar" and precision != "fp16"  # one has no pooling
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
         "fused batch norm": not own_norm,
         "weight gradients": not own_gradients,
+        "max pooling": not own_pooling,
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,
@@ -88,6 +93,8 @@ def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
                 patches.enter_context(mock.patch("fastmoco.batchnorm.supports", _nothing))
             if "weight_gradients" in without:
                 patches.enter_context(mock.patch("fastmoco.convolution.supports", _nothing))
+            if "max_pooling" in without:
+                patches.enter_context(mock.patch("fastmoco.pooling.supports", _nothing))
             if "fused_loss" in without:
                 patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
             run()

@@ -93,6 +93,28 @@ def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
     assert not named(bf16, why="no such unit")
 
 
+def test_max_pooling_switched_off_is_atens_and_learns_the_same() -> None:
+    ours = movement(())
+    with mock.patch("fastmoco.pooling.max_pool", side_effect=AssertionError):
+        theirs = movement(("max_pooling",))
+    # Values and choices are ATen's; the sums of up to four gradients are rounded to bf16 once.
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+    assert max(apart) < 1e-2
+
+
+def test_max_pooling_is_a_switch_where_there_is_one_that_our_kernel_does() -> None:
+    def named(*options: str, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
+        config = parse([*TINY, *options])
+        with mock.patch("fastmoco_kernels.max_pool_cpu.reason", return_value=why):
+            return "max pooling" in [s.name for s in switches(config, cuda, compiled)]
+
+    assert named()
+    assert not named("--model.stem", "cifar")
+    assert not named(cuda=True)
+    assert not named(compiled=True)
+    assert not named(why="no compiler")
+
+
 def test_rows_are_relative_to_the_whole() -> None:
     results = {
         EVERYTHING: Result([Window(1, 2.0, 4.0, 0.0)] * 3, {}),
