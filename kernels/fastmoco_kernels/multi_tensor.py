@@ -57,6 +57,11 @@ def like(tensors: Sequence[Tensor], model: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Dense tensors as they lie in memory, one-dimensional where they are not contiguous."""
+    return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
 def plan(sizes: Sequence[int], block: int) -> tuple[list[int], list[int]]:
     """First program of each tensor, and the tensor of each program, for `sizes` elements each."""
     first: list[int] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmoco_kernels import fallback, reference
 from fastmoco_kernels.ema import architecture, check_lists
 from fastmoco_kernels.launch import Launch, jit
-from fastmoco_kernels.multi_tensor import Table, address, like, locate, table
+from fastmoco_kernels.multi_tensor import Table, address, flat, like, locate, table
 
 
 @jit
@@ -128,10 +128,11 @@ def _sgd_ema(
 ) -> None:
     # ResNet-50, two cores: 24 ms; foreach SGD and lerp 73 ms. Walking blocks that fit the cache, so
     # that p is read once, gains nothing.
+    # Channels-last gradients as they lie: fused SGD would make each contiguous by a copy.
     torch._fused_sgd_(
-        params,
-        like(grads, params),
-        momentum_buffers,
+        flat(params),
+        flat(like(grads, params)),
+        flat(momentum_buffers),
         weight_decay=weight_decay,
         momentum=momentum,
         lr=lr.item(),

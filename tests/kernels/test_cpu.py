@@ -125,6 +125,19 @@ def test_updates_accept_other_layouts() -> None:
     torch.testing.assert_close(ema, p)
 
 
+def test_update_copies_no_gradient_that_lies_like_its_parameter() -> None:
+    """Fused SGD would make channels-last gradients contiguous: a third of the update's time."""
+    lists = [
+        [torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(5)]
+        for _ in range(4)
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        sgd_ema_(*lists, lr=0.5, momentum=0.9, weight_decay=0.1, ema_momentum=0.5)
+    names = {event.name for event in profiler.events()}
+    assert "aten::_fused_sgd_" in names
+    assert not {"aten::clone", "aten::copy_"} & names
+
+
 @pytest.mark.parametrize("form", ["gaps", "strides", "dtype", "shadow"])
 def test_updates_refuse_what_they_cannot_walk(form: str) -> None:
     a, b = torch.zeros(6, 4), torch.zeros(6, 4)
