@@ -48,7 +48,7 @@ PARTS = {
     "batch norm": ("batch_norm", "BatchNorm", "var_mean"),
     "convolution": ("convolution", "conv2d", "cudnn_conv", "Convolution"),
     "matrix products": ("aten::mm", "addmm", "linear"),
-    "pooling": ("pool",),
+    "pooling": ("pool", "Pool"),
 }
 ELEMENTWISE = "elementwise and copies"
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")

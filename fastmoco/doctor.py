@@ -140,7 +140,7 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
     yield "norm", norm_choice(world.device, compiled)
     gradients = gradient_choice(world.device, config.run.precision, compiled)
-    yield "convolution", f"weight gradients {gradients}"
+    yield "conv", f"weight gradients {gradients}"
     strategy, group = config.shuffle_bn(world.size), config.bn_group_size(world.size)
     yield (
         "shuffle",

@@ -12,11 +12,20 @@ import pytest
 import torch
 
 from bench.machines import fed_step
-from bench.profiling import DATA, PHASES, profile_step, ranged_batches, shares, with_ranges
+from bench.profiling import (
+    DATA,
+    PHASES,
+    part_of,
+    profile_step,
+    ranged_batches,
+    shares,
+    with_ranges,
+)
 from fastmoco.config import dump, parse
 from fastmoco.data.loader import Batch
 from fastmoco.distributed import World
 from fastmoco.step import Step, WholeStep
+from fastmoco_kernels import batch_norm_cpu, convolution_cpu, max_pool_cpu
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -116,3 +125,15 @@ def test_time_on_the_device_is_counted_once_and_belongs_to_whoever_launched_it()
             "unknown": 10,
         }
     )
+
+
+def test_our_kernels_of_the_cpu_belong_to_their_layers() -> None:
+    """Autograd records the names of these classes, forward and with `Backward` behind."""
+    parts = {
+        batch_norm_cpu._BatchNormAct: "batch norm",
+        convolution_cpu._Convolution: "convolution",
+        max_pool_cpu._MaxPool: "pooling",
+    }
+    for function, part in parts.items():
+        assert part_of(event(function.__name__)) == part
+        assert part_of(event(f"{function.__name__}Backward")) == part
