@@ -42,11 +42,7 @@ class Arguments(ctypes.Structure):
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
-    library, why = cpp.load(SOURCE)
-    for name in ("batch_norm_forward", "batch_norm_backward") if library else ():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.POINTER(Arguments)], None
-    return library, why
+    return cpp.load(SOURCE, Arguments, ("batch_norm_forward", "batch_norm_backward"))
 
 
 @cache

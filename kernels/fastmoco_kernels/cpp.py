@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 # -fopenmp without linking: the library must share the threads of torch, whose OpenMP is loaded.
@@ -47,14 +48,23 @@ def _compiled(source: Path, compiler: str) -> Path:
     return library
 
 
-def load(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled library, or None and the reason in words. Compiling takes about two seconds."""
+def load(
+    source: Path, arguments: type[ctypes.Structure], functions: Sequence[str]
+) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None and the reason in words. Compiling takes about two seconds.
+
+    Each of `functions` takes a pointer to `arguments` and returns nothing.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler (g++ or clang++) is installed"
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler))), ""
+        library = ctypes.CDLL(str(_compiled(source, compiler)))
     except subprocess.CalledProcessError as error:
         return None, f"the compiler {compiler} failed: {(error.stderr or '').strip()[:200]}"
     except (OSError, RuntimeError) as error:  # no such compiler, no home, or an unknown symbol
         return None, f"the compiler's work cannot be used: {error}"
+    for name in functions:
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.POINTER(arguments)], None
+    return library, ""

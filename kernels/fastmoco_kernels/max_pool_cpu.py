@@ -38,11 +38,7 @@ class Arguments(ctypes.Structure):
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
-    library, why = cpp.load(SOURCE)
-    for name in ("max_pool_forward", "max_pool_backward") if library else ():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.POINTER(Arguments)], None
-    return library, why
+    return cpp.load(SOURCE, Arguments, ("max_pool_forward", "max_pool_backward"))
 
 
 @cache
