@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.harness import ROOT
 from bench.machines import Bench, bare_encoder, our_step
 from bench.report import between
+from bench.switches import layers_off
 from fastmoco.config import dump, parse
 
 # Images of the traced step. No weight has a first dimension of 2, so that this marks a batch.
@@ -157,12 +157,7 @@ def trace(make: Callable[[str], Bench], config: str) -> list[Operation]:
     machine.run(1)  # momentum buffers are made in the first step
     recorder = Recorder()
     # ATen's operations, as on CUDA: what the CPU runs in their place cannot be recorded.
-    with (
-        mock.patch("fastmoco.batchnorm.supports", return_value=False),
-        mock.patch("fastmoco.convolution.supports", return_value=False),
-        mock.patch("fastmoco.pooling.supports", return_value=False),
-        recorder,
-    ):
+    with layers_off(), recorder:
         machine.run(1)
     machine.close()
     return recorder.operations

@@ -6,8 +6,8 @@ The step learns the same without any of them (`tests/bench/test_ablation.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -22,16 +22,14 @@ from fastmoco.step import Step
 from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_, max_pool_cpu
 
 Run = Callable[[], object]
+# Layers with a kernel for the CPU, by their names in `without`: what decides whether it runs.
+LAYERS = {
+    "fused_norm": "fastmoco.batchnorm.supports",
+    "weight_gradients": "fastmoco.convolution.supports",
+    "max_pooling": "fastmoco.pooling.supports",
+}
 # Names that `without` takes.
-WITHOUT = (
-    "channels_last",
-    "fused_loss",
-    "fused_norm",
-    "kept_memory",
-    "max_pooling",
-    "uint8_input",
-    "weight_gradients",
-)
+WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input", *LAYERS)
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,13 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
         Switch("torch.compile", "eager", ("--run.compile", "off")),
     ]
-    own_norm = not (cuda or compiled or batch_norm_cpu.reason())  # there it is Inductor that fuses
-    own_gradients = not (cuda or compiled or precision != "bf16" or convolution_cpu.reason())
-    own_pooling = not (cuda or compiled or max_pool_cpu.reason())
-    own_pooling &= config.model.stem != "cifar" and precision != "fp16"  # one has no pooling
+    elsewhere = cuda or compiled  # our layers are those of the eager CPU
+    unpooled = config.model.stem == "cifar" or precision == "fp16"  # has none, or not by our kernel
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
-        "fused batch norm": not own_norm,
-        "weight gradients": not own_gradients,
-        "max pooling": not own_pooling,
+        "fused batch norm": elsewhere or batch_norm_cpu.reason(),
+        "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
+        "max pooling": elsewhere or unpooled or max_pool_cpu.reason(),
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,
@@ -89,17 +85,21 @@ def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
         with ExitStack() as patches:
             if floats or contiguous:
                 patches.enter_context(mock.patch.object(encoders, "normalize_pixels", pixels))
-            if "fused_norm" in without:
-                patches.enter_context(mock.patch("fastmoco.batchnorm.supports", _nothing))
-            if "weight_gradients" in without:
-                patches.enter_context(mock.patch("fastmoco.convolution.supports", _nothing))
-            if "max_pooling" in without:
-                patches.enter_context(mock.patch("fastmoco.pooling.supports", _nothing))
+            patches.enter_context(layers_off([name for name in LAYERS if name in without]))
             if "fused_loss" in without:
                 patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))
             run()
 
     return switched
+
+
+@contextmanager
+def layers_off(names: Iterable[str] = tuple(LAYERS)) -> Iterator[None]:
+    """ATen's operations inside, in the place of our kernels for these layers."""
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch(LAYERS[name], _nothing))
+        yield
 
 
 def _nothing(*_: object) -> bool:

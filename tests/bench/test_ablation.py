@@ -14,8 +14,8 @@ from bench.machines import numbered_step
 from bench.switches import WITHOUT, switch_off, switches
 from fastmoco.config import Config, ConfigError, dump, parse
 from fastmoco_kernels import convolution_cpu
+from tests.compiled import needs
 
-why = convolution_cpu.reason()
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
     *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
@@ -67,8 +67,7 @@ def movement(without: tuple[str, ...]) -> list[torch.Tensor]:
     return [w.detach() - b for w, b in zip(weights, before, strict=True)]
 
 
-# A result that is wrong must not look like a processor that lacks the instructions.
-@pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
+@needs(convolution_cpu.reason())
 def test_weight_gradients_switched_off_become_onednns_and_learn_the_same() -> None:
     ours = movement(())
     with mock.patch("fastmoco.convolution.convolution", side_effect=AssertionError):

@@ -12,9 +12,9 @@ from bench.harness import race
 from bench.kernels import enqueue_race, main, races, sgd_ema_race
 from bench.layers import in_turns, weight_gradient_race
 from fastmoco_kernels import convolution_cpu
+from tests.compiled import needs
 
 CPU = torch.device("cpu")
-why = convolution_cpu.reason()
 
 
 def test_all_contenders_of_the_update_move_parameters_and_averages() -> None:
@@ -33,7 +33,7 @@ def test_both_contenders_of_the_enqueue_write_the_keys() -> None:
     assert contenders[0].error(torch.zeros(16, 8)) > 0
 
 
-@pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
+@needs(convolution_cpu.reason())
 def test_weight_gradients_of_both_contenders_are_those_of_float64() -> None:
     name, case, contenders = weight_gradient_race(2, 64, 5, 128, 3, 2)
     assert (name, case["side"], case["stride"]) == ("weight_gradient", 5, 2)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fastmoco_kernels import batch_norm_cpu, reference
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
+from tests.compiled import needs, threads
 
-why = batch_norm_cpu.reason()
-needs_compiler = pytest.mark.skipif("compiler" in why, reason=why)
-pytestmark = needs_compiler
+pytestmark = needs(batch_norm_cpu.reason())
 
 EPS, MOMENTUM = 1e-5, 0.1
 
@@ -154,17 +153,13 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them() -> None:
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    def run(threads: int) -> list[Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+    def run(number: int) -> list[Tensor]:
+        with threads(number):
             x = channels_last((8, 64, 40, 40), torch.bfloat16, 6).requires_grad_()
             moving = parameters(64)[2:]
             weight = torch.ones(64, requires_grad=True)
             y = act(batch_norm_act, x, x, [weight, weight, *moving], 2, relu=True)
             y.backward(channels_last((8, 64, 40, 40), torch.bfloat16, 7))
-        finally:
-            torch.set_num_threads(before)
         assert x.grad is not None
         assert weight.grad is not None
         return [y, x.grad, weight.grad, *moving]

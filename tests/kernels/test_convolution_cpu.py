@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from fastmoco.convolution import Conv2d, adopt
 from fastmoco_kernels import convolution_cpu
 from fastmoco_kernels.convolution_cpu import convolution, supports, weight_gradient
+from tests.compiled import needs, threads
 
-why = convolution_cpu.reason()
-# A result that is wrong must not look like a processor that lacks the instructions.
-needs_kernel = pytest.mark.skipif(bool(why) and "differs" not in why, reason=why)
+needs_kernel = needs(convolution_cpu.reason())
 
 # N, C, H, W, O, K, stride, padding: a block of 256 pixels that ends in the middle of an image, odd
 # numbers of pixels and of columns, two and three parts of 6272 pixels, one of them ragged, images
@@ -64,17 +63,13 @@ def defined(x: Tensor, dy: Tensor, shape: torch.Size, stride: int, padding: int)
 
 
 @needs_kernel
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("sizes", SHAPES)
-def test_gradient_is_that_of_float64(sizes: tuple[int, ...], threads: int) -> None:
+def test_gradient_is_that_of_float64(sizes: tuple[int, ...], number: int) -> None:
     x, dy, shape = case(*sizes)
     truth = defined(x, dy, shape, *sizes[6:])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         dw = weight_gradient(x, dy, shape, *sizes[6:])
-    finally:
-        torch.set_num_threads(before)
     assert dw.dtype == torch.float32
     assert dw.is_contiguous(memory_format=torch.channels_last)
     # float32 sums of up to 13,000 products, not rounded to bf16 (2**-9) at the end.
@@ -83,18 +78,14 @@ def test_gradient_is_that_of_float64(sizes: tuple[int, ...], threads: int) -> No
 
 @needs_kernel
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    def run(threads: int, sizes: tuple[int, ...]) -> Tensor:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            x, dy, shape = case(*sizes)
+    def run(number: int, sizes: tuple[int, ...]) -> Tensor:
+        x, dy, shape = case(*sizes)
+        with threads(number):
             return weight_gradient(x, dy, shape, *sizes[6:])
-        finally:
-            torch.set_num_threads(before)
 
     for sizes in (SHAPES[4], SHAPES[0]):
         alone = run(1, sizes)
-        assert all(torch.equal(run(threads, sizes), alone) for threads in (2, 3, 5))
+        assert all(torch.equal(run(number, sizes), alone) for number in (2, 3, 5))
 
 
 @needs_kernel

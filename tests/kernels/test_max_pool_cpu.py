@@ -10,10 +10,9 @@ from torch import Tensor
 from fastmoco.pooling import MaxPool2d
 from fastmoco_kernels import max_pool_cpu
 from fastmoco_kernels.max_pool_cpu import max_pool, supports
+from tests.compiled import needs, threads
 
-why = max_pool_cpu.reason()
-needs_compiler = pytest.mark.skipif("compiler" in why, reason=why)
-pytestmark = needs_compiler
+pytestmark = needs(max_pool_cpu.reason())
 
 DTYPES = [torch.float32, torch.bfloat16]
 # N, C, H, W: even and odd sides, windows over both edges, one pixel, more vectors than one.
@@ -78,16 +77,12 @@ def test_nan_passes_and_so_does_its_gradient(dtype: torch.dtype, sign: float) ->
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    def run(threads: int) -> tuple[Tensor, Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+    def run(number: int) -> tuple[Tensor, Tensor]:
+        with threads(number):
             x = channels_last(4, 64, 15, 14, dtype=torch.bfloat16).requires_grad_()
             y = max_pool(x)
             dy = channels_last(*y.shape, dtype=torch.bfloat16, seed=1)
             return y, torch.autograd.grad(y, [x], dy)[0]
-        finally:
-            torch.set_num_threads(before)
 
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
 
