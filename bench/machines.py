@@ -26,8 +26,9 @@ from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
 from fastmoco.data.loader import Batch, Loader, build_loader
 from fastmoco.distributed import World, start
-from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
+from fastmoco.encoder import Embed, build_encoder, normalize_pixels
 from fastmoco.host import settle
+from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
 from fastmoco.step import Step, build_step
 
@@ -230,7 +231,8 @@ def bare_encoder(config: str) -> Bench:
     group = parsed.bn_group_size(world.size)
     of_q, of_k = (build_encoder(parsed.model, group).to(world.device).train() for _ in range(2))
     compiled = compile_encoders(parsed, world.device)
-    batches, dtype = _synthetic(parsed, world), DTYPES[parsed.run.precision]
+    batches = _synthetic(parsed, world)
+    dtype = choose_precision(parsed.run.precision, world.device).dtype
     plain_q, plain_k = _Logits(of_q, dtype), _Logits(of_k, dtype)
     if compiled:
         plain_q.compile(dynamic=False)

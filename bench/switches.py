@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmoco import encoder as encoders
 from fastmoco.config import Config
 from fastmoco.encoder import normalize_pixels
+from fastmoco.machine.precision import choose_precision
 from fastmoco.step import Step
 from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_, max_pool_cpu
 
@@ -44,7 +45,8 @@ class Switch:
 
 def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     """Those that make a difference here, in the order in which the waterfall switches them on."""
-    precision = config.run.precision
+    device = torch.device("cuda" if cuda else "cpu")
+    precision = choose_precision(config.run.precision, device).name
     found = [
         Switch("freed memory kept", "default malloc", without=("kept_memory",)),
         Switch("channels-last", "NCHW", without=("channels_last",)),

@@ -33,10 +33,11 @@ from fastmoco.data.reader import read_sample
 from fastmoco.data.sources import Source, open_source
 from fastmoco.distributed import World
 from fastmoco.host import cores, settle
+from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import build_step
-from fastmoco_kernels import fallback, preflight
+from fastmoco_kernels import fallback, preflight, processor
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 BUDGET_S = 6.0
@@ -91,7 +92,7 @@ def versions() -> Iterator[Line]:
 def devices(world: World) -> Iterator[Line]:
     """Processors, GPUs and what connects them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield "cpu", f"{cores()} cores for this rank, {memory:.0f} GiB, {_cpu_features()}"
+    yield "cpu", f"{cores()} cores for this rank, {memory:.0f} GiB, {_extension()}"
     if not torch.cuda.is_available():
         yield "gpu", "none that torch can use: training runs on the CPU"
         return
@@ -104,16 +105,9 @@ def devices(world: World) -> Iterator[Line]:
     yield "nvml", _nvml()
 
 
-def _cpu_features() -> str:
-    wanted = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:
-        flags = []
-    best = next((name for name in wanted if name in flags), "no known vector extension")
-    bf16 = "fast" if best in wanted[:2] else "emulated: run.precision fp32 is likely faster"
-    return f"{best}, bf16 is {bf16}"
+def _extension() -> str:
+    bf16 = "in hardware" if processor.multiplies_bf16() else "emulated"
+    return f"{processor.best()}, bf16 {bf16}"
 
 
 def _nvml() -> str:
@@ -132,14 +126,17 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     """What a run with this configuration will use, and why."""
     cuda = world.device.type == "cuda"
     yield "host", settle(world.device).removeprefix("host").strip()
-    yield "precision", f"{config.run.precision} (run.precision)"
+    precision = choose_precision(config.run.precision, world.device)
+    yield "precision", str(precision)
+    if precision.warning:
+        yield "precision", f"note: {precision.warning}"
     where = "Triton kernels" if cuda else "ATen: there is no CUDA device for the Triton kernels"
     yield "kernels", where
     compiled = compile_encoders(config, world.device)
     reason = "only CUDA pays back the compile time" if config.run.compile == "auto" else "asked for"
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
     yield "norm", norm_choice(world.device, compiled)
-    gradients = gradient_choice(world.device, config.run.precision, compiled)
+    gradients = gradient_choice(world.device, precision.name, compiled)
     yield "conv", f"weight gradients {gradients}"
     strategy, group = config.shuffle_bn(world.size), config.bn_group_size(world.size)
     yield (

@@ -19,9 +19,6 @@ from fastmoco.resnet import BACKBONES, ResNet
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
-# What `run.precision` means to autocast.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
     """A torchvision ResNet whose `fc` is the projection head, in channels-last memory format.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config
 from fastmoco.distributed import World, average_gradients, gradient_sync, mean_over_ranks
-from fastmoco.encoder import DTYPES, Embed
+from fastmoco.encoder import Embed
+from fastmoco.machine.precision import Precision, choose_precision
 from fastmoco.moco import MoCo
 from fastmoco.optim import SGDWithEMA, build_optimizer
 from fastmoco.shuffle import Shuffle, build_shuffle
@@ -48,6 +49,7 @@ class Step:
     scaler: torch.amp.GradScaler
     temperature: float
     symmetric: bool
+    precision: Precision
 
     def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
         """Advance both encoders, the queue and the cursor by one step.
@@ -174,11 +176,11 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             "SyncBN gives every rank the same statistics, so shuffling keys between ranks cancels "
             "out: use plain or split BN, or set moco.shuffle_bn to none."
         )
-    dtype = DTYPES[config.run.precision]
-    embed_q: nn.Module = Embed(moco.encoder_q, dtype)
-    embed_k: nn.Module = Embed(moco.encoder_k, dtype)
+    precision = choose_precision(config.run.precision, world.device)
+    embed_q: nn.Module = Embed(moco.encoder_q, precision.dtype)
+    embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype)
     optimizer = build_optimizer(config, moco)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
     build: Callable[..., Step] = Step
     one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
     if (
@@ -207,4 +209,5 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
         scaler=scaler,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,
+        precision=precision,
     )
