@@ -26,7 +26,7 @@ from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
 from fastmoco.data.loader import Batch, Loader, build_loader
 from fastmoco.distributed import World, start
-from fastmoco.encoder import Embed, build_encoder, normalize_pixels
+from fastmoco.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.host import settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
@@ -163,6 +163,7 @@ def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, 
 
 def _as_floats(batch: Batch) -> Batch:
     """Images normalized beforehand, as fp32 (N, S, S, 3)."""
+    normalize_pixels = NormalizePixels(batch.im_q.device)
     floats = (normalize_pixels(images).permute(0, 2, 3, 1) for images in (batch.im_q, batch.im_k))
     return Batch(*floats)
 
@@ -256,7 +257,7 @@ class _Logits(Embed):
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
-            logits: Tensor = self.encoder(normalize_pixels(images))
+            logits: Tensor = self.encoder(self.normalize_pixels(images))
         return logits.float()
 
 
@@ -289,6 +290,7 @@ def _official(parsed: Config, world: World) -> Bench:
         momentum=optim.momentum,
         decay=optim.weight_decay,
     )
+    normalize_pixels = NormalizePixels(world.device)
     pool = [
         tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
         for batch in islice(_synthetic(parsed, world), 2)

@@ -42,15 +42,29 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
     return encoder.to(memory_format=torch.channels_last)
 
 
-def normalize_pixels(images: Tensor) -> Tensor:
-    """uint8 (N, S, S, 3) to fp32 (N, 3, S, S) in channels-last memory, zero mean and unit variance.
+class NormalizePixels(nn.Module):
+    """uint8 (N, S, S, 3) to fp32 (N, 3, S, S) in channels-last memory, zero mean, unit variance.
 
     The permutation is a view: NHWC memory *is* channels-last, and no byte moves. As one multiply
-    and add per pixel it fuses into the first convolution's input under torch.compile.
+    and add per pixel it fuses into the first convolution's input under torch.compile. Its constants
+    live on `device`, because to make them there in each step would stall the host, and they stay
+    out of state dicts.
     """
-    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        mean, std = (
+            torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (PIXEL_MEAN, PIXEL_STD)
+        )
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images on the device of the constants."""
+        return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
 
 
 class Embed(nn.Module):
@@ -63,6 +77,7 @@ class Embed(nn.Module):
     def __init__(self, encoder: ResNet, precision: torch.dtype) -> None:
         super().__init__()
         self.encoder = encoder
+        self.normalize_pixels = NormalizePixels(next(encoder.parameters()).device)
         self.precision = precision
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,5 +85,5 @@ class Embed(nn.Module):
         with torch.autocast(
             images.device.type, self.precision, enabled=self.precision != torch.float32
         ):
-            features = self.encoder(normalize_pixels(images))
+            features = self.encoder(self.normalize_pixels(images))
         return F.normalize(features.float(), dim=1)

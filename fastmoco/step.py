@@ -18,7 +18,7 @@ from fastmoco.distributed import World, average_gradients, gradient_sync, mean_o
 from fastmoco.encoder import Embed
 from fastmoco.machine.precision import Precision, choose_precision
 from fastmoco.moco import MoCo
-from fastmoco.optim import SGDWithEMA, build_optimizer
+from fastmoco.optim import SGDWithEMA, build_ema, build_optimizer
 from fastmoco.shuffle import Shuffle, build_shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
 
@@ -46,6 +46,8 @@ class Step:
     embed_k: nn.Module
     shuffle: Shuffle
     optimizer: torch.optim.Optimizer
+    ema: Callable[[], None] | None
+    """Moves encoder_k, where the optimizer does not do that itself."""
     scaler: torch.amp.GradScaler
     temperature: float
     symmetric: bool
@@ -77,8 +79,10 @@ class Step:
                     result = info_nce(q, k.local, queue, self.temperature)
                 self.scaler.scale(result.loss / len(contrasts)).backward()
             results.append(result)
-        self.scaler.step(self.optimizer)  # encoder_q by SGD, then encoder_k by its EMA
+        self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
+        if self.ema is not None:
+            self.ema()
         self.optimizer.zero_grad(set_to_none=True)
         return _merge(results)
 
@@ -206,6 +210,7 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             seed=config.run.seed,
         ),
         optimizer=optimizer,
+        ema=build_ema(config, moco, optimizer),
         scaler=scaler,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,

@@ -12,7 +12,7 @@ from torchvision import models, transforms
 from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config.fields import Arch
-from fastmoco.encoder import Embed, build_encoder, normalize_pixels
+from fastmoco.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.machine.precision import DTYPES
 from fastmoco.resnet import BACKBONES
 
@@ -64,7 +64,7 @@ def test_pixels_are_normalized_as_torchvision_does() -> None:
         [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     )
     expected = torch.stack([official(image.numpy()) for image in images])
-    got = normalize_pixels(images)
+    got = NormalizePixels()(images)
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 

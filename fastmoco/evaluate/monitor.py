@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.distributed import World, all_reduce_mean_, gather_rows
-from fastmoco.encoder import normalize_pixels
+from fastmoco.encoder import NormalizePixels
 from fastmoco.evaluate.features import LabelledImages, extract_features, raw_pixel_features
 from fastmoco.evaluate.knn import knn_accuracy
 from fastmoco.machine.precision import choose_precision
@@ -53,6 +53,7 @@ class KnnMonitor:
         all_reduce_mean_(moco.running_statistics(), self._world)
         encoder = moco.encoder_q
         dtype = choose_precision(self._config.run.precision, self._world.device).dtype
+        normalize_pixels = NormalizePixels(self._world.device)
 
         def trunk(images: Tensor) -> Tensor:
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
