@@ -19,7 +19,7 @@ from fastmoco.agreement import DisagreementError, require_agreement
 from fastmoco.banner import compile_encoders, start_lines
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
-from fastmoco.data.loader import build_loader
+from fastmoco.data.loader import build_loader, missing_dali
 from fastmoco.data.preview import draw_views
 from fastmoco.distributed import CollectiveError, World
 from fastmoco.doctor import short_preflight
@@ -140,6 +140,8 @@ class Run:
             done=self.done,
         ):
             log.say(line)
+        if lost := missing_dali(self.config, self.world.device):
+            log.warn(lost)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
             for sentence in short_preflight(self.world.device):
                 log.warn(sentence)
