@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling": {"fastmoco_kernels"},
     "resnet": {"convolution", "pooling"},
     "host": set(),
-    "data": {"config", "host"},
+    "data": {"fastmoco_kernels", "config", "host"},
     "report": {"config"},
     "encoder": {"batchnorm", "config", "resnet"},
     "shuffle": {"config", "distributed"},
@@ -33,14 +33,16 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"fastmoco_kernels", "config", "moco"},
     "step": {"fastmoco_kernels", "config", "distributed", "encoder", "moco", "optim", "shuffle"},
     "checkpoint": {"config", "distributed", "step"},
+    "pretrained": {"batchnorm", "checkpoint", "config", "resnet"},
+    "stopping": set(),
     "evaluate": {"config", "distributed", "encoder", "moco"},
-    "metrics": {"fastmoco_kernels", "distributed"},
+    "metrics": {"fastmoco_kernels", "distributed", "host"},
     "logbook": {"metrics"},
     "progress": {"fastmoco_kernels", "config", "distributed", "logbook", "metrics"},
     "banner": {"batchnorm", "config", "convolution", "distributed"},
 }
 # Entry points stand on top of everything but the benchmarks.
-TOP = {"fastmoco", "train", "doctor"}
+TOP = {"fastmoco", "__main__", "api", "cli", "completion", "doctor", "train"}
 
 
 def part_of(module: str) -> str:
