@@ -18,7 +18,7 @@ from fastmoco.config.fields import (
     ShuffleBN,
     flatten,
 )
-from fastmoco.config.parsing import dump, load, parse, parse_text, recipe_path
+from fastmoco.config.parsing import dump, load, parse, parse_text, recipe_path, validated
 
 __all__ = [
     "AugmentConfig",
@@ -39,5 +39,6 @@ __all__ = [
     "parse",
     "parse_text",
     "recipe_path",
+    "validated",
     "warnings",
 ]
