@@ -219,7 +219,8 @@ def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
-    return {"peak_memory_gib": round(peak_memory_gib(machine.device), 3), **machine.facts()}
+    peak = peak_memory_gib(machine.device)
+    return {"peak_memory_gib": peak and round(peak, 3), **machine.facts()}
 
 
 def processor_seconds() -> float:

@@ -63,12 +63,42 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
         partial = path.with_suffix(".partial")
         torch.save(content, partial)
         partial.replace(path)
-        link = folder / (LATEST + ".partial")
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(folder / LATEST)
+        _point_at(path)
         _forget_old(folder, config.run.keep_checkpoints)
     barrier(world)
+
+
+def _point_at(path: Path) -> None:
+    """Make `latest.pth.tar` beside `path` a link to it, or a text with its name: see `latest`."""
+    pointer = path.with_name(LATEST + ".partial")
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(path.name)
+    except (OSError, NotImplementedError):  # Windows without the right to, FAT, some shares
+        pointer.write_text(path.name, encoding="utf-8")
+    pointer.replace(path.with_name(LATEST))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run directory, None where there is none.
+
+    `latest.pth.tar` is a symbolic link, or, where the file system has none, a text with the file's
+    name. Raises `ConfigError` where the checkpoint that it names is gone.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_symlink() and not pointer.is_file():
+        return None
+    target = pointer.resolve()
+    if target.is_file() and target.stat().st_size < 256:
+        name = target.read_bytes().decode("utf-8", errors="replace").strip()
+        if re.fullmatch(r"checkpoint_\d+_step\d+\.pth\.tar", name):
+            target = folder / name
+    if not target.is_file():
+        raise ConfigError(
+            f"{pointer} names {target.name}, which is gone: delete {LATEST} to start afresh, or "
+            "name another checkpoint in run.resume."
+        )
+    return target
 
 
 def _forget_old(folder: Path, keep: int) -> None:
@@ -86,21 +116,22 @@ def find(config: Config) -> Path | None:
     """The checkpoint to resume from, or None to start afresh.
 
     Raises `ConfigError` if `run.resume` names a missing file, or forbids to resume where there is
-    one.
+    one, and as `latest` does.
     """
-    latest = Path(config.run.dir) / LATEST
+    folder = Path(config.run.dir)
     if config.run.resume == "auto":
-        return latest if latest.exists() else None
+        return latest(folder)
     if config.run.resume == "never":
-        if latest.exists():
+        if latest(folder) is not None:
             raise ConfigError(
                 f"{config.run.dir} already holds a trained run and run.resume is never: "
                 "choose another run.dir, or delete that one."
             )
         return None
-    if not Path(config.run.resume).is_file():
-        raise ConfigError(f"run.resume names {config.run.resume}, which is not a file.")
-    return Path(config.run.resume)
+    named = Path(config.run.resume)
+    if not named.is_file():
+        raise ConfigError(f"run.resume names {named}, which is not a file.")
+    return (latest(named.parent) if named.name == LATEST else None) or named
 
 
 @dataclass(frozen=True)

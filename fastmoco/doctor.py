@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import platform
 import shutil
 import sys
@@ -28,18 +27,19 @@ from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.convolution import gradient_choice
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.header import BadImage, decode
-from fastmoco.data.loader import Batch, Loader, build_loader, has_dali
+from fastmoco.data.loader import Batch, Loader, build_loader, has_dali, missing_dali
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources import Source, open_source
 from fastmoco.distributed import World
-from fastmoco.host import cores, settle
+from fastmoco.host import cores, memory_bytes, settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import build_step
 from fastmoco_kernels import fallback, preflight, processor
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow")
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # Seconds for each of about five measurements.
 BUDGET_S = 4.0
 # On the CPU a batch of a recipe would take minutes; speed per image hardly depends on it.
@@ -77,11 +77,9 @@ def short_preflight(device: torch.device) -> list[str]:
 def versions() -> Iterator[Line]:
     """Python, the packages that matter, and optional accelerators."""
     found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
+    found += [f"{name} {_version(name) or 'not installed'}" for name in PACKAGES]
+    dali = [f"{name} {version}" for name in DALI_PACKAGES if (version := _version(name))]
+    found += dali or ["DALI not installed"]
     yield "versions", ", ".join(found)
     apex = importlib.util.find_spec("apex") is not None
     compiled = importlib.util.find_spec("amp_C") is not None
@@ -92,10 +90,18 @@ def versions() -> Iterator[Line]:
     yield "apex", state
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def devices(world: World) -> Iterator[Line]:
     """Processors, GPUs and what connects them."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield "cpu", f"{cores()} cores for this rank, {memory:.0f} GiB, {_extension()}"
+    memory = memory_bytes()
+    held = f"{memory / 2**30:.0f} GiB, " if memory else ""
+    yield "cpu", f"{cores()} cores for this rank, {held}{_extension()}"
     if not torch.cuda.is_available():
         yield "gpu", "none that torch can use: training runs on the CPU"
         return
@@ -148,6 +154,8 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     )
     dali = "installed" if has_dali() else "not installed"
     yield "loader", f"DALI {dali}; data.backend {config.data.backend}"
+    if lost := missing_dali(config, world.device):
+        yield "loader", lost
 
 
 def storage(source: Source, config: Config) -> Iterator[Line]:
@@ -366,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for a configuration that cannot train, 1 if a check found something wrong."""
     wrong = False
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config = parse(sys.argv[1:] if arguments is None else arguments, "fastmoco doctor")
         world = distributed.start(config.run.device, config.run.timeout_s)
         check(config, world.size)
         config = resolve_folders(config)
@@ -375,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if world.is_main:
                 print(_shown(name, text), flush=True)
     except (ConfigError, ValueError) as error:
-        print(f"doctor: {error}", file=sys.stderr)
+        print(f"fastmoco: {error}", file=sys.stderr)
         return 2
     finally:
         distributed.stop()

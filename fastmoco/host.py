@@ -13,6 +13,10 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 from fastmoco.machine import environment
 
 # From <malloc.h> of glibc.
@@ -29,6 +33,23 @@ def keep_freed_memory() -> bool:
         return False
     # -1 is never; the largest int would be 2 GiB, which a step of ResNet-50 exceeds.
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory that this process has held at once; None where the system does not tell."""
+    if resource is None:
+        return None
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not tell (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def machine_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

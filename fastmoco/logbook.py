@@ -80,11 +80,12 @@ def train_line(record: Record, steps: int, epochs: int, eta_s: float) -> str:
     """The console line of one flush."""
     minutes, seconds = divmod(int(eta_s), 60)
     hours, minutes = divmod(minutes, 60)
+    memory = f"{record['peak_memory_gib']:.2f} GiB  " if "peak_memory_gib" in record else ""
     return (
         f"step {record['step']}/{steps}  epoch {record['epoch']:.2f}/{epochs}  "
         f"loss {record['loss']:.3f} (random {record['loss_random']:.2f})  "
         f"pretext {100 * float(str(record['pretext_top1'])):.1f} %  lr {record['lr']:.4g}  "
         f"{record['images_per_second']:.1f} images/s  {record['step_ms_p50']:.0f} ms/step  "
-        f"wait {record['data_wait_percent']:.1f} %  {record['peak_memory_gib']:.2f} GiB  "
+        f"wait {record['data_wait_percent']:.1f} %  {memory}"
         f"eta {hours}:{minutes:02d}:{seconds:02d}"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.distributed import World, all_reduce_mean_
+from fastmoco.host import peak_memory_bytes
 from fastmoco_kernels import InfoNCE
 
 Record = dict[str, object]
@@ -88,13 +87,14 @@ class Metrics:
         return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5}
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: of the device's allocator on CUDA, of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Most memory held so far: of the device's allocator on CUDA, of the process on the CPU.
+
+    None where the system does not tell (Windows).
+    """
+    cuda = device.type == "cuda"
+    held = torch.cuda.max_memory_allocated(device) if cuda else peak_memory_bytes()
+    return None if held is None else held / 2**30
 
 
 def alarms(record: Record, *, keys_enqueued: int, queue_size: int) -> list[str]:

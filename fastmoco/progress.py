@@ -74,8 +74,9 @@ class Progress:
             "step_ms_p50": window.step_ms_p50,
             "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
             "bad_samples": bad,
-            "peak_memory_gib": peak_memory_gib(self._world.device),
         }
+        if (memory := peak_memory_gib(self._world.device)) is not None:
+            record["peak_memory_gib"] = memory
         self._waited = waited_s
         self._log.record(record)
         if not math.isfinite(float(str(record["loss"]))):

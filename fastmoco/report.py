@@ -8,10 +8,10 @@ learning rate; speed; waiting for data. A panel for which a run recorded nothing
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
+from fastmoco.config.command import CommandParser
 
 Record = dict[str, Any]
 
@@ -244,14 +245,33 @@ def knn_summary(metrics_jsonl: Path) -> str:
     return "kNN top-1: " + ", ".join([*parts, f"trained encoder {100 * trained[-1]:.1f} %"])
 
 
-def main() -> None:
-    """`python -m fastmoco.report RUN_DIR`."""
-    parser = argparse.ArgumentParser(description="Draw the curves of a run.")
+def train_summary(metrics_jsonl: Path) -> str:
+    """Where training stands, in one line. Raises `ConfigError` as `knn_summary` does."""
+    records = read_metrics(metrics_jsonl)
+    last = next((r for r in reversed(records) if r.get("kind") == "train"), None)
+    if last is None:
+        return "no step was logged yet"
+    return (
+        f"step {last['step']}, epoch {float(last['epoch']):.2f}: "
+        f"loss {float(last['loss']):.3f} (random {float(last['loss_random']):.2f}), "
+        f"pretext {100 * float(last['pretext_top1']):.1f} %"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`fastmoco report RUN_DIR`; exit code 2, with one sentence, where there is no run."""
+    parser = CommandParser(prog="fastmoco report", description="Draw the curves of a run.")
     parser.add_argument("run_dir", type=Path, help="run directory with metrics.jsonl")
-    run_dir = parser.parse_args().run_dir
-    draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    print(run_dir / "curves.png")
+    metrics = parser.parse_args(arguments).run_dir / "metrics.jsonl"
+    try:
+        draw_curves(metrics, metrics.with_name("curves.png"))
+        print(train_summary(metrics), knn_summary(metrics), sep="\n")
+    except ConfigError as error:
+        print(f"fastmoco: {error}", file=sys.stderr)
+        return 2
+    print(metrics.with_name("curves.png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

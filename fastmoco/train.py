@@ -6,20 +6,19 @@ Build everything once, run the loop, close. The algorithm of the paper is `fastm
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from types import FrameType
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fastmoco import checkpoint, distributed
 from fastmoco.agreement import DisagreementError, require_agreement, require_one_precision
 from fastmoco.banner import compile_encoders, start_lines
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
-from fastmoco.data.loader import build_loader
+from fastmoco.data.loader import build_loader, missing_dali
 from fastmoco.data.preview import draw_views
 from fastmoco.distributed import CollectiveError, World
 from fastmoco.doctor import short_preflight
@@ -31,6 +30,10 @@ from fastmoco.optim import lr_at, set_lr
 from fastmoco.progress import DivergedError, Progress
 from fastmoco.report import draw_curves, knn_summary
 from fastmoco.step import build_step
+from fastmoco.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from fastmoco.api import Trained
 
 
 class Run:
@@ -61,17 +64,15 @@ class Run:
         self.done, self.notes = (resumed.step, resumed.notes) if resumed else (0, ())
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
-        self.stopping = False
-        self.asked = 0.0
+        self.request = StopRequest()
 
     def train(self) -> None:
         """Run to the last step or to a signal; either way the final state is on disk."""
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._ask_to_stop)
         main = self.world.is_main
         if main:
             checkpoint.claim_run_directory(self.config)
         with (
+            self.request,
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
         ):
@@ -82,7 +83,7 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
-            end = "stopped by a signal, the same command resumes" if self.stopping else "done"
+            end = "stopped by a signal, the same command resumes" if self.request.made else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
     def _loop(self, log: Logbook) -> None:
@@ -102,13 +103,13 @@ class Run:
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
             alone = self.world.size == 1  # several ranks agree to stop at a flush
-            if progress.due(done) or (self.stopping and alone):
+            if progress.due(done) or (self.request.made and alone):
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 require_agreement(step.moco, self.world, done)
-                self.stopping = distributed.any_rank(self.stopping, self.world)
+                self.request.made = distributed.any_rank(self.request.made, self.world)
                 self._evaluate_and_save(progress)
-                if self.stopping:
+                if self.request.made:
                     return
                 progress.restart()
 
@@ -117,10 +118,11 @@ class Run:
         epoch, within = divmod(self.done, self.per_epoch)
         last = self.done == self.stop_at
         every = self.config.knn.every
-        if self.monitor and not self.stopping and (last or (not within and epoch % every == 0)):
+        stopping = self.request.made
+        if self.monitor and not stopping and (last or (not within and epoch % every == 0)):
             progress.knn(self.done, self.monitor.trained(self.step.moco))
         regular = not within and epoch % self.config.run.checkpoint_every == 0
-        if regular or last or self.stopping:
+        if regular or last or stopping:
             checkpoint.save(
                 self.folder,
                 self.step,
@@ -144,18 +146,13 @@ class Run:
             log.say(line)
         for note in self.notes:
             log.warn(note)
+        if lost := missing_dali(self.config, self.world.device):
+            log.warn(lost)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
             for sentence in short_preflight(self.world.device):
                 log.warn(sentence)
         if self.world.is_main and self.done == 0 and self.config.data.source == "folder":
             draw_views(self.config, self.folder / "views.png")
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.
-        now = time.monotonic()
-        if number == signal.SIGINT and self.stopping and now - self.asked > 1:
-            raise KeyboardInterrupt  # asked again: do not wait for the next flush
-        self.asked, self.stopping = now, True
 
 
 def join_world(config: Config) -> World:
@@ -180,10 +177,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first or isinstance(error, CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130  # asked twice, or before there was anything to save
     finally:
         distributed.stop()
     return 0
 
+
+class _Callable(ModuleType):
+    """`fastmoco.train(config)`: whoever imports this module binds its name in the package."""
+
+    def __call__(self, config: Config) -> Trained:
+        from fastmoco.api import train
+
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torchvision.models import resnet18
 
 from fastmoco import checkpoint
-from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastmoco.distributed import World
 from fastmoco.moco import build_moco
 from fastmoco.step import Step, build_step
@@ -130,3 +132,31 @@ def statistics_after_save(world: World, folder: str) -> tuple[list[float], float
 
 def test_running_statistics_are_averaged_over_ranks(two_ranks: Ranks, tmp_path: Path) -> None:
     assert two_ranks.run(statistics_after_save, str(tmp_path)) == [([0.5], 0.5), ([0.5], 0.5)]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_latest_is_a_link_or_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Both forms lead to the newest file, and a run resumes from either."""
+    if not links:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(1314, "A required privilege is not held by the client")
+
+        monkeypatch.setattr(os, "symlink", refuse)
+    assert checkpoint.latest(tmp_path) is None
+    step = build(tmp_path)
+    for steps in (1, 2):
+        save(tmp_path, step, steps)
+    pointer = tmp_path / "latest.pth.tar"
+    assert pointer.is_symlink() == links
+    newest = checkpoint.find(config(tmp_path))
+    assert newest is not None
+    assert newest.name == "checkpoint_0000_step00000002.pth.tar"
+    assert checkpoint.resume(newest, build(tmp_path), config(tmp_path)) == 2
+    named = replace(config(tmp_path), run=replace(config(tmp_path).run, resume=str(pointer)))
+    assert checkpoint.find(named) == newest
+    newest.unlink()
+    with pytest.raises(ConfigError, match=r"step00000002\.pth\.tar, which is gone"):
+        checkpoint.find(config(tmp_path))

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "pooling": {"fastmoco_kernels"},
     "resnet": {"convolution", "pooling"},
     "host": {"machine"},
-    "data": {"config", "host"},
+    "data": {"fastmoco_kernels", "config", "host"},
     "report": {"config"},
     "encoder": {"batchnorm", "config", "resnet"},
     "shuffle": {"config", "distributed"},
@@ -43,14 +43,16 @@ ALLOWED: dict[str, set[str]] = {
         "shuffle",
     },
     "checkpoint": {"config", "distributed", "step"},
+    "pretrained": {"batchnorm", "checkpoint", "config", "resnet"},
+    "stopping": set(),
     "evaluate": {"config", "distributed", "encoder", "machine", "moco"},
-    "metrics": {"fastmoco_kernels", "distributed"},
+    "metrics": {"fastmoco_kernels", "distributed", "host"},
     "logbook": {"metrics"},
     "progress": {"fastmoco_kernels", "config", "distributed", "host", "logbook", "metrics"},
     "banner": {"batchnorm", "config", "convolution", "distributed", "machine"},
 }
 # Entry points stand on top of everything but the benchmarks.
-TOP = {"fastmoco", "train", "doctor"}
+TOP = {"fastmoco", "__main__", "api", "cli", "completion", "doctor", "train"}
 
 
 def part_of(module: str) -> str:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmoco.data.loader import has_dali
 from fastmoco.train import main
 
 ROOT = Path(__file__).parent.parent
-needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 TINY = [
     *("--data.source", "synthetic", "--data.synthetic_samples", "48", "--augment.image_size", "32"),
     *("--model.arch", "resnet18", "--model.dim", "8", "--moco.queue_size", "40"),

@@ -17,7 +17,7 @@ from fastmoco.config.fields import (
     ShuffleBN,
     flatten,
 )
-from fastmoco.config.parsing import dump, load, parse, parse_text, recipe_path
+from fastmoco.config.parsing import dump, load, parse, parse_text, recipe_path, validated
 
 __all__ = [
     "AugmentConfig",
@@ -37,5 +37,6 @@ __all__ = [
     "parse",
     "parse_text",
     "recipe_path",
+    "validated",
     "warnings",
 ]

@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
@@ -34,11 +34,11 @@ _Words.yaml_implicit_resolvers = {
 }
 
 
-def _parser() -> ArgumentParser:
+def _parser(prog: str = "fastmoco train") -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("words", partial(yaml.load, Loader=_Words), (yaml.YAMLError,))
     parser = ArgumentParser(
-        prog="fastmoco",
+        prog=prog,
         parser_mode="words",
         description="Without arguments the demo recipe runs.",
         exit_on_error=False,
@@ -54,13 +54,13 @@ def _assemble(parser: ArgumentParser, parsed: Namespace) -> Config:
     return Config(**{field.name: groups[field.name] for field in fields(Config)})
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") -> Config:
     """Configuration from `--config FILE` and dotted overrides; none at all means the demo recipe.
 
     Raises `ConfigError` for an unknown key, a wrong type or an unreadable file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
+    parser = _parser(prog)
     try:
         return _assemble(
             parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
@@ -69,11 +69,30 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes paths, which callers from Python may give, as their text."""
+
+
+_Plain.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+
+
 def dump(config: Config) -> str:
     """YAML text that `--config` reads back into an equal configuration."""
     plain = asdict(config)
     plain["optim"]["milestones"] = list(config.optim.milestones)
-    return str(yaml.safe_dump(plain, sort_keys=False))
+    return str(yaml.dump(plain, Dumper=_Plain, sort_keys=False))
+
+
+def validated(config: Config) -> Config:
+    """The same run with every field of its declared type, paths as text.
+
+    Python does not check the types of a dataclass. Raises `ConfigError` where a file with these
+    values would be refused.
+    """
+    try:
+        return parse_text(dump(config))
+    except (ArgumentError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def load(path: Path) -> Config:

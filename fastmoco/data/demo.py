@@ -12,11 +12,11 @@ files. `python -m fastmoco.data.demo --out DIR` renders into a folder of your ch
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.config.command import CommandParser
+from fastmoco.data.index import cache_folder
 from fastmoco.data.patterns import FAMILIES, Plane, inside
 
 VERSION = 2
@@ -226,10 +228,9 @@ def render_class(folder: Path, family: str, split: str, count: int) -> None:
         image.save(target / f"{index:04d}.jpg", quality=92)
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/fastmoco/demo-<version>, with ~/.cache where the variable is not set."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastmoco" / f"demo-{VERSION}"
+def demo_folder() -> Path:
+    """Where the demo images are rendered to, unless another folder is named."""
+    return cache_folder() / f"demo-{VERSION}"
 
 
 def ensure_demo(root: Path | None = None, processes: int = 0) -> DemoFolders:
@@ -242,16 +243,19 @@ def ensure_demo(root: Path | None = None, processes: int = 0) -> DemoFolders:
 
     Raises `ConfigError` when the folder cannot be written, or exists and is not a demo set.
     """
-    folder = cache_folder() if root is None else root
+    folder = demo_folder() if root is None else root
     folders = DemoFolders(folder / "train", folder / "test")
     if folders.train.is_dir() and folders.test.is_dir():
         return folders
+    # Imported on demand: it brings torch, which the rendering processes do without.
+    from fastmoco.host import machine_cores
+
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         staging.chmod(0o755)  # mkdtemp makes it private, the finished set is not
-        _render_all(staging, processes or len(os.sched_getaffinity(0)))
+        _render_all(staging, processes or machine_cores())
         staging.rename(folder)
     except OSError as error:
         # Renaming onto a folder that another process has filled meanwhile fails: its files do.
@@ -276,13 +280,18 @@ def _render_all(folder: Path, processes: int) -> None:
             job.result()
 
 
-def main() -> None:
-    """`python -m fastmoco.data.demo --out DIR`."""
-    parser = argparse.ArgumentParser(description="Render the demo images as class folders.")
-    parser.add_argument("--out", type=Path, default=None, help=f"default: {cache_folder()}")
-    folders = ensure_demo(parser.parse_args().out)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m fastmoco.data.demo --out DIR`; exit code 2 where it cannot be written."""
+    parser = CommandParser(description="Render the demo images as class folders.")
+    parser.add_argument("--out", type=Path, default=None, help="default: the cache folder")
+    try:
+        folders = ensure_demo(parser.parse_args(arguments).out)
+    except ConfigError as error:
+        print(f"fastmoco: {error}", file=sys.stderr)
+        return 2
     print(f"{folders.train}\n{folders.test}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

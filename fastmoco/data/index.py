@@ -136,11 +136,11 @@ def load_index(path: str) -> Index:
 
 
 def cache_folder() -> Path:
-    """Folder of cached indices: $FASTMOCO_CACHE, else fastmoco in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("FASTMOCO_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+    """The folder of everything that is computed once; see `fastmoco_kernels.cache`."""
+    # Imported on demand: its package brings torch, which reader processes do without.
+    from fastmoco_kernels import cache
+
+    return cache.cache_folder()
 
 
 @contextmanager

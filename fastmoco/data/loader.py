@@ -9,6 +9,7 @@ n local batch, S side of a view.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from fastmoco.data.views import Views
 from fastmoco.host import cores
 
 _SYNTHETIC_BATCHES = 4
+# The extra of this project with DALI for the CUDA that torch was built with.
+DALI_EXTRAS = {"12": "dali-cuda12", "13": "dali"}
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def _backend(config: Config, device: torch.device) -> str:
         missing = config.data.backend == "dali" and not has_dali()
         if missing:
             raise ConfigError(
-                "data.backend is dali, but nvidia.dali is not installed: install "
-                "nvidia-dali-cuda130 or choose data.backend pil."
+                f"data.backend is dali, but DALI is not installed: {install_dali('dali')}, or set "
+                "data.backend to array."
             )
         return config.data.backend
     # On the CPU DALI's operators take three times as long as array operations (bench/loader.py).
@@ -230,6 +233,25 @@ def has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package `nvidia` at all
         return False
+
+
+def install_dali(otherwise: str = "") -> str:
+    """The command that installs DALI for torch's CUDA; DALI is made for Linux only.
+
+    For another CUDA, or none, it installs the extra `otherwise`; where that is empty, so is this.
+    """
+    if sys.platform != "linux":
+        return "it exists for Linux only" if otherwise else ""
+    extra = DALI_EXTRAS.get((torch.version.cuda or "").split(".")[0], otherwise)
+    return extra and f'pip install "fastmoco[{extra}]"'
+
+
+def missing_dali(config: Config, device: torch.device) -> str:
+    """What this run loses for want of DALI, and the command that installs it; empty if nothing."""
+    served = config.data.backend != "auto" or config.data.source == "synthetic"
+    if served or device.type != "cuda" or has_dali() or not (command := install_dali()):
+        return ""
+    return f"DALI is not installed, so the CPU does what this GPU could: decode, augment; {command}"
 
 
 Built = tuple[Engine, str]

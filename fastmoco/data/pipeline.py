@@ -17,21 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn
-from nvidia.dali import math as dali_math
-from nvidia.dali import types as dali_types
-from nvidia.dali.pipeline import Pipeline, pipeline_def
-from nvidia.dali.plugin import pytorch as dali_pytorch
 from torch import Tensor
+
+try:
+    from nvidia.dali import fn
+    from nvidia.dali import math as dali_math
+    from nvidia.dali import types as dali_types
+    from nvidia.dali.pipeline import Pipeline, pipeline_def
+    from nvidia.dali.plugin import pytorch as dali_pytorch
+except ImportError:  # every module of fastmoco can be imported without DALI
+    fn = dali_math = dali_types = dali_pytorch = None  # type: ignore[assignment]
+    pipeline_def = Pipeline = None  # type: ignore[assignment, misc]
 
 from fastmoco.data import programme as columns
 from fastmoco.data.programme import KINDS
 
 Node = Any
-feed: Any = dali_pytorch.feed_ndarray  # type: ignore[attr-defined]
-types: Any = dali_types  # its constants are added at import, unseen by type checkers
 Delivery = tuple[list[NDArray[Any]], ...]
 
+types: Any = dali_types  # its constants are added at import, unseen by type checkers
+plugin: Any = dali_pytorch
+define: Any = pipeline_def
 # Torch's own kinds of RuntimeError, which no image is to blame for.
 NOT_DALI = (torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -162,7 +168,6 @@ def execute(image: Node, row: Node, shape: Shape) -> Node:
     return fn.flip(view, horizontal=fn.cast(row[columns.FLIP], dtype=types.INT32))
 
 
-@pipeline_def(enable_conditionals=True)
 def two_views(
     source: Callable[[Any], Delivery], shape: Shape, prefetch: int, parallel: bool
 ) -> Any:
@@ -183,7 +188,6 @@ def two_views(
     return execute(image_q, row_q, shape), execute(image_k, row_k, shape), replaced
 
 
-@pipeline_def
 def only_decode(data: list[NDArray[np.uint8]], device: str) -> Any:
     """The decoded images of a fixed list of encoded ones."""
     return decode(fn.external_source(lambda: data, batch=True, dtype=types.UINT8, ndim=1), device)
@@ -191,7 +195,7 @@ def only_decode(data: list[NDArray[np.uint8]], device: str) -> Any:
 
 def decode_all(data: list[bytes], device_id: int | None = None) -> list[NDArray[np.uint8]]:
     """Every image as uint8 (H, W, 3) on the host. Raises `RuntimeError` if DALI refuses one."""
-    pipe = only_decode(
+    pipe = define(only_decode)(
         [np.frombuffer(one, np.uint8) for one in data],
         "cpu" if device_id is None else "gpu",
         batch_size=len(data),
@@ -231,7 +235,7 @@ def to_torch(outputs: Any, device: torch.device) -> list[Tensor]:
         on_device = device.type == "cuda" and "GPU" in type(dense).__name__
         copy = torch.empty(dense.shape(), dtype=dtype, device=device if on_device else "cpu")
         stream = torch.cuda.current_stream(device) if on_device else None
-        copies.append(feed(dense, copy, cuda_stream=stream))
+        copies.append(plugin.feed_ndarray(dense, copy, cuda_stream=stream))
     return copies
 
 
@@ -246,7 +250,7 @@ def build(
     device_id: int | None,
 ) -> Pipeline:
     """The pipeline, not yet started. device_id None places it on no GPU."""
-    return two_views(
+    pipe: Pipeline = define(two_views, enable_conditionals=True)(
         source,
         shape,
         prefetch,
@@ -259,11 +263,12 @@ def build(
         py_start_method="spawn",
         seed=0,
     )
+    return pipe
 
 
 def run_once(delivery: Delivery, shape: Shape, threads: int = 1) -> tuple[Tensor, Tensor]:
     """Both views of one delivery, without reader processes: for pictures and tests, on the CPU."""
-    pipe = two_views(
+    pipe = define(two_views, enable_conditionals=True)(
         lambda _: delivery,
         shape,
         1,

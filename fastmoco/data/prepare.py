@@ -8,7 +8,6 @@ that torchvision delivers as arrays are stored as PNG, without loss; Imagenette 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.config.command import CommandParser
 
 Labelled = Iterable[tuple[Image.Image, str]]
 
@@ -74,9 +74,13 @@ def prepare(name: str, out: Path, datasets: Any = None) -> Path:
         import torchvision
 
         datasets = torchvision.datasets
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the result, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}-") as place:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the result, so that the last step is a rename within one file system.
+        beside = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}-")
+    except OSError as error:
+        raise ConfigError(f"{out.parent} cannot be written ({error.strerror}).") from error
+    with beside as place:
         work, complete = Path(place) / "download", Path(place) / "images"
         work.mkdir()
         complete.mkdir()
@@ -93,14 +97,16 @@ def prepare(name: str, out: Path, datasets: Any = None) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 with one sentence where it cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m fastmoco.data.prepare")
-    parser.add_argument("name", choices=sorted(SETS))
-    parser.add_argument("--out", type=Path, required=True)
+    parser = CommandParser(
+        prog="fastmoco prepare", description="Download a public data set as folders of images."
+    )
+    parser.add_argument("name", choices=sorted(SETS), help="the data set")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     options = parser.parse_args(arguments)
     try:
         out = prepare(options.name, options.out)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"fastmoco: {error}", file=sys.stderr)
         return 2
     print(f"{out}: train with --data.root {out} and evaluate with --knn.test_root {out / 'test'}")
     return 0

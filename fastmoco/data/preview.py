@@ -5,7 +5,6 @@ python -m fastmoco.data.preview --config configs/moco_v2_r50_200ep.yaml --out vi
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fastmoco.config import Config, ConfigError, parse
+from fastmoco.config.command import CommandParser
 from fastmoco.data.augment import ViewTable
 from fastmoco.data.delivery import Delivery
 from fastmoco.data.loader import SyntheticEngine, has_dali, make_plan
@@ -89,14 +89,21 @@ def sheet(columns: dict[str, list[UInt8]], side: int) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: the options of training, and where to write the picture."""
-    parser = argparse.ArgumentParser(prog="python -m fastmoco.data.preview", add_help=False)
-    parser.add_argument("--out", type=Path, default=Path("views.png"))
-    parser.add_argument("--samples", type=int, default=8)
+    parser = CommandParser(
+        prog="fastmoco preview",
+        description="Draw the views that a run would see.",
+        epilog="Every option of fastmoco train is one of this as well.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture, a PNG")
+    parser.add_argument("--samples", type=int, default=8, help="how many images are shown")
     own, rest = parser.parse_known_args(arguments)
+    if own.samples < 1:
+        parser.error(f"--samples is {own.samples}, but must be at least 1")
     try:
         draw_views(parse(rest), own.out, samples=own.samples)
     except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"fastmoco: {error}", file=sys.stderr)
         return 2
     print(own.out)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ def verify(source: Source, max_pixels: int) -> dict[int, str]:
     digest = hashlib.sha256(source.fingerprint().encode()).hexdigest()[:20]
     kept = cache_folder() / "verified" / f"{digest}.json"
     with exclusive(kept.with_suffix(".lock")):
-        if kept.exists():
+        found = None
+        with contextlib.suppress(OSError, ValueError):  # none yet, or half of one
             found = json.loads(kept.read_text())
-        else:
+        if found is None:
             found = _scan(source, max_pixels)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(found))
+            with contextlib.suppress(OSError):  # nowhere to keep it
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found))
     return {int(sample): reason for sample, reason in found.items()}
 
 

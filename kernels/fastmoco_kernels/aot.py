@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -17,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fastmoco_kernels.ema import ema_launch
 from fastmoco_kernels.ema import launch_configuration as ema_configuration
 from fastmoco_kernels.info_nce_launch import plan
-from fastmoco_kernels.launch import Launch
+from fastmoco_kernels.launch import HAS_TRITON, Launch, triton
 from fastmoco_kernels.multi_tensor import Table
 from fastmoco_kernels.sgd_ema import launch_configuration as sgd_configuration
 from fastmoco_kernels.sgd_ema import sgd_ema_launch
@@ -39,7 +37,6 @@ BANDWIDTH = {80: 2.04e12, 90: 3.35e12, 100: 8.0e12}
 MATRIX_BF16 = {80: 312e12, 90: 989e12, 100: 2250e12}
 MATRIX_TF32 = {80: 156e12, 90: 494e12, 100: 1100e12}
 RESNET50_PARAMETERS, RESNET50_TENSORS = 27_966_656, 163  # MoCo v2, with its MLP head
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -149,7 +146,10 @@ def recipe_cases(arch: int) -> list[Case]:
     return cases + info_nce_cases(256, 128, 65536, f32, f32, arch)
 
 
-def _source(launch: Launch) -> ASTSource:
+def _source(launch: Launch) -> Any:
+    """The kernel with the types and properties of its arguments, for `triton.compile`."""
+    from triton.compiler import ASTSource
+
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -171,12 +171,15 @@ def _source(launch: Launch) -> ASTSource:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    run = subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True)
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    run = subprocess.run([binaries / name, *arguments], capture_output=True, text=True, check=True)
     return run.stdout + run.stderr
 
 
 def compile_for(launch: Launch, arch: int) -> Compiled:
     """Compile one launch for sm_`arch`. Compiler errors are raised as they come."""
+    from triton.backends.compiler import GPUTarget
+
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -197,8 +200,11 @@ def compile_for(launch: Launch, arch: int) -> Compiled:
     )
 
 
-def main() -> None:
-    """Print one line per kernel and architecture."""
+def main() -> int:
+    """Print one line per kernel and architecture; exit code 2 where there is no triton."""
+    if not HAS_TRITON:
+        print("triton is not installed, so there is nothing to compile with.", file=sys.stderr)
+        return 2
     print(f"torch {torch.__version__}, triton {triton.__version__}; compiled, not run")
     print("  regs spills  smem KiB  matrix   MB moved   GFLOP  roofline us  kernel")
     for arch in ARCHITECTURES:
@@ -211,7 +217,8 @@ def main() -> None:
                 f"{case.roofline(arch) * 1e6:12.1f}  {case.name}",
                 flush=True,
             )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels import fallback, reference
-from fastmoco_kernels.launch import Launch, jit
+from fastmoco_kernels.launch import Launch, jit, tl
 from fastmoco_kernels.multi_tensor import Table, address, like, locate, table
 
 SHADOW_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -1,5 +1,7 @@
 """The emergency exit: run an op's eager reference on CUDA instead of its Triton kernels.
 
+Where triton is not installed (it is made for Linux only) that holds for every op from the start.
+
 `preflight.check` finds out whether a kernel is right on the device at hand. Where it is not, the
 caller replaces that op here and training goes on, slower and with a warning that cannot be missed.
 """
@@ -8,9 +10,11 @@ from __future__ import annotations
 
 import warnings
 
+from fastmoco_kernels.launch import HAS_TRITON
+
 OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_")
 
-_replaced: dict[str, str] = {}
+_replaced: dict[str, str] = {} if HAS_TRITON else dict.fromkeys(OPS, "triton is not installed")
 
 
 def use_reference(op: str, reason: str) -> None:

@@ -18,9 +18,7 @@ are in q's dtype with float32 sums (float32 as three TF32 products); k and queue
 
 from __future__ import annotations
 
-import triton.language as tl
-
-from fastmoco_kernels.launch import jit
+from fastmoco_kernels.launch import jit, tl
 
 LONGEST = tl.constexpr(1.05)  # squared norm up to which a row counts as normalized
 

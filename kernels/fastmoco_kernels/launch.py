@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # made for Linux only; elsewhere kernels are defined and never launched
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=lambda value: value, bfloat16=None, float16=None)
+
+__all__ = ["HAS_TRITON", "Launch", "jit", "tl", "triton"]
+
+HAS_TRITON = hasattr(triton, "compile")
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 """`triton.jit`, with a type that mypy accepts as a decorator."""
 

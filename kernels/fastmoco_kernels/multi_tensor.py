@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels.launch import jit
+from fastmoco_kernels.launch import jit, tl
 
 MAX_TABLES = 32
 

@@ -8,6 +8,7 @@ sources; `fastmoco.machine.environment` passes it on to ATen, oneDNN and MKL.
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -79,5 +80,6 @@ def best() -> str:
 def march() -> list[str]:
     """The compiler's flags for this processor, under the cap where it takes something away."""
     if flags() == _found():
-        return ["-march=native"]
+        arm = platform.machine() in ("arm64", "aarch64")
+        return ["-mcpu=native" if arm else "-march=native"]
     return ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]

@@ -14,12 +14,11 @@ parameter instead of 32, one launch. A buffer of zeros makes the first step that
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels import fallback, reference
 from fastmoco_kernels.ema import architecture, check_lists
-from fastmoco_kernels.launch import Launch, jit
+from fastmoco_kernels.launch import Launch, jit, tl
 from fastmoco_kernels.multi_tensor import Table, address, flat, like, locate, table
 
 

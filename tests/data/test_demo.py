@@ -48,14 +48,6 @@ def test_size_of_the_full_set() -> None:
     assert len(CLASSES) * demo.PER_CLASS["test"] >= 1000
 
 
-def test_cache_folder_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo.cache_folder() == tmp_path / "fastmoco" / f"demo-{demo.VERSION}"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo.cache_folder() == tmp_path / ".cache" / "fastmoco" / f"demo-{demo.VERSION}"
-
-
 def test_every_family_has_its_own_habit() -> None:
     assert tuple(demo.HABITS) == CLASSES
     assert len({habit.palette for habit in demo.HABITS.values()}) == len(CLASSES)

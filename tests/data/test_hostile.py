@@ -8,7 +8,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -18,13 +17,13 @@ import torch
 from PIL import Image
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
-from fastmoco.data.loader import build_loader
+from fastmoco.data.loader import build_loader, has_dali
 from fastmoco.data.sources import FolderSource
 
 CPU = torch.device("cpu")
 GOOD = 40
 BATCH = 16
-needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 
 
 def jpeg(**options: object) -> bytes:
@@ -187,7 +186,7 @@ def test_hostile_files_are_replaced_reported_and_harmless(tmp_path: Path, backen
 
 def test_backends_agree_on_what_is_bad(tmp_path: Path) -> None:
     build_corpus(tmp_path / "bad", hostile=True)
-    backends = ["array", "dali"] if find_spec("nvidia.dali") else ["array", "pil"]
+    backends = ["array", "dali"] if has_dali() else ["array", "pil"]
     reports = [
         run(configuration(tmp_path / "bad", tmp_path, backend), 5)[2] for backend in backends
     ]

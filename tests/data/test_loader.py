@@ -6,8 +6,8 @@ import functools
 import pickle
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
+from fastmoco.data import loader as loaders
 from fastmoco.data.augment import draw_uniforms, view_table
-from fastmoco.data.loader import Batch, build_loader
+from fastmoco.data.loader import Batch, build_loader, has_dali
 from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.reference import execute, open_rgb
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 BACKENDS = ["pil", "array", pytest.param("dali", marks=needs_dali)]
 
 
@@ -210,3 +212,44 @@ def test_key_rows_and_sources_travel_to_processes(photos: Path, tmp_path: Path) 
 def test_import_needs_no_dali() -> None:
     code = "import sys, fastmoco.data.loader; assert 'nvidia.dali' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dali_is_an_extra_for_each_cuda() -> None:
+    """What the trainer tells a user to install is what pyproject.toml has under that name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any("dali" in line for line in project["dependencies"])
+    extras = project["optional-dependencies"]
+    for cuda, extra in loaders.DALI_EXTRAS.items():
+        (line,) = extras[extra]
+        assert line.startswith(f"nvidia-dali-cuda{cuda}0>=")
+    assert "dali" in extras["dev"][0]  # so that these tests run with it
+
+
+def test_without_dali_a_gpu_is_told_what_it_loses(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, gpu = configuration(photos, tmp_path), torch.device("cuda")
+    config = replace(config, data=replace(config.data, backend="auto"))
+    monkeypatch.setattr(loaders, "has_dali", lambda: False)
+    for cuda, extra in (("12.8", "dali-cuda12"), ("13.0", "dali")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        sentence = loaders.missing_dali(config, gpu)
+        assert sentence.endswith(f'pip install "fastmoco[{extra}]"')
+    assert loaders.missing_dali(config, torch.device("cpu")) == ""
+    chosen = replace(config, data=replace(config.data, backend="array"))
+    assert loaders.missing_dali(chosen, gpu) == ""
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
+    assert loaders.missing_dali(config, gpu) == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(loaders, "has_dali", lambda: True)
+    assert loaders.missing_dali(config, gpu) == ""
+
+
+def test_dali_that_is_asked_for_and_missing_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(photos, tmp_path)
+    monkeypatch.setattr(loaders, "has_dali", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    sentence = refused(replace(config, data=replace(config.data, backend="dali")))
+    assert 'pip install "fastmoco[dali-cuda12]"' in sentence

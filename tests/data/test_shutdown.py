@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from fastmoco.data.loader import has_dali
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path("/dev/shm")
@@ -37,7 +38,7 @@ if __name__ == "__main__":
             if step == 1 and end == "exception":
                 raise RuntimeError("boom")
 """
-needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 

@@ -1,0 +1,60 @@
+"""Training from Python: `fastmoco.train(config)`, in a script, a notebook or a thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastmoco import distributed
+from fastmoco.config import Config, validated
+from fastmoco.report import read_metrics
+from fastmoco.train import Run, join_world
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a call of `train` leaves."""
+
+    folder: Path
+    """The run directory: checkpoints, metrics.jsonl, curves.png, TensorBoard events."""
+    metrics: dict[str, float]
+    """The last value of every metric, named as in metrics.jsonl: `loss`, `step`, `knn_top1`..."""
+    finished: bool
+    """False where a signal stopped it: the same call then goes on from there."""
+
+
+def train(config: Config) -> Trained:
+    """Train as `python -m fastmoco.train` does, on one process or, under torchrun, on several.
+
+    Prints the same lines. Ctrl-C, or interrupting a notebook, saves a checkpoint and returns; in a
+    thread that is not the main one signals are left alone. Random state and number of threads of
+    torch are afterwards what they were. Reader processes import the script that calls this: call
+    it below `if __name__ == "__main__":` there.
+
+    Raises `ConfigError` for a configuration or input that cannot train, `DivergedError` where the
+    loss stops being a number, `DisagreementError` and `CollectiveError` where a rank fails.
+    """
+    config = validated(config)
+    threads, device = torch.get_num_threads(), torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if device else []):
+            run = Run(config, join_world(config))
+            run.train()
+            main = run.world.is_main
+    finally:
+        distributed.stop()
+        torch.set_num_threads(threads)
+    metrics = last_metrics(run.folder / "metrics.jsonl") if main else {}
+    return Trained(run.folder, metrics, not run.request.made)
+
+
+def last_metrics(metrics_jsonl: Path) -> dict[str, float]:
+    """The last value of every metric in the record of a run."""
+    return {
+        name: value
+        for record in read_metrics(metrics_jsonl)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

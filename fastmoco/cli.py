@@ -1,0 +1,86 @@
+"""The console command: `fastmoco VERB OPTIONS`.
+
+A verb is a module with `main(arguments) -> exit code`, imported when it is used: `fastmoco --help`
+takes no longer than Python itself. `python -m fastmoco.train` and the like do the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastmoco import __version__
+
+
+class Verb(NamedTuple):
+    """What a word after `fastmoco` stands for."""
+
+    module: str
+    help: str
+    configured: bool = False
+    """Whether it takes the options of training, `--config FILE` and every field."""
+    words: tuple[str, ...] = ()
+    """Further options, and arguments with few values, for completion in a shell."""
+
+
+VERBS = {
+    "train": Verb("fastmoco.train", "pre-train an encoder; without options, the demo", True),
+    "doctor": Verb("fastmoco.doctor", "what this machine has and what limits a run on it", True),
+    "preview": Verb(
+        "fastmoco.data.preview", "draw the views that a run would see", True, ("--out", "--samples")
+    ),
+    "prepare": Verb(
+        "fastmoco.data.prepare",
+        "download a public data set as folders of images",
+        words=("cifar10", "imagenette", "stl10", "--out"),
+    ),
+    "report": Verb("fastmoco.report", "draw the curves of a run and sum it up"),
+    "completion": Verb(
+        "fastmoco.completion", "print a script for your shell", words=("bash", "fish", "zsh")
+    ),
+}
+
+
+def usage() -> str:
+    """What `fastmoco --help` prints."""
+    verbs = "\n".join(f"  {name:11s} {verb.help}" for name, verb in VERBS.items())
+    return (
+        f"usage: fastmoco VERB [OPTIONS]\n\n{verbs}\n\n"
+        "fastmoco VERB --help lists the options of a verb, fastmoco --version the version.\n"
+        "On several GPUs: torchrun --nproc_per_node=8 -m fastmoco.train OPTIONS."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the verb; 2, with one sentence, for a verb that there is not."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if given[0] == "--version":
+        print(f"fastmoco {__version__}")
+        return 0
+    name, *rest = given
+    if name not in VERBS:
+        print(f"fastmoco: {_unknown(name)}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(VERBS[name].module).main(rest))
+    except KeyboardInterrupt:
+        print("fastmoco: interrupted", file=sys.stderr)
+        return 130
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("-"):
+        return f"{name} comes without a verb: fastmoco train {name} ... trains (fastmoco --help)."
+    near = difflib.get_close_matches(name, VERBS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VERBS)}."
+    return f"there is no verb {name}: {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
