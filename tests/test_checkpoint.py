@@ -154,7 +154,7 @@ def test_latest_is_a_link_or_a_text(
     newest = checkpoint.find(config(tmp_path))
     assert newest is not None
     assert newest.name == "checkpoint_0000_step00000002.pth.tar"
-    assert checkpoint.resume(newest, build(tmp_path), config(tmp_path)) == 2
+    assert checkpoint.resume(newest, build(tmp_path), config(tmp_path)).step == 2
     named = replace(config(tmp_path), run=replace(config(tmp_path).run, resume=str(pointer)))
     assert checkpoint.find(named) == newest
     newest.unlink()
