@@ -54,8 +54,10 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
     config = parse(["--data.source", source, "--moco.queue_size", "512"])
     lines: list[str] = []
     result = InfoNCE(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]))
-    with Logbook(folder, enabled=True, done=0, total=stop) as log:
-        log.say = lines.append  # type: ignore[method-assign]
+    with (
+        Logbook(folder, enabled=True, done=0, total=stop) as log,
+        mock.patch.object(log, "say", lines.append),
+    ):
         progress = Progress(config, ONE, log, start=0, stop=stop, per_epoch=100)
         for done in range(1, min(stop, 10) + 1):
             progress.add(result)
