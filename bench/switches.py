@@ -45,7 +45,8 @@ class Switch:
 def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     """Those that make a difference here, in the order in which the waterfall switches them on."""
     device = torch.device("cuda" if cuda else "cpu")
-    precision = choose_precision(config.run.precision, device).name
+    asked = config.run.precision  # by name, without asking a device that may not be there
+    precision = choose_precision(asked, device).name if asked == "auto" else asked
     found = [
         Switch("freed memory kept", "default malloc", without=("kept_memory",)),
         Switch("channels-last", "NCHW", without=("channels_last",)),
