@@ -8,6 +8,7 @@ import torch
 
 from bench.harness import environment
 from fastmoco.config import Config, ConfigError
+from fastmoco.machine.precision import choose_precision
 
 
 def device_of(config: Config) -> torch.device:
@@ -18,12 +19,15 @@ def device_of(config: Config) -> torch.device:
 
 def case_of(config: Config) -> dict[str, Any]:
     """What a row is about; rows of equal cases are comparable."""
+    precision = choose_precision(config.run.precision, device_of(config))
     return {
         "arch": config.model.arch,
+        "width": config.model.width,
         "image_size": config.augment.image_size,
         "batch": config.optim.global_batch_size,
         "queue_size": config.moco.queue_size,
-        "precision": config.run.precision,
+        "precision": precision.name,
+        "precision_why": precision.why,
         "compile": config.run.compile,
         "shuffle_bn": config.shuffle_bn(1),
         "bn_group_size": config.bn_group_size(1),

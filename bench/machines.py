@@ -26,8 +26,9 @@ from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
 from fastmoco.data.loader import Batch, Loader, build_loader
 from fastmoco.distributed import World, start
-from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
+from fastmoco.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.host import settle
+from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
 from fastmoco.step import Step, build_step
 
@@ -162,6 +163,7 @@ def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, 
 
 def _as_floats(batch: Batch) -> Batch:
     """Images normalized beforehand, as fp32 (N, S, S, 3)."""
+    normalize_pixels = NormalizePixels(batch.im_q.device)
     floats = (normalize_pixels(images).permute(0, 2, 3, 1) for images in (batch.im_q, batch.im_k))
     return Batch(*floats)
 
@@ -230,7 +232,8 @@ def bare_encoder(config: str) -> Bench:
     group = parsed.bn_group_size(world.size)
     of_q, of_k = (build_encoder(parsed.model, group).to(world.device).train() for _ in range(2))
     compiled = compile_encoders(parsed, world.device)
-    batches, dtype = _synthetic(parsed, world), DTYPES[parsed.run.precision]
+    batches = _synthetic(parsed, world)
+    dtype = choose_precision(parsed.run.precision, world.device).dtype
     plain_q, plain_k = _Logits(of_q, dtype), _Logits(of_k, dtype)
     if compiled:
         plain_q.compile(dynamic=False)
@@ -254,7 +257,7 @@ class _Logits(Embed):
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
-            logits: Tensor = self.encoder(normalize_pixels(images))
+            logits: Tensor = self.encoder(self.normalize_pixels(images))
         return logits.float()
 
 
@@ -287,6 +290,7 @@ def _official(parsed: Config, world: World) -> Bench:
         momentum=optim.momentum,
         decay=optim.weight_decay,
     )
+    normalize_pixels = NormalizePixels(world.device)
     pool = [
         tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
         for batch in islice(_synthetic(parsed, world), 2)

@@ -79,6 +79,8 @@ def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     step.shuffle = cast(Shuffle, _Keys(step.shuffle))
     step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
     step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
+    if step.ema is not None:
+        step.ema = ranged("fastmoco.update", step.ema)
     loss = ranged("fastmoco.loss", info_nce_enqueue)
 
     def named() -> None:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco import encoder as encoders
 from fastmoco.config import Config
-from fastmoco.encoder import normalize_pixels
+from fastmoco.encoder import NormalizePixels
+from fastmoco.machine.precision import choose_precision
 from fastmoco.step import Step
 from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_, max_pool_cpu
 
@@ -44,7 +44,8 @@ class Switch:
 
 def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     """Those that make a difference here, in the order in which the waterfall switches them on."""
-    precision = config.run.precision
+    device = torch.device("cuda" if cuda else "cpu")
+    precision = choose_precision(config.run.precision, device).name
     found = [
         Switch("freed memory kept", "default malloc", without=("kept_memory",)),
         Switch("channels-last", "NCHW", without=("channels_last",)),
@@ -77,14 +78,16 @@ def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
         step.moco.to(memory_format=torch.contiguous_format)
     floats, contiguous = "uint8_input" in without, "channels_last" in without
 
-    def pixels(images: Tensor) -> Tensor:
-        ready = images.permute(0, 3, 1, 2) if floats else normalize_pixels(images)
+    normalize = NormalizePixels.forward
+
+    def pixels(self: NormalizePixels, images: Tensor) -> Tensor:
+        ready = images.permute(0, 3, 1, 2) if floats else normalize(self, images)
         return ready.contiguous() if contiguous else ready
 
     def switched() -> None:
         with ExitStack() as patches:
             if floats or contiguous:
-                patches.enter_context(mock.patch.object(encoders, "normalize_pixels", pixels))
+                patches.enter_context(mock.patch.object(NormalizePixels, "forward", pixels))
             patches.enter_context(layers_off([name for name in LAYERS if name in without]))
             if "fused_loss" in without:
                 patches.enter_context(mock.patch("fastmoco.step.info_nce_enqueue", eager_loss))

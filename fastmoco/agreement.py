@@ -14,7 +14,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from fastmoco.distributed import World, all_gather
+from fastmoco.config import ConfigError
+from fastmoco.distributed import World, all_gather, any_rank
+from fastmoco.machine.precision import DTYPES, Precision
 from fastmoco.moco import MoCo
 
 # Bounds the int64 temporaries to 8 MiB, whatever the queue measures.
@@ -45,6 +47,16 @@ def compared_tensors(moco: MoCo) -> dict[str, Tensor]:
     """What has to be equal on all ranks, by name. BN statistics belong to a rank."""
     parameters = {f"encoder_k.{name}": p for name, p in moco.encoder_k.named_parameters()}
     return {"queue": moco.queue, "queue_ptr": moco.queue_ptr, **parameters}
+
+
+def require_one_precision(precision: Precision, world: World) -> None:
+    """Raise `ConfigError`, on every rank, where `run.precision auto` means another type on some."""
+    found = [name for name in DTYPES if any_rank(precision.name == name, world)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"run.precision auto means {' on some ranks and '.join(found)} on others, because "
+            "their devices differ: set run.precision to a type that all of them can run."
+        )
 
 
 def require_agreement(moco: MoCo, world: World, step: int) -> None:

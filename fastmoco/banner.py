@@ -10,6 +10,7 @@ from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, warnings
 from fastmoco.convolution import gradient_choice
 from fastmoco.distributed import World
+from fastmoco.machine.precision import choose_precision
 
 
 def compile_encoders(config: Config, device: torch.device) -> bool:
@@ -27,12 +28,14 @@ def start_lines(
     auto = " (auto: only CUDA pays back the compile time)" if config.run.compile == "auto" else ""
     strategy = config.shuffle_bn(world.size)
     why = f" (auto: {world.size} rank{'s' * (world.size > 1)})" * (moco.shuffle_bn == "auto")
+    precision = choose_precision(config.run.precision, world.device)
     scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
+    wide = f" x {config.model.width:g}" * (config.model.width != 1)
     total = steps_per_epoch * optim.epochs
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
-        f"model     {config.model.arch}, {config.model.stem} stem, {config.model.head} head, "
+        f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
         f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
         f"loss of a random guess {math.log(1 + moco.queue_size):.2f}"
@@ -41,12 +44,15 @@ def start_lines(
         f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
         f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule, "
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
-        f"precision {config.run.precision}; torch.compile {'on' if compiled else 'off'}{auto}; "
+        f"precision {precision}",
+        f"layers    torch.compile {'on' if compiled else 'off'}{auto}; "
         f"batch norm {norm_choice(world.device, compiled)}, weight gradients "
-        f"{gradient_choice(world.device, config.run.precision, compiled)}",
+        f"{gradient_choice(world.device, precision.name, compiled)}",
         f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",
     ]
     if done:
         lines.append(f"resumed   after step {done} (epoch {done / steps_per_epoch:.2f})")
     sentences = warnings(config, world.size, num_samples)
+    if precision.warning:
+        sentences.append(precision.warning)
     return lines + [f"WARNING: {sentence}" for sentence in sentences]

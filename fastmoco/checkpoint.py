@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
                 "version": fastmoco.__version__,
                 "step": steps,
                 "scaler": step.scaler.state_dict(),
+                "precision": step.precision.name,
                 "config": dump(config),
             },
         }
@@ -100,8 +103,18 @@ def find(config: Config) -> Path | None:
     return Path(config.run.resume)
 
 
-def resume(path: Path, step: Step, config: Config) -> int:
-    """Load `path` into the step in place and return the number of steps done.
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    step: int
+    """Steps done."""
+    notes: tuple[str, ...] = ()
+    """What is not as it was when the checkpoint was written; sentences for the user."""
+
+
+def resume(path: Path, step: Step, config: Config) -> Resumed:
+    """Load `path` into the step in place.
 
     Raises `ConfigError` if the file is no checkpoint of fastmoco, or of a run that learns another
     thing.
@@ -120,7 +133,17 @@ def resume(path: Path, step: Step, config: Config) -> int:
     step.moco.load_state_dict(state)
     step.optimizer.load_state_dict(content["optimizer"])
     step.scaler.load_state_dict(ours["scaler"])
-    return int(ours["step"])
+    return Resumed(int(ours["step"]), tuple(_changes(ours.get("precision"), step)))
+
+
+def _changes(precision: str | None, step: Step) -> Iterator[str]:
+    """Differences that do not forbid to go on; `precision` is what the checkpoint ran in."""
+    now = step.precision
+    if precision is not None and precision != now.name:
+        yield (
+            f"The run was trained in {precision} so far and goes on in {now}: "
+            "weights are fp32 in both, but the steps are no longer bit for bit the same."
+        )
 
 
 def check_run_directory(config: Config) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.host import choose_threads
+from fastmoco_kernels import processor
 
 # Torch 2.14 renamed all_gather_tensor; 2.11 knows only the old name.
 _all_gather: Callable[..., Tensor] = getattr(
@@ -55,8 +56,9 @@ def start(device: str, timeout_s: float) -> World:
     """Join the process group that torchrun describes; without torchrun the world is one rank.
 
     `device` is `cuda`, `cpu` or `auto`. Raises `ValueError` for CUDA where there is none, or fewer
-    CUDA devices than local ranks.
+    CUDA devices than local ranks, and for a `FASTMOCO_CPU` that means nothing.
     """
+    processor.cap()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()

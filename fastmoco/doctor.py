@@ -33,15 +33,19 @@ from fastmoco.data.reader import read_sample
 from fastmoco.data.sources import Source, open_source
 from fastmoco.distributed import World
 from fastmoco.host import cores, settle
+from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import build_step
-from fastmoco_kernels import fallback, preflight
+from fastmoco_kernels import fallback, preflight, processor
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
-BUDGET_S = 6.0
-# On the CPU a batch of 256 would take most of the minute; speed per image hardly depends on it.
+# Seconds for each of about five measurements.
+BUDGET_S = 4.0
+# On the CPU a batch of a recipe would take minutes; speed per image hardly depends on it.
 CPU_BATCH = 64
+# Pixels of a batch there: 64 images of 96 pixels, 8 of 224.
+CPU_PIXELS = 64 * 96**2
 # Largest mean difference, in gray levels, between two executors of one augmentation table.
 SAME_VIEWS = 4.0
 FOREVER = 10**9
@@ -91,7 +95,7 @@ def versions() -> Iterator[Line]:
 def devices(world: World) -> Iterator[Line]:
     """Processors, GPUs and what connects them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield "cpu", f"{cores()} cores for this rank, {memory:.0f} GiB, {_cpu_features()}"
+    yield "cpu", f"{cores()} cores for this rank, {memory:.0f} GiB, {_extension()}"
     if not torch.cuda.is_available():
         yield "gpu", "none that torch can use: training runs on the CPU"
         return
@@ -104,16 +108,9 @@ def devices(world: World) -> Iterator[Line]:
     yield "nvml", _nvml()
 
 
-def _cpu_features() -> str:
-    wanted = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:
-        flags = []
-    best = next((name for name in wanted if name in flags), "no known vector extension")
-    bf16 = "fast" if best in wanted[:2] else "emulated: run.precision fp32 is likely faster"
-    return f"{best}, bf16 is {bf16}"
+def _extension() -> str:
+    bf16 = "in hardware" if processor.multiplies_bf16() else "emulated"
+    return f"{processor.best()}, bf16 {bf16}"
 
 
 def _nvml() -> str:
@@ -132,14 +129,17 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     """What a run with this configuration will use, and why."""
     cuda = world.device.type == "cuda"
     yield "host", settle(world.device).removeprefix("host").strip()
-    yield "precision", f"{config.run.precision} (run.precision)"
+    precision = choose_precision(config.run.precision, world.device)
+    yield "precision", str(precision)
+    if precision.warning:
+        yield "precision", f"note: {precision.warning}"
     where = "Triton kernels" if cuda else "ATen: there is no CUDA device for the Triton kernels"
     yield "kernels", where
     compiled = compile_encoders(config, world.device)
     reason = "only CUDA pays back the compile time" if config.run.compile == "auto" else "asked for"
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
     yield "norm", norm_choice(world.device, compiled)
-    gradients = gradient_choice(world.device, config.run.precision, compiled)
+    gradients = gradient_choice(world.device, precision.name, compiled)
     yield "conv", f"weight gradients {gradients}"
     strategy, group = config.shuffle_bn(world.size), config.bn_group_size(world.size)
     yield (
@@ -224,10 +224,8 @@ def check_kernels(device: torch.device) -> Iterator[Line]:
 
 def speed(config: Config, world: World) -> Iterator[Line]:
     """Images per second of loader and step, each by itself, and which of them will limit."""
-    if world.device.type == "cpu" and config.optim.global_batch_size > CPU_BATCH:
-        group = min(config.moco.bn_group_size, CPU_BATCH)
-        few = replace(config.optim, global_batch_size=CPU_BATCH, accumulate=1)
-        config = replace(config, optim=few, moco=replace(config.moco, bn_group_size=group))
+    if world.device.type == "cpu":
+        config = _small_batch(config)
     batch = config.optim.global_batch_size
     micro = batch // config.optim.accumulate
     device = _step_speed(config, world)
@@ -240,6 +238,19 @@ def speed(config: Config, world: World) -> Iterator[Line]:
     yield "verdict", _verdict(delivered, device, world.device)
     if world.device.type == "cpu" and torch.get_num_threads() > 1:
         yield "threads", _best_threads(config, world)
+
+
+def _small_batch(config: Config) -> Config:
+    """The same run with a batch that a CPU steps through in about a second."""
+    batch = CPU_BATCH
+    while batch > 8 and batch * config.augment.image_size**2 > CPU_PIXELS:
+        batch //= 2
+    if config.optim.global_batch_size <= batch:
+        return config
+    few = replace(config.optim, global_batch_size=batch, accumulate=1)
+    group = min(config.moco.bn_group_size or batch, batch)
+    group = group if batch % group == 0 else batch
+    return replace(config, optim=few, moco=replace(config.moco, bn_group_size=group))
 
 
 def _best_threads(config: Config, world: World) -> str:
@@ -308,10 +319,13 @@ def _puller(loader: Loader) -> Callable[[], object]:
 
 
 def _rate(once: Callable[[], object], images: int, device: torch.device) -> float:
-    """Images per second over up to BUDGET_S seconds, after two calls of warm-up."""
-    for _ in range(2):
-        once()
+    """Images per second over about BUDGET_S seconds, after warm-up: two calls, or a slow one."""
+    began = time.perf_counter()
+    once()
     _wait(device)
+    if time.perf_counter() - began < BUDGET_S:
+        once()
+        _wait(device)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < BUDGET_S and count < 50:
         once()

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import ModelConfig
-from fastmoco.resnet import BACKBONES, ResNet
+from fastmoco.resnet import BACKBONES, WIDTHS, ResNet
 
 # ImageNet statistics of RGB in [0, 1], as the official pipeline normalizes.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-
-# What `run.precision` means to autocast.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
@@ -29,7 +26,10 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
     `bn_group_size` > 0 normalizes over runs of that many samples (`SplitBatchNorm2d`). Names in the
     state dict are torchvision's, with `fc.{weight,bias}` (linear) or `fc.{0,2}.*` (mlp).
     """
-    encoder = BACKBONES[config.arch](norm_layer=partial(SplitBatchNorm2d, group_size=bn_group_size))
+    encoder = BACKBONES[config.arch](
+        norm_layer=partial(SplitBatchNorm2d, group_size=bn_group_size),
+        width=config.width * WIDTHS.get(config.arch, 1.0),
+    )
     if config.stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -42,15 +42,29 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
     return encoder.to(memory_format=torch.channels_last)
 
 
-def normalize_pixels(images: Tensor) -> Tensor:
-    """uint8 (N, S, S, 3) to fp32 (N, 3, S, S) in channels-last memory, zero mean and unit variance.
+class NormalizePixels(nn.Module):
+    """uint8 (N, S, S, 3) to fp32 (N, 3, S, S) in channels-last memory, zero mean, unit variance.
 
     The permutation is a view: NHWC memory *is* channels-last, and no byte moves. As one multiply
-    and add per pixel it fuses into the first convolution's input under torch.compile.
+    and add per pixel it fuses into the first convolution's input under torch.compile. Its constants
+    live on `device`, because to make them there in each step would stall the host, and they stay
+    out of state dicts.
     """
-    std = torch.tensor(PIXEL_STD, device=images.device).view(1, 3, 1, 1)
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2).float(), 1 / (255 * std))
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        mean, std = (
+            torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (PIXEL_MEAN, PIXEL_STD)
+        )
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images on the device of the constants."""
+        return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
 
 
 class Embed(nn.Module):
@@ -63,6 +77,7 @@ class Embed(nn.Module):
     def __init__(self, encoder: ResNet, precision: torch.dtype) -> None:
         super().__init__()
         self.encoder = encoder
+        self.normalize_pixels = NormalizePixels(next(encoder.parameters()).device)
         self.precision = precision
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,5 +85,5 @@ class Embed(nn.Module):
         with torch.autocast(
             images.device.type, self.precision, enabled=self.precision != torch.float32
         ):
-            features = self.encoder(normalize_pixels(images))
+            features = self.encoder(self.normalize_pixels(images))
         return F.normalize(features.float(), dim=1)

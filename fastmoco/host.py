@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fastmoco.machine import environment
+
 # From <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -75,6 +77,11 @@ def _quota(cgroup: Path) -> float | None:
         return None
 
 
+def load_average() -> float | None:
+    """Runnable processes on this machine, averaged over a minute; None where nobody counts them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def choose_threads() -> None:
     """One compute thread per core of this rank, unless OMP_NUM_THREADS says how many.
 
@@ -101,14 +108,22 @@ def settle(device: torch.device) -> str:
     """
     kept = device.type == "cpu" and keep_freed_memory()
     memory = "kept in the process (glibc mallopt)" if kept else "default malloc"
-    wait = os.environ.get("OMP_WAIT_POLICY", "default").lower()
     threads = torch.get_num_threads()
     chosen = "every core of this rank" if device.type == "cpu" else "torch's default"
     why = "as OMP_NUM_THREADS says" if _threads_are_given() else chosen
     return (
         f"host      {threads} compute thread{'s' * (threads > 1)} ({why}) on cores {_ranges()}, "
-        f"OMP_WAIT_POLICY {wait}; freed memory: {memory}"
+        f"{_waiting()}; freed memory: {memory}"
     )
+
+
+def _waiting() -> str:
+    """How long threads spin before they sleep, as libgomp was told when it was loaded."""
+    policy, spins = (os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    if policy:
+        return f"OMP_WAIT_POLICY {policy.lower()}"
+    late = " (too late: torch was loaded before fastmoco)" * environment.LATE
+    return f"threads wait GOMP_SPINCOUNT {spins or 'default'}{late}"
 
 
 def _ranges() -> str:

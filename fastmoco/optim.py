@@ -1,6 +1,6 @@
 """Learning-rate schedule and the update of both encoders.
 
-One `optimizer.step()` moves encoder_q by SGD and then encoder_k by its EMA. The paper updates
+encoder_q moves by SGD and then encoder_k by its EMA, in one pass or in two. The paper updates
 encoder_k at the start of the next step from the same query weights; between the two nothing reads
 encoder_k.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +39,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class SGDWithEMA(torch.optim.SGD):
     """SGD with momentum and the EMA of encoder_k in one pass over the parameters.
 
-    Gives what `torch.optim.SGD` followed by `ema_` gives, and shares its state dict.
+    Gives what `torch.optim.SGD` followed by `ema_` gives, and shares its state dict. A step that a
+    gradient scaler skips leaves encoder_q and moves encoder_k; whether it does is decided on the
+    device.
     """
 
     def __init__(self, moco: MoCo, *, lr: float, momentum: float, decay: float, ema: float) -> None:
         params_q, self._params_k = moco.parameter_pairs()
         super().__init__(params_q, lr=lr, momentum=momentum, weight_decay=decay)
         self._momentum, self._decay, self._ema = momentum, decay, ema
+        # Asks the scaler for `grad_scale` and `found_inf`, which it sets during `step`.
+        self._step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -59,7 +62,14 @@ class SGDWithEMA(torch.optim.SGD):
             raise ValueError(
                 f"{len(params) - len(grads)} of {len(params)} parameters lack a gradient"
             )
-        self.update(params, grads, self.momentum_buffers(), self.param_groups[0]["lr"])
+        self.update(
+            params,
+            grads,
+            self.momentum_buffers(),
+            self.param_groups[0]["lr"],
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
 
     def momentum_buffers(self) -> list[Tensor]:
         """One per parameter, in order; zeros before the first step."""
@@ -70,7 +80,13 @@ class SGDWithEMA(torch.optim.SGD):
         return [self.state[p]["momentum_buffer"] for p in params]
 
     def update(
-        self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float | Tensor
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        lr: float | Tensor,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """The update itself, without the hooks of `step`, which torch.compile cannot trace."""
         sgd_ema_(
@@ -82,11 +98,13 @@ class SGDWithEMA(torch.optim.SGD):
             momentum=self._momentum,
             weight_decay=self._decay,
             ema_momentum=self._ema,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
 
 
 def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` chooses; its `step` ends with the EMA of encoder_k.
+    """The optimizer that `optim.name` chooses.
 
     Raises `ConfigError` if NVIDIA apex is asked for and not really there.
     """
@@ -94,17 +112,21 @@ def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
     lr, momentum, decay = config.resolved_lr(), settings.momentum, settings.weight_decay
     if settings.name == "sgd_ema":
         return SGDWithEMA(moco, lr=lr, momentum=momentum, decay=decay, ema=config.moco.momentum)
-    params_q, params_k = moco.parameter_pairs()
+    params_q, _ = moco.parameter_pairs()
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
     if settings.name != "sgd":
         make = _apex_optimizer({"apex_sgd": "FusedSGD", "apex_lars": "FusedLARS"}[settings.name])
-    optimizer = make(params_q, lr=lr, momentum=momentum, weight_decay=decay)
+    return make(params_q, lr=lr, momentum=momentum, weight_decay=decay)
 
-    def follow(*_: Any) -> None:
-        ema_(params_k, params_q, config.moco.momentum)
 
-    optimizer.register_step_post_hook(follow)
-    return optimizer
+def build_ema(
+    config: Config, moco: MoCo, optimizer: torch.optim.Optimizer
+) -> Callable[[], None] | None:
+    """What moves encoder_k after `optimizer`, stepped or skipped; None if its `step` does that."""
+    if isinstance(optimizer, SGDWithEMA):
+        return None
+    params_q, params_k = moco.parameter_pairs()
+    return lambda: ema_(params_k, params_q, config.moco.momentum)
 
 
 def _apex_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -6,12 +6,15 @@ import math
 
 from fastmoco.config import Config
 from fastmoco.distributed import World
+from fastmoco.host import load_average, machine_cores
 from fastmoco.logbook import Logbook, train_line
 from fastmoco.metrics import Clock, Metrics, Record, alarms, peak_memory_gib
 from fastmoco_kernels import InfoNCE
 
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
 WARMUP_STEPS = 3
+# A demo that takes longer than this has gone wrong, and its user should not wait to find out.
+LONG_DEMO_S = 30 * 60
 
 
 class DivergedError(RuntimeError):
@@ -33,6 +36,7 @@ class Progress:
         self._stop = stop
         self._per_epoch = per_epoch
         self._warm = start + WARMUP_STEPS
+        self._estimate_at = self._warm + WARMUP_STEPS
         self._metrics = Metrics(world)
         self._clock = Clock(world.device)
         self._waited = 0.0
@@ -47,7 +51,7 @@ class Progress:
     def due(self, done: int) -> bool:
         """Whether to flush after `done` steps: regularly, after the warm-up, at epoch ends."""
         regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
-        return regular or done in (self._warm, self._stop)
+        return regular or done in (self._warm, self._estimate_at, self._stop)
 
     def flush(self, done: int, lr: float, waited_s: float, bad: int) -> None:
         """Write down the window since the last flush; the host synchronization of the loop.
@@ -83,12 +87,24 @@ class Progress:
         note = "  (warm-up)" if record["warmup"] else ""
         total = self._per_epoch * self._config.optim.epochs
         self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
+        if self._warm < done <= self._estimate_at:
+            self._estimate(done, eta, float(str(record["data_wait_percent"])))
         views = 2 if self._config.moco.symmetric else 1
         if bad > self._bad:
             self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
         self._bad = bad
         for sentence in alarms(record, keys_enqueued=done * batch * views, queue_size=queue_size):
             self._log.warn(sentence)
+
+    def _estimate(self, done: int, seconds: float, wait_percent: float) -> None:
+        """Say how long the rest will take, while there is still something to change."""
+        self._estimate_at = 0  # once
+        steps = self._stop - done
+        if not steps:
+            return
+        self._log.say(f"duration  about {in_words(seconds)} for the {steps} steps that are left")
+        if self._config.data.source == "demo" and seconds > LONG_DEMO_S:
+            self._log.warn(why_so_long(seconds, wait_percent, load_average(), machine_cores()))
 
     def restart(self) -> None:
         """Begin the next window now, so that kNN and checkpoints do not count as training."""
@@ -109,3 +125,33 @@ class Progress:
             f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
             f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %"
         )
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: `40 s`, `12 min`, `3 h 05 min`, `2 days 4 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return f"{minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h" if days else f"{hours} h {minutes:02d} min"
+
+
+def why_so_long(seconds: float, wait_percent: float, load: float | None, cores: int) -> str:
+    """Why a demo takes so long and what would make it shorter, in one sentence.
+
+    `load` is the average number of runnable processes of the last minute, this run's threads
+    included; None where the system does not say.
+    """
+    if wait_percent > 50:
+        reason = f"{wait_percent:.0f} % of the time the step waits for images"
+    elif load is not None and load > 2 * cores:
+        reason = f"other processes want the {cores} cores too (load average {load:.0f})"
+    else:
+        reason = f"the step is slow on the {cores} core{'s' * (cores > 1)} that it may use"
+    return (
+        f"The demo will take about {in_words(seconds)} instead of five minutes, because {reason}: "
+        "stop it and run it on an idle or faster machine, or shorten it with --optim.epochs 4."
+    )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config
 from fastmoco.distributed import World, average_gradients, gradient_sync, mean_over_ranks
-from fastmoco.encoder import DTYPES, Embed
+from fastmoco.encoder import Embed
+from fastmoco.machine.precision import Precision, choose_precision
 from fastmoco.moco import MoCo
-from fastmoco.optim import SGDWithEMA, build_optimizer
+from fastmoco.optim import SGDWithEMA, build_ema, build_optimizer
 from fastmoco.shuffle import Shuffle, build_shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
 
@@ -45,9 +46,12 @@ class Step:
     embed_k: nn.Module
     shuffle: Shuffle
     optimizer: torch.optim.Optimizer
+    ema: Callable[[], None] | None
+    """Moves encoder_k, where the optimizer does not do that itself."""
     scaler: torch.amp.GradScaler
     temperature: float
     symmetric: bool
+    precision: Precision
 
     def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
         """Advance both encoders, the queue and the cursor by one step.
@@ -75,8 +79,10 @@ class Step:
                     result = info_nce(q, k.local, queue, self.temperature)
                 self.scaler.scale(result.loss / len(contrasts)).backward()
             results.append(result)
-        self.scaler.step(self.optimizer)  # encoder_q by SGD, then encoder_k by its EMA
+        self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
+        if self.ema is not None:
+            self.ema()
         self.optimizer.zero_grad(set_to_none=True)
         return _merge(results)
 
@@ -174,11 +180,11 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             "SyncBN gives every rank the same statistics, so shuffling keys between ranks cancels "
             "out: use plain or split BN, or set moco.shuffle_bn to none."
         )
-    dtype = DTYPES[config.run.precision]
-    embed_q: nn.Module = Embed(moco.encoder_q, dtype)
-    embed_k: nn.Module = Embed(moco.encoder_k, dtype)
+    precision = choose_precision(config.run.precision, world.device)
+    embed_q: nn.Module = Embed(moco.encoder_q, precision.dtype)
+    embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype)
     optimizer = build_optimizer(config, moco)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
     build: Callable[..., Step] = Step
     one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
     if (
@@ -204,7 +210,9 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             seed=config.run.seed,
         ),
         optimizer=optimizer,
+        ema=build_ema(config, moco, optimizer),
         scaler=scaler,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,
+        precision=precision,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from fastmoco import checkpoint, distributed
-from fastmoco.agreement import DisagreementError, require_agreement
+from fastmoco.agreement import DisagreementError, require_agreement, require_one_precision
 from fastmoco.banner import compile_encoders, start_lines
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.folders import resolve_folders
@@ -48,6 +48,7 @@ class Run:
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
+        require_one_precision(self.step.precision, world)
         self.loader = build_loader(
             config,
             rank=world.rank,
@@ -56,7 +57,8 @@ class Run:
             key_rows=self.step.shuffle.key_rows,
         )
         self.per_epoch = self.loader.steps_per_epoch
-        self.done = checkpoint.resume(resume_from, self.step, config) if resume_from else 0
+        resumed = checkpoint.resume(resume_from, self.step, config) if resume_from else None
+        self.done, self.notes = (resumed.step, resumed.notes) if resumed else (0, ())
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.stopping = False
@@ -140,6 +142,8 @@ class Run:
             done=self.done,
         ):
             log.say(line)
+        for note in self.notes:
+            log.warn(note)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
             for sentence in short_preflight(self.world.device):
                 log.warn(sentence)

@@ -106,9 +106,16 @@ def cuda_without_device(gpu: str = "H100") -> Iterator[None]:
                 torch._C, "_conv_determine_backend_memory_format", _convolution_format
             )
         )
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", _pinned))
         FakeTensorMode.cache_clear()  # it may hold layouts from before
         yield
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """An alias that the watch takes for page-locked memory."""
+    alias = tensor.detach()
+    alias.__dict__["pinned"] = True
+    return alias
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def to_fake_cuda_(module: nn.Module) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations; collects host synchronizations and convolutions not in channels-last."""
+    """Counts operations; collects host waits and convolutions not in channels-last."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,10 +158,12 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = str(func).removesuffix(".default")
         self.counts[name] += 1
-        if name in SYNCHRONIZING or _copies_to_host(name, args, out) or _selects(name, args):
+        waits = _copies_to_host(name, args, out) or _copies_from_pageable(name, args, kwargs, out)
+        if name in SYNCHRONIZING or waits or _selects(name, args):
             self.host_syncs.append(name)
         if "convolution" in name:
             images = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
@@ -179,6 +188,21 @@ def _copies_to_host(name: str, args: tuple[Any, ...], out: Any) -> bool:
     if not isinstance(out, Tensor) or out.device.type != "cpu":
         return False
     return any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
+
+
+def _copies_from_pageable(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> bool:
+    """Whether the host waits for a copy to the device: only from pinned memory it need not."""
+    if name == "aten.copy_":
+        there, source, asynchronous = args[0], args[1], args[2:3] == (True,)
+    elif name == "aten._to_copy":
+        there, source, asynchronous = out, args[0], False
+    else:
+        return False
+    asynchronous = asynchronous or kwargs.get("non_blocking", False)
+    crosses = bool(source.device.type == "cpu" and there.device.type == "cuda")
+    return crosses and not (asynchronous and source.__dict__.get("pinned", False))
 
 
 def _selects(name: str, args: tuple[Any, ...]) -> bool:

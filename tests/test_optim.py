@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig
 from fastmoco.moco import MoCo
-from fastmoco.optim import build_optimizer, lr_at
+from fastmoco.optim import build_ema, build_optimizer, lr_at
+from tests.fake_cuda import Watch
 
 V2 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="cosine"))
 V1 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="step", milestones=(120, 160)))
@@ -52,11 +54,14 @@ def train(name: str, steps: int) -> MoCo:
     )
     model = moco()
     optimizer = build_optimizer(config, model)
+    ema = build_ema(config, model, optimizer)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for p in model.encoder_q.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()
+        if ema is not None:
+            ema()
     return model
 
 
@@ -75,6 +80,39 @@ def test_encoder_k_moves_towards_the_updated_encoder_q() -> None:
         strict=True,
     ):
         torch.testing.assert_close(k1, 0.9 * k0 + 0.1 * q1.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_the_scaler_skips_moves_encoder_k_alone_and_nobody_waits() -> None:
+    model = moco()
+    with torch.no_grad():
+        for q in model.encoder_q.parameters():
+            q.add_(1.0)
+    config = replace(V2, moco=MocoConfig(momentum=0.9))
+    optimizer, scaler = build_optimizer(config, model), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    want = deepcopy(model)
+    sgd = torch.optim.SGD(want.encoder_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
+    for number, overflow in enumerate((True, False, True, False)):
+        generator = torch.Generator().manual_seed(number)
+        scale = scaler.get_scale()
+        for p, exact in zip(model.encoder_q.parameters(), want.encoder_q.parameters(), strict=True):
+            exact.grad = torch.randn(p.shape, generator=generator)
+            p.grad = exact.grad * scale
+        if overflow:
+            assert p.grad is not None
+            p.grad[0] = torch.inf
+        else:
+            sgd.step()
+        with torch.no_grad():
+            for theta_q, theta_k in zip(*want.parameter_pairs(), strict=True):
+                theta_k.lerp_(theta_q, 0.1)
+        with Watch() as watch:
+            scaler.step(optimizer)
+            scaler.update()
+        assert watch.host_syncs == []
+        assert scaler.get_scale() == (scale / 2 if overflow else scale)
+    for a, b in zip(model.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_missing_gradient_is_an_error() -> None:

@@ -265,3 +265,22 @@ def test_sync_bn_with_shuffle_is_refused() -> None:
     with pytest.raises(ValueError, match="SyncBN"):
         build_step(with_strategy("split"), moco, ONE, compile_encoders=False)
     build_step(with_strategy("none"), moco, ONE, compile_encoders=False)
+
+
+@pytest.mark.parametrize("name", ["sgd_ema", "sgd"])
+def test_after_an_overflow_encoder_k_still_follows_encoder_q(
+    name: Literal["sgd_ema", "sgd"],
+) -> None:
+    """Equation 2 knows no gradients: what skips a step of encoder_q is no reason to skip it."""
+    config = replace(CONFIG, optim=replace(CONFIG.optim, name=name))
+    moco = build_tiny(config, GROUP)
+    with torch.no_grad():
+        for q, _ in zip(*moco.parameter_pairs(), strict=True):
+            q.mul_(1.5)
+    before = [[t.clone() for t in tensors] for tensors in moco.parameter_pairs()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    step = replace(build_step(config, moco, ONE, compile_encoders=False), scaler=scaler)
+    step([images(0)], 0)
+    for q, k, q0, k0 in zip(*moco.parameter_pairs(), *before, strict=True):
+        assert torch.equal(q, q0)
+        torch.testing.assert_close(k, 0.9 * k0 + 0.1 * q0)

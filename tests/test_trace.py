@@ -21,7 +21,7 @@ from fastmoco.optim import set_lr
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import Step, WholeStep, build_step
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, max_pool_cpu
-from tests.fake_cuda import Watch
+from tests.fake_cuda import Watch, cuda_without_device
 from tests.ranks import Ranks
 from tests.test_layering import ROOT
 from tests.test_step import BATCH, CONFIG, LR, ONE, Views, build_tiny, images
@@ -94,6 +94,16 @@ def test_the_watch_sees_what_it_is_to_see() -> None:
         there.cpu()
         torch.empty(3).copy_(there)
         assert len(watch.host_syncs) == 2
+    with cuda_without_device(), FakeTensorMode(), Watch() as watch:
+        torch.tensor([1.0, 2.0], device="cuda")
+        here, there = torch.empty(3), torch.empty(3, device="cuda")
+        here.to("cuda", non_blocking=True)  # from pageable memory
+        here.pin_memory().to("cuda")  # the host waits until it has arrived
+        there.copy_(here, non_blocking=True)
+        assert len(watch.host_syncs) == 4
+        here.pin_memory().to("cuda", non_blocking=True)
+        there.copy_(here.pin_memory(), non_blocking=True)
+        assert len(watch.host_syncs) == 4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

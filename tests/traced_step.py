@@ -3,7 +3,7 @@
     python -m tests.traced_step resnet50 whole|eager
 
 `whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
-one rank without a compiler, operation by operation.
+one rank without a compiler, in fp16, operation by operation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def main() -> None:
     arch, how = sys.argv[1:3]
     allow_backward_without_driver()
     torch.autograd.set_multithreading_enabled(False)
-    config = parse(["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"])
+    arguments = ["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"]
+    if how == "eager":
+        arguments.append("--run.precision=fp16")  # with its gradient scaler
+    config = parse(arguments)
     ranks = 8 if how == "whole" else 1
     world = World(0, 0, ranks, torch.device("cuda", 0), "nccl" if ranks > 1 else "none")
     moco = build_moco(config, config.bn_group_size(ranks), torch.device("cpu"))

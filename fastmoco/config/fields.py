@@ -18,7 +18,6 @@ Arch = Literal[
     "resnet50_w2x",
     "resnet50_w4x",
 ]
-Precision = Literal["bf16", "fp16", "fp32"]
 ShuffleBN = Literal["auto", "all_to_all", "loader", "split", "none"]
 
 
@@ -38,8 +37,10 @@ class RunConfig:
     """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or a path."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device."""
-    precision: Precision = "bf16"
-    """Autocast type of the encoders; fp16 adds a gradient scaler. Weights stay fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type of the encoders; weights stay fp32. `auto`: bf16 where the device multiplies it
+    (CUDA from sm_80, CPUs with AVX512_BF16 or AMX), fp16 with a gradient scaler on older CUDA
+    devices, fp32 on other CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders; `auto` is on for CUDA and off for the CPU."""
     log_every: int = 50
@@ -124,6 +125,8 @@ class ModelConfig:
 
     arch: Arch = "resnet50"
     """Backbone. `w2x` and `w4x` multiply every width; the paper's RX50 is resnext50_32x8d."""
+    width: float = 1.0
+    """Factor on every number of channels of the backbone: 0.5 halves them."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar` replaces the strided 7x7 convolution and the max pooling by one 3x3 convolution."""
     head: Literal["linear", "mlp"] = "mlp"

@@ -74,6 +74,8 @@ class DaliEngine:
         for _ in range(_REPAIRS):
             try:
                 views = self._run()
+            except pipeline.NOT_DALI:
+                raise
             except RuntimeError as error:
                 self._repair(error)
                 self.start(self._micro_step)
@@ -93,26 +95,28 @@ class DaliEngine:
     def _repair(self, error: RuntimeError) -> None:
         """Finds what made the pipeline fail; raises the error again if no image did."""
         seen: set[int] = set()
-        found = False
         # The failed batch is the next one or any behind it that is already on its way.
         for micro_step in range(self._micro_step, self._micro_step + 2 * self.prefetch + 1):
             work = read_work(self.reader, self.plan, self.augment, micro_step)
-            for one in (*work.queries, *work.keys):
-                if one.sample in seen:
-                    continue
-                seen.add(one.sample)
-                try:
-                    decode(one.data, self.reader.max_pixels)
-                except BadImage as bad:
-                    self.reader.quarantine({one.sample: str(bad)})
-                    found = True
-                    continue
-                if pipeline.refused_by_decoder(one.data, self._device_id):
-                    self.reader.by_pil.add(one.sample)
-                    found = True
-            if found:
+            fresh = {one.sample: one.data for one in (*work.queries, *work.keys)}
+            fresh = {sample: data for sample, data in fresh.items() if sample not in seen}
+            seen |= fresh.keys()
+            bad = {sample: why for sample, data in fresh.items() if (why := self._bad(data))}
+            self.reader.quarantine(bad)
+            good = [sample for sample in fresh if sample not in bad]
+            refused = pipeline.refused_by_decoder([fresh[s] for s in good], self._device_id)
+            self.reader.by_pil.update(good[at] for at in refused)
+            if bad or refused:
                 return
         raise error
+
+    def _bad(self, data: bytes) -> str:
+        """Why PIL does not decode these bytes; empty if it does."""
+        try:
+            decode(data, self.reader.max_pixels)
+        except BadImage as bad:
+            return str(bad)
+        return ""
 
     def close(self) -> None:
         """Ends the reader processes and frees DALI's memory."""

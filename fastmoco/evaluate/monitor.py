@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.distributed import World, all_reduce_mean_, gather_rows
-from fastmoco.encoder import DTYPES, normalize_pixels
+from fastmoco.encoder import NormalizePixels
 from fastmoco.evaluate.features import LabelledImages, extract_features, raw_pixel_features
 from fastmoco.evaluate.knn import knn_accuracy
+from fastmoco.machine.precision import choose_precision
 from fastmoco.moco import MoCo
 
 # Raw pixels of more images than this would not fit into memory as a kNN bank.
@@ -50,7 +51,9 @@ class KnnMonitor:
     def trained(self, moco: MoCo) -> float:
         """kNN top-1 of encoder_q in [0, 1], with BN statistics averaged over ranks."""
         all_reduce_mean_(moco.running_statistics(), self._world)
-        encoder, dtype = moco.encoder_q, DTYPES[self._config.run.precision]
+        encoder = moco.encoder_q
+        dtype = choose_precision(self._config.run.precision, self._world.device).dtype
+        normalize_pixels = NormalizePixels(self._world.device)
 
         def trunk(images: Tensor) -> Tensor:
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):

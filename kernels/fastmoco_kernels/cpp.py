@@ -12,26 +12,26 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastmoco_kernels import processor
+
 # -fopenmp without linking: the library must share the threads of torch, whose OpenMP is loaded.
-COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
+COMPILE = ["-O3", "-std=c++17", "-fPIC", "-fopenmp"]
 COMPILE += ["-fno-math-errno", "-fno-trapping-math"]
 
 
 def _processor() -> str:
     """What -march=native depends on: folders in a shared home serve other processors too."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
     known = ("flags", "Features", "model name", "CPU part")
-    return "".join([platform.machine(), *sorted({x for x in lines if x.startswith(known)})])
+    told = {line for line in processor.lines() if line.startswith(known)}
+    return "".join([platform.machine(), *sorted(told)])
 
 
 def _compiled(source: Path, compiler: str) -> Path:
     """The shared library for this source, compiler and processor; compiled unless cached."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
-    parts = [source.read_text(), *headers, version.stdout, _processor(), *COMPILE]
+    flags = [*processor.march(), *COMPILE]
+    parts = [source.read_text(), *headers, version.stdout, _processor(), *flags]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
     library = root / f"{source.stem}_{name}.so"
@@ -40,7 +40,7 @@ def _compiled(source: Path, compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=root) as folder:
             code, linked = Path(folder) / "code.o", Path(folder) / "linked.so"
             for command in (
-                [compiler, *COMPILE, "-c", str(source), "-o", str(code)],
+                [compiler, *flags, "-c", str(source), "-o", str(code)],
                 [compiler, "-shared", str(code), "-o", str(linked)],
             ):
                 subprocess.run(command, capture_output=True, text=True, check=True)

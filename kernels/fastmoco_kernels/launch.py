@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 """`triton.jit`, with a type that mypy accepts as a decorator."""
@@ -23,7 +25,9 @@ class Launch:
     num_stages: int = 1
 
     def run(self) -> None:
-        """Enqueue the launch on the current stream; asynchronous."""
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        """Enqueue the launch on the current stream of its tensors' device; asynchronous."""
+        tensors = (value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(next(tensors)):  # Triton launches on the current device
+            self.kernel[self.grid](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )

@@ -72,31 +72,73 @@ def plan(sizes: Sequence[int], block: int) -> tuple[list[int], list[int]]:
     return first, owner
 
 
-_tables: OrderedDict[tuple[object, ...], tuple[Table, Tensor, Tensor]] = OrderedDict()
-_captured: list[tuple[Table, Tensor, Tensor]] = []
+class _Entry(NamedTuple):
+    table: Table
+    host: tuple[Tensor, Tensor]
+    """What `table.rows` and `table.owner` are copied from; pinned where they are on a GPU."""
+
+
+_tables: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
+# Tables of CUDA graphs, for good: a replay reads the device's half, and copies the host's again.
+_captured: dict[int, _Entry] = {}
+# Per layout one pair of pinned tensors for a capture, in which pinning memory is forbidden.
+_spares: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _host_memory(
+    device: torch.device, tensors: int, columns: int, programs: int
+) -> tuple[Tensor, Tensor]:
+    """Room for the rows and owners of a table; pinned for a GPU."""
+    pin = device.type == "cuda"
+    rows = torch.empty(tensors, columns, dtype=torch.int64, pin_memory=pin)
+    return rows, torch.empty(programs, dtype=torch.int32, pin_memory=pin)
 
 
 def table(lists: Sequence[Sequence[Tensor]], block: int) -> Table:
-    """The table of these lists; cached by their addresses and sizes."""
+    """The table of these lists; cached by their addresses and sizes.
+
+    Inside a capture of a CUDA graph raises `RuntimeError` where no call before it had lists of the
+    same sizes: only outside can memory be pinned.
+    """
     sizes = [t.numel() for t in lists[0]]
     addresses = [[t.data_ptr() for t in tensors] for tensors in lists]
-    key = (lists[0][0].device, block, *sizes, *(a for column in addresses for a in column))
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key][0]
-
-    first, owner = plan(sizes, block)
-    rows = torch.tensor([*addresses, sizes, first], dtype=torch.int64).T.contiguous()
-    owners = torch.tensor(owner, dtype=torch.int32)
     device = lists[0][0].device
-    if device.type == "cuda":
-        rows, owners = rows.pin_memory(), owners.pin_memory()
-    aligned = all(a % 16 == 0 for column in addresses for a in column)
-    built = Table(rows.to(device, non_blocking=True), owners.to(device, non_blocking=True), aligned)
-    _tables[key] = (built, rows, owners)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A replay of the graph copies from the pinned tensors again: they must outlive the cache.
-        _captured.append(_tables[key])
+    key = (device, block, *sizes, *(a for column in addresses for a in column))
+    capturing = _capturing(device)
+    entry = _tables.get(key)
+    if entry is None:
+        entry = _build(addresses, sizes, block, device, capturing)
+    if capturing:
+        # Its copy runs in replays only, so a table built here is of no use elsewhere.
+        _captured[id(entry)] = entry
+        return entry.table
+    layout = (*entry.table.rows.shape, *entry.table.owner.shape)
+    if (device, *layout) not in _spares:
+        _spares[device, *layout] = _host_memory(device, *layout)
+    _tables[key] = entry
+    _tables.move_to_end(key)
     if len(_tables) > MAX_TABLES:
         _tables.popitem(last=False)
-    return built
+    return entry.table
+
+
+def _build(
+    addresses: list[list[int]], sizes: list[int], block: int, device: torch.device, capturing: bool
+) -> _Entry:
+    first, owner = plan(sizes, block)
+    layout = (len(sizes), len(addresses) + 2, len(owner))
+    host = _spares.pop((device, *layout), None) if capturing else _host_memory(device, *layout)
+    if host is None:
+        raise RuntimeError(
+            f"no pinned memory is ready for an update of {len(sizes)} tensors inside a CUDA graph: "
+            "run the update once before each capture."
+        )
+    host[0].copy_(torch.tensor([*addresses, sizes, first], dtype=torch.int64).T)
+    host[1].copy_(torch.tensor(owner, dtype=torch.int32))
+    rows, owners = (t.to(device, non_blocking=True) for t in host)
+    aligned = all(a % 16 == 0 for column in addresses for a in column)
+    return _Entry(Table(rows, owners, aligned), host)

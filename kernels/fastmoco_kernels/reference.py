@@ -71,11 +71,20 @@ def sgd_ema_(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """`torch.optim.SGD` (dampening 0, no Nesterov) followed by `ema_`, in place. lr: () or (1,)."""
+    """`torch.optim.SGD` (dampening 0, no Nesterov) followed by `ema_`, in place. lr: () or (1,).
+
+    Gradients are divided by `grad_scale`; where `found_inf` is not 0, only `ema_` moves anything.
+    """
     for p, g, buf in zip(params, grads, momentum_buffers, strict=True):
-        buf.mul_(momentum).add_(g.to(p.dtype) + weight_decay * p)
-        p.sub_(buf * lr.to(p.device))
+        scaled = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
+        new_buf = momentum * buf + (scaled + weight_decay * p)
+        new_p = p - new_buf * lr.to(p.device)
+        skip = found_inf > 0 if found_inf is not None else None
+        buf.copy_(new_buf if skip is None else torch.where(skip, buf, new_buf))
+        p.copy_(new_p if skip is None else torch.where(skip, p, new_p))
     ema_(ema_params, params, ema_momentum)
 
 

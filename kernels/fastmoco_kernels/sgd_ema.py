@@ -24,9 +24,10 @@ from fastmoco_kernels.multi_tensor import Table, address, flat, like, locate, ta
 
 
 @jit
-def _step(p, g, buf, ema, lr, momentum, weight_decay, weight):  # type: ignore[no-untyped-def]
-    buf = momentum * buf + (g + weight_decay * p)
-    p -= lr * buf
+def _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight):  # type: ignore[no-untyped-def]
+    new_buf = momentum * buf + (g * inverse + weight_decay * p)
+    buf = tl.where(skip, buf, new_buf)
+    p = tl.where(skip, p, p - lr * new_buf)
     return p, buf, ema + weight * (p - ema)
 
 
@@ -35,6 +36,8 @@ def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
     rows,  # (L, 6) int64
     owner,  # (B,) int32
     lr_ptr,  # (1,) float32
+    grad_scale_ptr,  # (1,) float32 or None
+    found_inf_ptr,  # (1,) float32 or None
     momentum,
     weight_decay,
     weight,  # 1 - ema_momentum
@@ -48,10 +51,15 @@ def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
     buf_ptr = address(row, 2, tl.float32, ALIGNED) + start + lane
     ema_ptr = address(row, 3, tl.float32, ALIGNED) + start + lane
     lr = tl.load(lr_ptr)
+    inverse, skip = 1.0, False
+    if grad_scale_ptr is not None:
+        inverse = 1.0 / tl.load(grad_scale_ptr)
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) > 0.0
     # A ragged mask forbids vector accesses, so only the last program of a tensor has one.
     if start + BLOCK <= size:
         p, g, buf, ema = tl.load(p_ptr), tl.load(g_ptr), tl.load(buf_ptr), tl.load(ema_ptr)
-        p, buf, ema = _step(p, g, buf, ema, lr, momentum, weight_decay, weight)
+        p, buf, ema = _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight)
         tl.store(p_ptr, p)
         tl.store(buf_ptr, buf)
         tl.store(ema_ptr, ema)
@@ -59,7 +67,7 @@ def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
         inside = lane < size - start
         p, g = tl.load(p_ptr, mask=inside), tl.load(g_ptr, mask=inside)
         buf, ema = tl.load(buf_ptr, mask=inside), tl.load(ema_ptr, mask=inside)
-        p, buf, ema = _step(p, g, buf, ema, lr, momentum, weight_decay, weight)
+        p, buf, ema = _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight)
         tl.store(p_ptr, p, mask=inside)
         tl.store(buf_ptr, buf, mask=inside)
         tl.store(ema_ptr, ema, mask=inside)
@@ -77,6 +85,8 @@ def sgd_ema_launch(
     weight_decay: float,
     ema_momentum: float,
     arch: int,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> Launch:
     """The one launch of `sgd_ema_` over a table of params, grads, buffers and EMA params."""
     block, warps = launch_configuration(arch)
@@ -84,6 +94,8 @@ def sgd_ema_launch(
         "rows": pointers.rows,
         "owner": pointers.owner,
         "lr_ptr": lr,
+        "grad_scale_ptr": grad_scale,
+        "found_inf_ptr": found_inf,
         "momentum": momentum,
         "weight_decay": weight_decay,
         "weight": 1.0 - ema_momentum,
@@ -102,13 +114,17 @@ def sgd_ema_triton(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """`sgd_ema_` by the Triton kernel: on CUDA, or on the CPU under the interpreter."""
     arch = architecture(params[0].device)
     lists = [params, like(grads, params), momentum_buffers, ema_params]
     pointers = table(lists, launch_configuration(arch)[0])
     rate = lr.to(params[0].device, torch.float32, non_blocking=True)
-    sgd_ema_launch(pointers, rate, momentum, weight_decay, ema_momentum, arch).run()
+    sgd_ema_launch(
+        pointers, rate, momentum, weight_decay, ema_momentum, arch, grad_scale, found_inf
+    ).run()
 
 
 @torch.library.custom_op(
@@ -125,10 +141,14 @@ def _sgd_ema(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     # ResNet-50, two cores: 24 ms; foreach SGD and lerp 73 ms. Walking blocks that fit the cache, so
     # that p is read once, gains nothing.
     # Channels-last gradients as they lie: fused SGD would make each contiguous by a copy.
+    if grad_scale is not None:  # fused SGD would divide the caller's gradients in place
+        grads = list(torch._foreach_div(grads, grad_scale))
     torch._fused_sgd_(
         flat(params),
         flat(like(grads, params)),
@@ -140,6 +160,7 @@ def _sgd_ema(
         nesterov=False,
         maximize=False,
         is_first_step=False,
+        found_inf=found_inf,
     )
     torch._foreach_lerp_(ema_params, params, 1.0 - ema_momentum)
 
@@ -154,10 +175,21 @@ def _(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     implementation = reference.sgd_ema_ if "sgd_ema_" in fallback.replaced() else sgd_ema_triton
     implementation(
-        params, grads, momentum_buffers, ema_params, lr, momentum, weight_decay, ema_momentum
+        params,
+        grads,
+        momentum_buffers,
+        ema_params,
+        lr,
+        momentum,
+        weight_decay,
+        ema_momentum,
+        grad_scale,
+        found_inf,
     )
 
 
@@ -171,6 +203,8 @@ def _(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     return None
 
@@ -185,12 +219,16 @@ def sgd_ema_(
     momentum: float,
     weight_decay: float,
     ema_momentum: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One optimizer step on params and one momentum update of ema_params, in place.
 
     All lists are float32 tensors of pairwise equal shapes on one device. lr may be a float or a
     float32 tensor with one element; inside torch.compile give a tensor, which can change without a
-    recompilation. Raises ValueError naming what does not pair up.
+    recompilation. A gradient scaler's `grad_scale` and `found_inf`, float32 with one element on the
+    device, divide the gradients and, where `found_inf` is not 0, leave params and buffers as they
+    are; ema_params move all the same. Raises ValueError naming what does not pair up.
     """
     written = {"params": params, "momentum_buffers": momentum_buffers, "ema_params": ema_params}
     check_lists(written, {"grads": grads})
@@ -210,4 +248,6 @@ def sgd_ema_(
             momentum,
             weight_decay,
             ema_momentum,
+            grad_scale,
+            found_inf,
         )

@@ -48,7 +48,7 @@ def test_switched_off_means_off() -> None:
     seen: list[torch.Tensor] = []
     stem = step.moco.encoder_q.get_submodule("conv1")
     stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with mock.patch("fastmoco.encoder.normalize_pixels", side_effect=AssertionError):
+    with mock.patch("fastmoco.encoder.NormalizePixels.forward", side_effect=AssertionError):
         switch_off(run, step, ("channels_last", "uint8_input"))()
     assert seen[0].is_contiguous()
     assert not seen[0].is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 from bench.official import OfficialMoCo, OfficialStep, as_published
 from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
 from fastmoco.distributed import World
-from fastmoco.encoder import build_encoder, normalize_pixels
+from fastmoco.encoder import NormalizePixels, build_encoder
 from fastmoco.moco import build_moco
 from fastmoco.shuffle import AllToAllShuffle
 from fastmoco.step import build_step
@@ -69,7 +69,7 @@ def compare(world: World) -> dict[str, list[float]]:
             order = torch.from_numpy(ours.shuffle.arrangement(number))
         with mock.patch("torch.randperm", lambda *_, order=order, **__: order.clone()):
             loss, top1, _ = theirs(
-                *(normalize_pixels(images).contiguous() for images in (im_q, im_k))
+                *(NormalizePixels()(images).contiguous() for images in (im_q, im_k))
             )
         result = ours([Views(im_q, im_k)], number)
         apart["loss"].append(abs(float(result.loss) - loss) / loss)

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -249,3 +250,39 @@ def test_too_many_bad_files_stop_the_run_with_one_sentence(tmp_path: Path) -> No
         run(configuration(tmp_path / "bad", tmp_path, "array", share=0.01), 3)
     assert "bad_samples.jsonl" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@needs_dali
+def test_culprits_of_a_batch_are_found_by_bisection() -> None:
+    from fastmoco.data import pipeline
+
+    data = [jpeg(quality=50 + number) for number in range(32)]
+    for culprit in (0, 13):
+        data[culprit] = b"no image"
+    with mock.patch.object(pipeline, "decode_all", wraps=pipeline.decode_all) as tries:
+        assert pipeline.refused_by_decoder(data, None) == [0, 13]
+    assert tries.call_count <= 2 * 2 * 5  # each builds a pipeline
+    assert pipeline.refused_by_decoder(data[1:13], None) == []
+    assert pipeline.refused_by_decoder([], None) == []
+
+
+@needs_dali
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "AcceleratorError"])
+def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
+    from fastmoco.data import dali, pipeline
+
+    error: type[Exception] = getattr(torch, kind)
+    engine = dali.DaliEngine(
+        mock.Mock(), mock.Mock(), AugmentConfig(), readers=1, threads=1, prefetch=1, device=CPU
+    )
+    with (
+        mock.patch.object(engine, "_run", side_effect=error),
+        mock.patch.object(dali, "read_work", side_effect=AssertionError("searches for images")),
+        pytest.raises(error),
+    ):
+        engine.next()
+    with (
+        mock.patch.object(pipeline, "decode_all", side_effect=error),
+        pytest.raises(error),
+    ):
+        pipeline.refused_by_decoder([jpeg()], None)

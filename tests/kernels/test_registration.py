@@ -42,10 +42,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     losses, dq = torch.rand(4), torch.rand(4, 16)
     torch.library.opcheck(_mean_with_gradient, (q.requires_grad_(True), losses, dq))
     torch.library.opcheck(ema._ema, (copies(), copies(), 0.9, shadows))
-    torch.library.opcheck(
-        sgd_ema._sgd_ema,
-        (copies(), copies(), copies(), copies(), torch.tensor(0.1), 0.9, 1e-4, 0.99),
-    )
+    scaled = (torch.tensor(2.0), torch.tensor(0.0))
+    for scaler in ((), scaled):
+        torch.library.opcheck(
+            sgd_ema._sgd_ema,
+            (copies(), copies(), copies(), copies(), torch.tensor(0.1), 0.9, 1e-4, 0.99, *scaler),
+        )
 
 
 def _step(q: Tensor, queue: Tensor, pointer: Tensor, p: Tensor, lr: Tensor) -> Tensor:

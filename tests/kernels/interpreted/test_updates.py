@@ -66,6 +66,29 @@ def test_sgd_ema_is_sgd_then_ema_over_steps() -> None:
         torch.testing.assert_close(got.double(), want.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("found", [0.0, 2.0])
+def test_sgd_ema_divides_by_the_scale_and_skips_what_overflowed(found: float) -> None:
+    sizes = around(SGD_BLOCK)
+    params, grads, buffers, ema = (draw(sizes, seed) for seed in range(4))
+    want = [[t.double() for t in tensors] for tensors in (params, buffers, ema)]
+    if found:
+        grads[-1].view(-1)[3] = torch.inf
+        want[2] = [0.9 * e + 0.1 * p for e, p in zip(want[2], want[0], strict=True)]
+    else:
+        pairs = zip(grads, want[0], want[1], strict=True)
+        want[1] = [0.9 * b + g.double() / 512 + 1e-3 * p for g, p, b in pairs]
+        want[0] = [p - 0.1 * b for p, b in zip(want[0], want[1], strict=True)]
+        want[2] = [0.9 * e + 0.1 * p for e, p in zip(want[2], want[0], strict=True)]
+    lr, scale = torch.tensor(0.1), torch.tensor([512.0])
+    with watched(*params, *grads, *buffers, *ema):
+        sgd_ema_triton(
+            params, grads, buffers, ema, lr, 0.9, 1e-3, 0.9, scale, torch.tensor([found])
+        )
+    for got, exact in zip((params, buffers, ema), want, strict=True):
+        for g, e in zip(got, exact, strict=True):
+            torch.testing.assert_close(g.double(), e, rtol=1e-6, atol=1e-6)
+
+
 def test_unaligned_views_and_channels_last() -> None:
     pool = torch.zeros(4 * BLOCK)
     view = pool[1 : 1 + BLOCK + 3]

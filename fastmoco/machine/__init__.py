@@ -1,0 +1,1 @@
+"""The machine below a run: processor, cores, threads, memory."""

@@ -1,0 +1,38 @@
+"""Variables that libraries read when torch is loaded; `fastmoco` imports this before anything else.
+
+Standard library only: nothing here may load torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+# How far `FASTMOCO_CPU=avx2` (see `fastmoco_kernels.processor`) caps the libraries of torch.
+_CAPPED = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+# Turns of the loop in which a thread of GNU OpenMP waits for the others before it sleeps. libgomp's
+# own count lasts some milliseconds: beside other busy processes the waiting threads then
+# take the time that the thread they wait for needs (rows of bench/results/threads.jsonl).
+SPIN_COUNT = "10000"
+LIBGOMP_SPIN_COUNT = "300000"
+"""What libgomp takes where neither variable is set."""
+
+
+def settle_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what `FASTMOCO_CPU` and good neighbourhood ask for; what the user has set stays."""
+    for name, value in _CAPPED.get(environment.get("FASTMOCO_CPU", ""), {}).items():
+        environment[name] = value
+    if "OMP_WAIT_POLICY" not in environment and sys.platform.startswith("linux"):
+        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+settle_environment()
+LATE = "torch" in sys.modules
+"""Whether torch was loaded before, so that the variables above come too late for this process."""
