@@ -4,13 +4,26 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint type bench bench-report clean
+# Tests run in so many processes side by side, each of which computes with one thread.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-avx2 test-slow lint type bench bench-report clean
 
 demo: $(READY)
-	$(BIN)/torchrun --standalone --nproc_per_node=1 -m fastmoco.train --config configs/demo.yaml
+	$(BIN)/torchrun --standalone --nproc_per_node=1 -m fastmoco.train --config configs/demo.yaml $(OPTIONS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What depends on the processor, as a machine with AVX2 and no more runs it.
+test-avx2: export FASTMOCO_CPU = avx2
+test-avx2: $(READY)
+	$(PYTEST) -m "processor and not slow"
+
+# Every combination of what `make test` covers once of each kind.
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,18 +25,22 @@ machine=(nvidia-smi)
 tests=(tests)
 kernels=(--device cuda)
 few=()
+contestants=()
+parts=()
 small_batch=32
 publish=()
 [ -n "$(git status --porcelain -- . ':!bench/results' 2>&1)" ] || publish=(--publish)
 kernels+=(${publish[@]+--save})
 if [ -n "${REHEARSE:-}" ]; then
-  options+=(--run.device cpu --model.arch resnet18 --augment.image_size 32
-    --optim.global_batch_size 16 --moco.bn_group_size 8 --moco.queue_size 64)
+  options+=(--run.device cpu --run.precision fp32 --model.arch resnet18 --augment.image_size 32
+    --optim.global_batch_size 8 --moco.bn_group_size 4 --moco.queue_size 64)
   machine=(uname -a)
   tests=(tests/bench/test_launches.py)
   kernels=(--device cpu --only ema --rounds 1)
   few=(--windows 1)
-  small_batch=8
+  contestants=(--only step,official)
+  parts=(--parts waterfall)
+  small_batch=4
   publish=()
 fi
 
@@ -61,11 +65,12 @@ part "Doctor and preflight" "$python" -m fastmoco.doctor "${options[@]}"
 part "Tests on the device" "$python" -m pytest -q -m gpu "${tests[@]}"
 part "Kernels" "$python" -m bench.kernels "${kernels[@]}"
 part "Throughput and profile" "$python" -m bench.throughput "${options[@]}" --profile \
-  ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+  ${contestants[@]+"${contestants[@]}"} ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
 part "Throughput of a small batch" "$python" -m bench.throughput "${options[@]}" \
-  --optim.global_batch_size "$small_batch" ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+  --optim.global_batch_size "$small_batch" \
+  ${contestants[@]+"${contestants[@]}"} ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
 part "Ablation" "$python" -m bench.ablation "${options[@]}" \
-  ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
+  ${parts[@]+"${parts[@]}"} ${few[@]+"${few[@]}"} ${publish[@]+"${publish[@]}"}
 printf '\n%s parts failed.\n' "$failed" >> "$report"
 echo "$report written; $failed parts failed"
 exit $((failed > 0))

@@ -40,12 +40,19 @@ def _next(tasks: Any) -> Any:
     return None
 
 
+def forking_context() -> Any:
+    """Starts processes as forks of a server that has imported torch once for all of them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "torch.distributed"])
+    return context
+
+
 class Ranks:
     """`size` processes in one gloo group; `run` calls a module-level function on each of them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = mp.get_context("spawn")
+        context = forking_context()
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         self._tasks = [context.Queue() for _ in range(size)]
@@ -63,10 +70,19 @@ class Ranks:
         """`function(world, *arguments)` on every rank; results in rank order."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        answers = [self._results.get(timeout=300) for _ in range(self.size)]
+        answers = [self._answer() for _ in range(self.size)]
         failed = [trace for _, _, trace in answers if trace]
         assert not failed, failed[0]
         return [value for _, value, _ in sorted(answers, key=lambda answer: answer[0])]
+
+    def _answer(self) -> Any:
+        """The next answer of any rank; however long it takes, while all of them live."""
+        while True:
+            try:
+                return self._results.get(timeout=5)
+            except queue.Empty:
+                dead = [p.exitcode for p in self._processes if not p.is_alive()]
+                assert not dead, f"{len(dead)} of {self.size} ranks died, with exit codes {dead}"
 
     def close(self) -> None:
         """End the processes."""

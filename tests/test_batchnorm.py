@@ -15,6 +15,7 @@ from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import ModelConfig
 from fastmoco.encoder import build_encoder
 
+pytestmark = pytest.mark.processor
 GROUP = 4
 
 

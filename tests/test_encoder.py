@@ -96,6 +96,7 @@ def test_trunk_and_gradients_are_those_of_torchvision(arch: str) -> None:
     torch.testing.assert_close(encoder.eval().fc(encoder.trunk(x)), twin.eval()(x))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_embed_gives_unit_fp32_vectors(precision: str) -> None:
     config = Config(model=ModelConfig(arch="resnet18", dim=16))

@@ -22,6 +22,8 @@ from fastmoco.step import Step, build_step
 from tests.oracle import MEAN, STD, Groups, OracleMoCo, plain_double
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.processor
+
 BATCH, GROUP, STEPS, SIDE = 16, 4, 4, 12
 LR = 0.05
 

@@ -38,7 +38,6 @@ def traced(arch: str, how: str) -> dict[str, Any]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -184,7 +183,6 @@ def test_key_path_is_one_graph_and_equals_eager(two_ranks: Ranks) -> None:
     assert two_ranks.run(key_path) == [True, True]
 
 
-@pytest.mark.slow
 def test_compiled_for_the_cpu_the_step_is_one_graph_that_never_recompiles() -> None:
     eager, _, _ = steps_of(ONE, COMPILED, None)
     whole, graphs, breaks = steps_of(ONE, COMPILED, "inductor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -96,23 +97,47 @@ def test_a_gpu_that_reports_no_power_has_no_energy_in_its_row() -> None:
     assert found["sm_clock_mhz"] == 1700
 
 
-def test_meter_reads_while_a_contestant_works() -> None:
-    meter = nvml.Meter(FakeNvml(), "gpu")
-    sleeper = Contestant("sleeper", "tests.bench.test_nvml:Sleeper")
-    first, second = contest([sleeper], windows=2, steps=1, warmup=0, meter=meter)["sleeper"].windows
+class Witness(FakeNvml):
+    """Leaves a file `windows/N` once it was read three times in window N."""
+
+    def __init__(self, windows: Path) -> None:
+        super().__init__()
+        self.windows, self.looks, self.energies = windows, 0, 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self.energies, self.looks = self.energies + 1, 0  # asked at the begin and at the end
+        return super().nvmlDeviceGetTotalEnergyConsumption(handle)
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        self.looks += 1
+        if self.looks == 3:
+            (self.windows / str(self.energies // 2)).touch()
+        return super().nvmlDeviceGetPowerUsage(handle)
+
+
+def test_meter_reads_while_a_contestant_works(tmp_path: Path) -> None:
+    meter = nvml.Meter(Witness(tmp_path), "gpu")
+    worker = Contestant("w", "tests.bench.test_nvml:Worker", {"windows": str(tmp_path)})
+    first, second = contest([worker], windows=2, steps=1, warmup=0, meter=meter)["w"].windows
     for each in (first, second):
         assert each.gpu is not None
         assert each.gpu.counted_j == pytest.approx(45)
-        assert len(each.gpu.samples) > 2  # 0.3 s at 20 per second, and one at the end
+        assert len(each.gpu.samples) > 3  # three while it worked, and one at the end
 
 
-class Sleeper:
-    """A machine whose step takes 0.3 s."""
+class Worker:
+    """A machine that works until it was looked at often enough: window N until `windows/N`."""
 
     device, wait_s = torch.device("cpu"), 0.0
 
+    def __init__(self, windows: str) -> None:
+        self.windows, self.done = Path(windows), 0
+
     def run(self, steps: int) -> None:
-        time.sleep(0.3 * steps)
+        for _ in range(steps):
+            while not (self.windows / str(self.done)).exists():
+                time.sleep(0.01)
+            self.done += 1
 
     def facts(self) -> dict[str, Any]:
         return {}

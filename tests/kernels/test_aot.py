@@ -44,9 +44,13 @@ def test_narrow_loads_would_be_noticed() -> None:
     assert not any(".128" in op for op in made.operations)
 
 
-def configurations(arch: int) -> dict[tuple[object, ...], aot.Case]:
+Key = tuple[object, ...]
+TILE = slice(0, 5)  # of a key: tile sizes, warps and stages; behind it dtypes, shift and precision
+
+
+def configurations(arch: int) -> dict[Key, aot.Case]:
     """One partial launch per tile shape, pair of dtypes and kind of shift that can be chosen."""
-    found: dict[tuple[object, ...], aot.Case] = {}
+    found: dict[Key, aot.Case] = {}
     for dtype, queue_dtype in ((BF16, F32), (BF16, BF16), (F16, F32), (F32, F32), (F32, BF16)):
         for n in (32, 256):
             for c in (64, 128, 256, 512):
@@ -63,11 +67,41 @@ def configurations(arch: int) -> dict[tuple[object, ...], aot.Case]:
     return found
 
 
+def one_of_each_tile(arch: int) -> dict[Key, aot.Case]:
+    """Of `configurations`, one per tile shape; what else can vary goes round with `arch`."""
+    by_tile: dict[Key, list[Key]] = {}
+    every = configurations(arch)
+    for key in every:
+        by_tile.setdefault(key[TILE], []).append(key)
+    turn = 2 * aot.ARCHITECTURES.index(arch)
+    chosen = [keys[(turn + i) % len(keys)] for i, keys in enumerate(by_tile.values())]
+    return {key: every[key] for key in chosen}
+
+
+def check_configurations(cases: dict[Key, aot.Case], arch: int) -> None:
+    for key, case in cases.items():
+        made = check(case, arch)
+        assert (made.tensor_core > 0) == ("tf32x3" in key or key[5] == BF16 or key[5] == F16)
+
+
+def test_the_chosen_configurations_have_every_tile_and_every_kind() -> None:
+    chosen, every = set[Key](), set[Key]()
+    for arch in aot.ARCHITECTURES:
+        here, all_here = one_of_each_tile(arch), configurations(arch)
+        assert {key[TILE] for key in here} == {key[TILE] for key in all_here}
+        chosen |= here.keys()
+        every |= all_here.keys()
+    assert {key[5:] for key in chosen} == {key[5:] for key in every}
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_a_configuration_of_each_tile_compiles_without_spills(arch: int) -> None:
+    check_configurations(one_of_each_tile(arch), arch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_every_configuration_compiles_without_spills(arch: int) -> None:
     cases = configurations(arch)
     assert len(cases) > 30
-    for key, case in cases.items():
-        made = check(case, arch)
-        assert (made.tensor_core > 0) == ("tf32x3" in key or key[5] == BF16 or key[5] == F16)
+    check_configurations(cases, arch)

@@ -14,7 +14,7 @@ from fastmoco_kernels import batch_norm_cpu, reference
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
 from tests.compiled import needs, threads
 
-pytestmark = needs(batch_norm_cpu.reason())
+pytestmark = [pytest.mark.processor, needs(batch_norm_cpu.reason())]
 
 EPS, MOMENTUM = 1e-5, 0.1
 

@@ -15,6 +15,7 @@ from fastmoco_kernels import convolution_cpu
 from fastmoco_kernels.convolution_cpu import convolution, supports, weight_gradient
 from tests.compiled import needs, threads
 
+pytestmark = pytest.mark.processor
 needs_kernel = needs(convolution_cpu.reason())
 
 # N, C, H, W, O, K, stride, padding: a block of 256 pixels that ends in the middle of an image, odd

@@ -20,6 +20,7 @@ from tests.kernels.oracle import (
     worst,
 )
 
+pytestmark = pytest.mark.processor
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -167,7 +168,6 @@ print(out.loss.item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**2
 """
 
 
-@pytest.mark.slow
 def test_four_million_negatives_within_four_gigabytes() -> None:
     run = subprocess.run(
         [sys.executable, "-c", FOUR_MILLION],
@@ -183,7 +183,6 @@ def test_four_million_negatives_within_four_gigabytes() -> None:
     assert gigabytes < 4.0
 
 
-@pytest.mark.slow
 def test_more_than_two_to_the_31_logits() -> None:
     n, k = 4096, 2**19 + 7
     q, key, queue = features(n, 16, k)

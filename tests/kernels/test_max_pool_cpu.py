@@ -12,7 +12,7 @@ from fastmoco_kernels import max_pool_cpu
 from fastmoco_kernels.max_pool_cpu import max_pool, supports
 from tests.compiled import needs, threads
 
-pytestmark = needs(max_pool_cpu.reason())
+pytestmark = [pytest.mark.processor, needs(max_pool_cpu.reason())]
 
 DTYPES = [torch.float32, torch.bfloat16]
 # N, C, H, W: even and odd sides, windows over both edges, one pixel, more vectors than one.

@@ -1,0 +1,55 @@
+"""Runs a program as `python -m` does, but briefly: `python one_process.py -m bench.ablation ...`.
+
+Contestants of a benchmark run in this process, which saves the start of Python and torch for each
+of them, and the doctor measures no longer than it must.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+from bench import contest
+from fastmoco import doctor
+
+
+class InThisProcess:
+    """Stands in for `bench.contest._Process`."""
+
+    def __init__(self, contestant: contest.Contestant) -> None:
+        self.name = contestant.name
+        module, function = contestant.factory.split(":")
+        self._machine = getattr(import_module(module), function)(**contestant.arguments)
+
+    def answer(self) -> None:
+        """It is built already."""
+
+    def ask(self, what: str, steps: int) -> Any:
+        """What the process would answer."""
+        if what == "run":
+            return contest._timed(self._machine, steps)
+        return contest._facts(self._machine)
+
+    def window(self, steps: int, meter: object) -> contest.Window:
+        """Without a meter."""
+        return contest.Window(*self.ask("run", steps))
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        self._machine.close()
+
+
+def main() -> int:
+    """Exit code of the program."""
+    module, *arguments = sys.argv[2:]
+    with (
+        mock.patch.object(contest, "_Process", InThisProcess),
+        mock.patch.object(doctor, "BUDGET_S", 0.1),
+    ):
+        return int(import_module(module).main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
