@@ -68,3 +68,15 @@ def load(
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.POINTER(arguments)], None
     return library, ""
+
+
+def available(
+    source: Path, arguments: type[ctypes.Structure], functions: Sequence[str]
+) -> tuple[ctypes.CDLL | None, str]:
+    """The same for a source that cannot serve every processor: its `unavailable` says why not."""
+    library, why = load(source, arguments, functions)
+    if library is None:
+        return None, why
+    library.unavailable.restype = ctypes.c_char_p
+    why = library.unavailable().decode()
+    return (None, why) if why else (library, "")
