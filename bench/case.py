@@ -22,6 +22,7 @@ def case_of(config: Config) -> dict[str, Any]:
     precision = choose_precision(config.run.precision, device_of(config))
     return {
         "arch": config.model.arch,
+        "width": config.model.width,
         "image_size": config.augment.image_size,
         "batch": config.optim.global_batch_size,
         "queue_size": config.moco.queue_size,

@@ -28,7 +28,6 @@ from fastmoco.pooling import MaxPool2d
 # What torchvision has in place of each of our modules; both have the same parameters and buffers.
 PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
     ours.ResNet: resnet.ResNet,
-    ours.WideResNet: resnet.ResNet,
     ours.BasicBlock: resnet.BasicBlock,
     ours.Bottleneck: resnet.Bottleneck,
     SplitBatchNorm2d: nn.BatchNorm2d,

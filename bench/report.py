@@ -160,11 +160,15 @@ def _ablation(rows: Sequence[Row]) -> list[str]:
 
 
 def _threads(rows: Sequence[Row]) -> list[str]:
-    """Settings of the host's threads, relative to libgomp's own with every core."""
+    """Settings of the host's threads, relative to the first one, which a run has by itself."""
     beside = {
         "loader": "fed by its loader",
-        "nobody": "images at hand, cores idle",
-        "process": "images at hand, beside one busy process",
+        0: "images at hand, cores idle",
+        1: "images at hand, beside one busy process",
+        3: "images at hand, beside three busy processes",
+        # Of rows whose first setting is libgomp's own waiting:
+        "nobody": "images at hand, cores idle, GOMP_SPINCOUNT=300000",
+        "process": "images at hand, beside one busy process, GOMP_SPINCOUNT=300000",
     }
     lines = [
         "| step | setting | images/s p50 | time of a step, to all threads (p50) | p20 - p80 |",
@@ -175,9 +179,10 @@ def _threads(rows: Sequence[Row]) -> list[str]:
         for row in run:
             p20, p50, p80 = row["relative"]
             name = row["contestant"].replace("nothing", f"{where['threads']} threads")
+            where_it_ran = beside.get(case["beside"], case["beside"])
             lines.append(
                 f"| {case['arch']}, {case['image_size']} px, batch {case['batch']}, "
-                f"{beside[case['beside']]} | {name} | {figure(row['p50_images_per_second'])} | "
+                f"{where_it_ran} | {name} | {figure(row['p50_images_per_second'])} | "
                 f"{p50:.2f} | {p20:.2f} - {p80:.2f} |"
             )
     return lines if len(lines) > 2 else []

@@ -1,11 +1,11 @@
 """Which threads and which waiting suit the CPU step: `python -m bench.threads --config FILE`.
 
-OpenMP threads that wait actively burn the cores that loader workers want; threads that sleep take
-a moment to wake. Every setting is a process of its own, and they take turns:
+OpenMP threads that wait actively burn the cores that others want; threads that sleep take a moment
+to wake. Every setting is a process of its own, and they take turns:
 
-    (default)    the step on images at hand, beside one process that computes all the time
-    --alone      the same on idle cores, and with huge pages
-    --fed        the step fed by its loader, with all threads and with one less: what to train with
+    --neighbours N     the step on images at hand, beside N processes that compute all the time (1)
+    --fed              the step fed by its loader, with all threads and with one less
+    --publish          append rows to bench/results/threads.jsonl; refused for a dirty tree
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from bench.harness import RESULTS, write_rows
 from bench.throughput import summary
 from fastmoco.config import Config, check, dump, parse
 from fastmoco.data.folders import resolve_folders
+from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT, SPIN_COUNT
 
 ROWS = RESULTS / "threads.jsonl"
 
 
-def settings(beside: str, threads: int) -> dict[str, dict[str, str]]:
-    """Variables that are set before torch is loaded, by what they are; the first is the default."""
+def settings(fed: bool, threads: int) -> dict[str, dict[str, str]]:
+    """Variables that are set before torch is loaded, by what they are; the first is ours."""
     fewer = {f"{n} thread{'s' * (n > 1)}": str(n) for n in sorted({1, threads - 1}) if n}
     chosen: dict[str, dict[str, str]] = {EVERYTHING: {}}
-    if beside != "loader":
+    if not fed:
         chosen["OMP_WAIT_POLICY=passive"] = {"OMP_WAIT_POLICY": "passive"}
-        chosen["GOMP_SPINCOUNT=10000"] = {"GOMP_SPINCOUNT": "10000"}
-    if beside == "nobody":
-        chosen["THP_MEM_ALLOC_ENABLE=1"] = {"THP_MEM_ALLOC_ENABLE": "1"}
+        for spins in ("1000", "100000", LIBGOMP_SPIN_COUNT):
+            chosen[f"GOMP_SPINCOUNT={spins}"] = {"GOMP_SPINCOUNT": spins}
     chosen |= {name: {"OMP_NUM_THREADS": number} for name, number in fewer.items()}
-    return {name: {"OMP_NUM_THREADS": str(threads), **more} for name, more in chosen.items()}
+    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
+    return {name: {**ours, **more} for name, more in chosen.items()}
 
 
 def compute_for_ever() -> None:
@@ -50,23 +51,25 @@ def compute_for_ever() -> None:
         total += sum(range(10_000))
 
 
-def run(config: Config, beside: str, threads: int, windows: int, steps: int) -> dict[str, Result]:
-    """The contest of the settings; `beside` is `process`, `nobody` or `loader`."""
-    fed = beside == "loader"
+def run(
+    config: Config, fed: bool, neighbours: int, threads: int, windows: int, steps: int
+) -> dict[str, Result]:
+    """The contest of the settings, beside so many neighbours."""
     text = dump(resolve_folders(config) if fed else config)
     factory = "bench.machines:end_to_end" if fed else "bench.machines:our_step"
     contestants = [
         Contestant(name, factory, {"config": text}, variables)
-        for name, variables in settings(beside, threads).items()
+        for name, variables in settings(fed, threads).items()
     ]
-    neighbour = get_context("spawn").Process(target=compute_for_ever, daemon=True)
-    if beside == "process":
+    spawn = get_context("spawn")
+    busy = [spawn.Process(target=compute_for_ever, daemon=True) for _ in range(neighbours)]
+    for neighbour in busy:
         neighbour.start()
     try:
         lead = config.data.prefetch + 2 if fed else 0
         return contest(contestants, windows=windows, steps=steps, warmup=2, lead=lead)
     finally:
-        if neighbour.pid:
+        for neighbour in busy:
             neighbour.terminate()
 
 
@@ -87,15 +90,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window-steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--neighbours", type=int, default=1)
     parser.add_argument("--fed", action="store_true")
     parser.add_argument("--publish", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     config = parse(rest)
     check(config, 1)
     where = origin(device_of(config), own.publish) | {"threads": own.threads}
-    beside = "loader" if own.fed else "nobody" if own.alone else "process"
-    results = run(config, beside, own.threads, own.windows, own.window_steps)
+    neighbours = 0 if own.fed else own.neighbours
+    results = run(config, own.fed, neighbours, own.threads, own.windows, own.window_steps)
+    beside = "loader" if own.fed else neighbours
     shared = {"benchmark": "threads", "case": case_of(config) | {"beside": beside}}
     rows = rows_of(results, shared)
     for row in rows:

@@ -30,11 +30,12 @@ def start_lines(
     why = f" (auto: {world.size} rank{'s' * (world.size > 1)})" * (moco.shuffle_bn == "auto")
     precision = choose_precision(config.run.precision, world.device)
     scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
+    wide = f" x {config.model.width:g}" * (config.model.width != 1)
     total = steps_per_epoch * optim.epochs
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
-        f"model     {config.model.arch}, {config.model.stem} stem, {config.model.head} head, "
+        f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
         f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
         f"loss of a random guess {math.log(1 + moco.queue_size):.2f}"

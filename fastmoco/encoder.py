@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import ModelConfig
-from fastmoco.resnet import BACKBONES, ResNet
+from fastmoco.resnet import BACKBONES, WIDTHS, ResNet
 
 # ImageNet statistics of RGB in [0, 1], as the official pipeline normalizes.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -26,7 +26,10 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
     `bn_group_size` > 0 normalizes over runs of that many samples (`SplitBatchNorm2d`). Names in the
     state dict are torchvision's, with `fc.{weight,bias}` (linear) or `fc.{0,2}.*` (mlp).
     """
-    encoder = BACKBONES[config.arch](norm_layer=partial(SplitBatchNorm2d, group_size=bn_group_size))
+    encoder = BACKBONES[config.arch](
+        norm_layer=partial(SplitBatchNorm2d, group_size=bn_group_size),
+        width=config.width * WIDTHS.get(config.arch, 1.0),
+    )
     if config.stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")

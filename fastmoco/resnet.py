@@ -47,12 +47,45 @@ class Bottleneck(resnet.Bottleneck):
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet on the blocks above."""
+    """torchvision's ResNet on the blocks above.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    `width` multiplies every number of channels: 2 and 4 are R50w2x and R50w4x of arXiv 1911.05722,
+    section 4.1. torchvision's `wide_resnet50_2` widens only the inner 3x3 convolutions; here the
+    stem and the block outputs widen too.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        width: float = 1.0,
+        **options: Any,
+    ) -> None:
+        self._width = width
+        super().__init__(block, layers, **options)
+        if width != 1:
+            stem = self._channels(64)
+            self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.bn1 = self._norm_layer(stem)
+            self.fc = nn.Linear(self._channels(512) * block.expansion, 1000)
         self.maxpool = MaxPool2d()
         adopt(self)
+
+    def _channels(self, planes: int) -> int:
+        return round(planes * self._width)
+
+    def _make_layer(
+        self,
+        block: type[resnet.BasicBlock | resnet.Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        if planes == 64:  # the first stage reads the stem
+            self.inplanes = self._channels(64)
+        return super()._make_layer(block, self._channels(planes), blocks, stride, dilate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, S, S) to what `fc` makes of their features."""
@@ -66,34 +99,8 @@ class ResNet(resnet.ResNet):
         return torch.flatten(self.avgpool(x), 1)
 
 
-class WideResNet(ResNet):
-    """ResNet-50 with every width multiplied: R50w2x and R50w4x of arXiv 1911.05722, section 4.1.
-
-    torchvision's `wide_resnet50_2` widens only the inner 3x3 convolutions; here the stem and the
-    block outputs widen too.
-    """
-
-    def __init__(self, width: int, norm_layer: NormLayer) -> None:
-        self._width = width
-        super().__init__(Bottleneck, [3, 4, 6, 3], norm_layer=norm_layer)
-        stem = 64 * width
-        self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1 = norm_layer(stem)
-        self.fc = nn.Linear(2048 * width, 1000)
-
-    def _make_layer(
-        self,
-        block: type[resnet.BasicBlock | resnet.Bottleneck],
-        planes: int,
-        blocks: int,
-        stride: int = 1,
-        dilate: bool = False,
-    ) -> nn.Sequential:
-        if planes == 64:  # the first stage reads the widened stem
-            self.inplanes = 64 * self._width
-        return super()._make_layer(block, planes * self._width, blocks, stride, dilate)
-
+# Factor on every number of channels that the name of an architecture stands for.
+WIDTHS = {"resnet50_w2x": 2.0, "resnet50_w4x": 4.0}
 
 BACKBONES: dict[str, Callable[..., ResNet]] = {
     "resnet18": partial(ResNet, BasicBlock, [2, 2, 2, 2]),
@@ -103,6 +110,6 @@ BACKBONES: dict[str, Callable[..., ResNet]] = {
     "resnext50_32x4d": partial(ResNet, Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4),
     # The paper's RX50 has 46M parameters: 8 channels per group, which torchvision does not name.
     "resnext50_32x8d": partial(ResNet, Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=8),
-    "resnet50_w2x": partial(WideResNet, 2),
-    "resnet50_w4x": partial(WideResNet, 4),
+    "resnet50_w2x": partial(ResNet, Bottleneck, [3, 4, 6, 3], width=WIDTHS["resnet50_w2x"]),
+    "resnet50_w4x": partial(ResNet, Bottleneck, [3, 4, 6, 3], width=WIDTHS["resnet50_w4x"]),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastmoco import doctor
+from fastmoco.config import parse
 from fastmoco.distributed import World
 from fastmoco_kernels import fallback, preflight
 from tests.ranks import Ranks
@@ -74,6 +75,25 @@ def test_lost_row_is_found() -> None:
     with mock.patch.object(doctor, "_identity", lambda images: images.flip(0)):
         _, verdict = doctor.check_exchange(World(0, 0, 1, CPU, "none"))
     assert verdict.startswith("WRONG")
+
+
+@pytest.mark.parametrize(
+    ("side", "batch", "group", "expected"),
+    [
+        (32, 128, 16, (64, 16)),
+        (96, 256, 32, (64, 32)),
+        (224, 256, 32, (8, 8)),
+        (224, 256, 3, (8, 8)),  # 3 does not divide 8
+        (224, 256, 0, (8, 8)),
+        (224, 4, 2, (4, 2)),  # as small as it is
+    ],
+)
+def test_speed_is_measured_with_a_batch_that_a_cpu_can_step_through(
+    side: int, batch: int, group: int, expected: tuple[int, int]
+) -> None:
+    sizes = ["--augment.image_size", str(side), "--optim.global_batch_size", str(batch)]
+    small = doctor._small_batch(parse([*sizes, "--moco.bn_group_size", str(group)]))
+    assert (small.optim.global_batch_size, small.moco.bn_group_size) == expected
 
 
 def test_verdict_names_what_limits() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torchvision import models, transforms
 from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config.fields import Arch
-from fastmoco.encoder import DTYPES, Embed, build_encoder, normalize_pixels
+from fastmoco.encoder import Embed, build_encoder, normalize_pixels
+from fastmoco.machine.precision import DTYPES
 from fastmoco.resnet import BACKBONES
 
 # Millions of trunk parameters: table 1 of arXiv 1911.05722 where it has the network,
@@ -66,6 +67,18 @@ def test_pixels_are_normalized_as_torchvision_does() -> None:
     got = normalize_pixels(images)
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("arch", "width"), [("resnet18", 0.5), ("resnet50", 0.25)])
+def test_width_multiplies_every_number_of_channels(arch: Any, width: float) -> None:
+    with torch.device("meta"):
+        full = build_encoder(ModelConfig(arch=arch, dim=96)).state_dict()
+        narrow = build_encoder(ModelConfig(arch=arch, width=width, dim=96)).state_dict()
+    assert list(full) == list(narrow)
+    fixed = {3, 7, 1, 96}  # colours and sides of kernels, one pixel, C
+    for name, tensor in narrow.items():
+        for mine, theirs in zip(tensor.shape, full[name].shape, strict=True):
+            assert mine == (theirs if theirs in fixed else theirs * width), name
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])

@@ -33,6 +33,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "augment.min_area": (1e-6, 1),
     "augment.hue": (0, 0.5),
     "model.dim": (1, 4096),
+    "model.width": (1 / 64, 16),
     "moco.queue_size": (1, 2**24),
 }
 
@@ -49,6 +50,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "
             f"{config.augment.blur_max}: swap them."
+        )
+    if config.model.width * 64 % 1:
+        raise ConfigError(
+            f"model.width {config.model.width} makes {config.model.width * 64:g} of the stem's 64 "
+            "channels: choose a multiple of 1/64, such as 0.5 or 0.25."
         )
     if config.model.stem == "imagenet" and config.augment.image_size < 32:
         # Besides being useless, a 1x1 input to a strided 3x3 convolution makes oneDNN's bf16 weight

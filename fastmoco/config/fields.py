@@ -125,6 +125,8 @@ class ModelConfig:
 
     arch: Arch = "resnet50"
     """Backbone. `w2x` and `w4x` multiply every width; the paper's RX50 is resnext50_32x8d."""
+    width: float = 1.0
+    """Factor on every number of channels of the backbone: 0.5 halves them."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar` replaces the strided 7x7 convolution and the max pooling by one 3x3 convolution."""
     head: Literal["linear", "mlp"] = "mlp"

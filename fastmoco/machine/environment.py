@@ -17,10 +17,12 @@ _CAPPED = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
-# Turns of the loop in which a thread of GNU OpenMP waits for the others before it sleeps. By
-# default it is 300,000, some milliseconds: beside other busy processes the waiting threads then
+# Turns of the loop in which a thread of GNU OpenMP waits for the others before it sleeps. libgomp's
+# own count lasts some milliseconds: beside other busy processes the waiting threads then
 # take the time that the thread they wait for needs (rows of bench/results/threads.jsonl).
 SPIN_COUNT = "10000"
+LIBGOMP_SPIN_COUNT = "300000"
+"""What libgomp takes where neither variable is set."""
 
 
 def settle_environment(environment: MutableMapping[str, str] = os.environ) -> None:
