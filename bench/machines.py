@@ -106,7 +106,7 @@ class Bench:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
         with layers_off(), FlopCounterMode(display=False) as counter:
             self._step()
-        return round(counter.get_total_flops() / 1e9, 3)
+        return round(float(counter.get_total_flops()) / 1e9, 3)
 
     def close(self) -> None:
         """End the loader's processes and the process group; then what was left to do."""

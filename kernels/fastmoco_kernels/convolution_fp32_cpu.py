@@ -61,7 +61,7 @@ def reason() -> str:
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolution` takes these: x (N, C, H, W) and weight (O, C, K, K), channels-last.
 
-    Both are fp32 and autocast is off; C and O are multiples of 64, K is at most 3.
+    Both are fp32 and autocast is off; C and O are multiples of 16, K is at most 3.
     """
     return (
         type(x) is Tensor
@@ -70,7 +70,7 @@ def supports(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.numel() > 0
         and x.shape[1] == weight.shape[1]  # no groups
-        and weight.shape[0] % 64 == weight.shape[1] % 64 == 0
+        and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
         and max(weight.shape) <= MOST_CHANNELS
         and weight.shape[2] == weight.shape[3] <= direct.LARGEST_KERNEL
         and x.is_contiguous(memory_format=CHANNELS_LAST)

@@ -181,7 +181,7 @@ extern "C" void weight_gradient(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const Map in = {a.n, a.height, a.width, a.channels}, out = {a.n, a.height, a.width, a.outputs};
   float *x = a.tiles, *dy = a.tiles + 16 * a.chunk * a.channels;
-  const int64_t blocks = a.outputs / kPanel;
+  const int64_t blocks = ceil_div(a.outputs, kColumns);
 #pragma omp parallel num_threads(a.threads)
   {
     for (int64_t first = 0; first < in.tiles(); first += a.chunk) {
@@ -192,13 +192,14 @@ extern "C" void weight_gradient(const Arguments* arguments) {
         transform_tile<OfResult>(out, a.dy, first + i, 0, a.chunk, dy + i * kPanel);
       }
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < 16 * blocks; i += 4) {
-        const int64_t t = i / blocks;
+      for (int64_t i = 0; i < 16 * blocks; i++) {
+        const int64_t t = i / blocks, begin = i % blocks * kColumns;
+        const int64_t end = std::min(begin + kColumns, a.outputs);
         for (int64_t at = 0; at < count; at += kDepth) {
           const int64_t depth = std::min(kDepth, count - at);
           for (int64_t c = 0; c < a.channels; c += kPanel) {
             const float* right = x + (t * a.channels + c) * a.chunk + at * kPanel;
-            for (int64_t o = i % blocks * kPanel; o < (i % blocks + 4) * kPanel; o += kPanel) {
+            for (int64_t o = begin; o < end; o += kPanel) {
               const float* left = dy + (t * a.outputs + o) * a.chunk + at * kPanel;
               multiply_panels(left, right, depth, first + at == 0,
                               a.work + (t * a.outputs + o) * a.channels + c, a.channels);

@@ -44,7 +44,7 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """`conv2d` of x (N, C, H, W) and weight (O, C, 3, 3): (N, O, H, W), all fp32 channels-last.
 
-    C and O are multiples of 64; nothing is checked.
+    C and O are multiples of 16; nothing is checked.
     """
     n, _, height, width = x.shape
     outputs = weight.shape[0]

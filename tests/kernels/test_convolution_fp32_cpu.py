@@ -21,7 +21,7 @@ needs_kernel = needs(convolution_fp32_cpu.reason())
 # N, C, H, W, O, K, stride, padding. Direct: rows of six pixels that end in another image, of one
 # pixel of several images on small maps and of a single image, maps of 1, 2 and 3 pixels, all taps
 # but one in the padding, stride 2 over even and odd sides, pixels that no tap sees, kernels without
-# padding, several blocks of outputs and of channels, two parts of 6272 pixels, a ragged one.
+# padding, several blocks of outputs and of channels, two parts of 6272 pixels, few channels.
 DIRECT = [
     (3, 64, 13, 11, 128, 3, 1, 1),
     (5, 128, 9, 9, 64, 1, 1, 0),
@@ -35,15 +35,17 @@ DIRECT = [
     (1, 64, 4, 4, 64, 2, 2, 0),
     (2, 64, 7, 5, 64, 1, 3, 0),
     (2, 320, 3, 4, 192, 3, 1, 1),
+    (3, 16, 9, 9, 48, 3, 2, 1),
 ]
 # 3x3, stride 1, padding 1. Winograd: whole tiles, half ones in both directions, fewer than a task's
-# 48 and more, more than a chunk of 1024, more than one block of 64 outputs, a single image.
+# 48 and more, more than a chunk of 1024, more than one block of 64 outputs, ragged, a single image.
 WINOGRAD = [
     (2, 64, 8, 8, 64, 3, 1, 1),
     (3, 128, 7, 5, 64, 3, 1, 1),
     (1, 64, 4, 4, 192, 3, 1, 1),
     (2, 64, 53, 50, 64, 3, 1, 1),
     (13, 256, 4, 5, 128, 3, 1, 1),
+    (2, 32, 6, 6, 80, 3, 1, 1),
 ]
 
 
@@ -210,7 +212,7 @@ def test_what_it_does_not_take() -> None:
     assert not supports(x, w.contiguous())
     assert not supports(normal(2, 128, 5, 5), w)  # two groups
     assert not supports(normal(2, 3, 5, 5), normal(64, 3, 3, 3))
-    assert not supports(x, normal(96, 64, 3, 3))
+    assert not supports(x, normal(72, 64, 3, 3))
     assert not supports(x, normal(64, 64, 5, 5))
     assert not supports(x, normal(64, 64, 1, 3))
     assert not supports(x[:0], w)
