@@ -1,6 +1,6 @@
-"""Op by op, the layers of a ResNet: batch norm, weight gradients of convolutions, max pooling.
+"""Op by op, the layers of a ResNet: batch norm, convolutions, max pooling.
 
-`bench.kernels` runs these. `official` is what torchvision's network does in bf16. Tensors are
+`bench.kernels` runs these. `official` is what torchvision's network does. Tensors are
 channels-last and come from memory as in a step, and freed memory is kept as in training: otherwise
 mapping it would be half of what is timed.
 N batch, C channels, O outputs, H W spatial, K side of the kernel.
@@ -14,12 +14,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, max_pool2d, relu
+from torch.nn.functional import batch_norm, conv2d, max_pool2d, relu
 from torch.nn.grad import conv2d_weight
 
 from bench.harness import Contender, Race
 from fastmoco.host import keep_freed_memory
-from fastmoco_kernels import convolution_cpu, max_pool_cpu, reference
+from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu, max_pool_cpu, reference
+from fastmoco_kernels import direct_convolution_cpu as direct
+from fastmoco_kernels import winograd_cpu as winograd
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
 
 COLD_BYTES = 400 << 20
@@ -38,6 +40,27 @@ CONVOLUTIONS = (
     (64, 64, 16, 64, 3, 1),
     (64, 512, 2, 512, 3, 1),
 )
+# The same of fp32 convolutions: of ResNet-18 at 32, 64 and 96 pixels, of ResNet-50 at 224.
+FP32_CONVOLUTIONS = (
+    (64, 64, 8, 64, 3, 1),
+    (64, 128, 4, 256, 3, 2),
+    (64, 256, 2, 256, 3, 1),
+    (64, 512, 1, 512, 3, 1),
+    (64, 128, 8, 256, 3, 2),
+    (64, 256, 4, 256, 3, 1),
+    (64, 512, 2, 512, 3, 1),
+    (64, 64, 24, 64, 3, 1),
+    (64, 128, 12, 256, 3, 2),
+    (64, 512, 3, 512, 3, 1),
+    (32, 64, 56, 64, 3, 1),
+    (32, 64, 56, 256, 1, 1),
+    (32, 128, 28, 128, 3, 1),
+    (32, 1024, 14, 256, 1, 1),
+    (32, 512, 14, 512, 3, 2),
+    (32, 512, 7, 2048, 1, 1),
+    (32, 512, 7, 512, 3, 1),
+)
+PARTS = ("forward", "input gradient", "weight gradient")
 
 
 def in_turns(*tensors: Tensor) -> Iterator[list[Tensor]]:
@@ -132,6 +155,57 @@ def weight_gradient_race(n: int, c: int, side: int, o: int, k: int, stride: int)
     return "weight_gradient", case, contenders
 
 
+def convolution_race(part: str, n: int, c: int, side: int, o: int, k: int, stride: int) -> Race:
+    """One of `PARTS` of an fp32 convolution, by oneDNN and by each of our ways that can do it."""
+    keep_freed_memory()
+    generator, padding = torch.Generator().manual_seed(0), k // 2
+    out = (side + 2 * padding - k) // stride + 1
+    x, dy, weight = (
+        torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+        for shape in ((n, c, side, side), (n, o, out, out), (o, c, k, k))
+    )
+    turn, number = in_turns(x, dy, weight), PARTS.index(part)
+
+    def aten(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        if number == 0:
+            return conv2d(x, weight, None, stride, padding)
+        step, edge, mask = [stride] * 2, [padding] * 2, [number == 1, number == 2, False]
+        both: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, step, edge, [1, 1], False, [0, 0], 1, mask
+        )
+        return both[number - 1]
+
+    def products(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        if number == 0:
+            return direct.forward(x, weight, stride, padding)
+        if number == 1:
+            return direct.input_gradient(dy, weight, x.shape, stride, padding)
+        return direct.weight_gradient(x, dy, weight.shape, stride, padding)
+
+    def tiles(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        if number == 0:
+            return winograd.forward(x, weight)
+        if number == 1:
+            return winograd.input_gradient(dy, weight)
+        return winograd.weight_gradient(x, dy)
+
+    truth = aten(x.double(), dy.double(), weight.double())
+
+    def error(got: Tensor) -> float:
+        return float((got.double() - truth).norm() / truth.norm())
+
+    ways = {"official": aten, "direct": products}
+    if k == 3 and stride == 1:
+        ways["winograd"] = tiles
+
+    def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: way(*next(turn))
+
+    contenders = [Contender(name, run(way), error, 1e-5) for name, way in ways.items()]
+    case = {"part": part, "n": n, "c": c, "side": side, "o": o, "k": k, "stride": stride}
+    return "convolution", case | {"device": "cpu"}, contenders
+
+
 def max_pool_race(n: int, c: int, side: int, gradient: bool) -> Race:
     """The stem's max pooling in bf16, as keys need it or with its backward; values are exact."""
     keep_freed_memory()
@@ -172,6 +246,10 @@ def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     found: dict[str, list[Callable[[], Race]]] = {}
     if device.type == "cpu" and not convolution_cpu.reason():
         found["weight_gradient"] = [partial(weight_gradient_race, *case) for case in CONVOLUTIONS]
+    if device.type == "cpu" and not convolution_fp32_cpu.reason():
+        found["convolution"] = [
+            partial(convolution_race, part, *case) for case in FP32_CONVOLUTIONS for part in PARTS
+        ]
     if device.type == "cpu" and not max_pool_cpu.reason():
         found["max_pool"] = [partial(max_pool_race, 32, 64, 112, kept) for kept in (False, True)]
     return found

@@ -18,10 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.launches import launches_of
 from bench.official import OfficialMoCo, OfficialStep, as_published
-from bench.switches import Run, switch_off
+from bench.switches import Run, layers_off, switch_off
 from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, parse_text
 from fastmoco.data.loader import Batch, Loader, build_loader
@@ -95,9 +96,17 @@ class Bench:
             with Counter() as counter:
                 self._step()
             known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+            if self.device.type == "cpu":
+                known["gflop_per_step"] = self._gflop()
         if self._count:
             known |= launches_of(self._step, self.device)
         return known
+
+    def _gflop(self) -> float:
+        """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
+        with layers_off(), FlopCounterMode(display=False) as counter:
+            self._step()
+        return round(float(counter.get_total_flops()) / 1e9, 3)
 
     def close(self) -> None:
         """End the loader's processes and the process group; then what was left to do."""

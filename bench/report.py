@@ -58,6 +58,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
         "p20 - p80",
         lambda row: " - ".join(figure(row[f"p{p}_images_per_second"]) for p in (20, 80)),
     ),
+    ("share of the fp32 product rate", lambda row: f"{row['product_share_percent']:.0f} %"),
     ("CPU s per step", lambda row: f"{row['cpu_s_per_step']:.3f}"),
     ("peak memory", lambda row: f"{row['peak_memory_gib']:.2f} GiB"),
     ("host syncs per step", lambda row: str(row["host_syncs"])),
@@ -122,6 +123,8 @@ def sentence(run: Sequence[Row]) -> str:
     found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
     waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
     found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
+    if "product_gflops" in run[0]:
+        found += [f"a product of fp32 matrices: **{run[0]['product_gflops'][1]:.0f} GFLOP/s**"]
     how = f"{run[0]['n']} windows of each, in turns; what the loader feeds ran apart."
     return f"{'; '.join(found)}. {how}" if found else how
 
@@ -277,6 +280,37 @@ def _weight_gradient(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _convolution(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds of fp32 convolutions by each way, one line per layer and part of it."""
+    runs = latest([row for row in rows if row["benchmark"] == "convolution"])
+    ways = ("official", "direct", "winograd")
+    body = []
+    for run in runs:
+        case, by_name = run[0]["case"], {row["contender"]: row for row in run}
+        times = [by_name[way]["p50_ms"] if way in by_name else None for way in ways]
+        n, c, side, o, k, stride = (case[name] for name in ("n", "c", "side", "o", "k", "stride"))
+        flops = 2 * n * (-(-side // stride)) ** 2 * o * c * k**2
+        name = f"{n}x{c}x{side}x{side} to {o}, {k}x{k}" + f", stride {stride}" * (stride > 1)
+        best = min(ms for ms in times if ms is not None)
+        body.append(
+            [
+                f"{name}: {case['part']}",
+                *("-" if ms is None else f"{ms:.2f} ms" for ms in times),
+                f"**{by_name['official']['p50_ms'] / best:.2f}**",
+                f"{flops / best / 1e6:.0f}",
+            ]
+        )
+    if not body:
+        return []
+    first = runs[0][0]
+    return [
+        f"On {_where(first)}, {first['environment']['threads']} threads; p50 of {first['n']} "
+        "rounds, in turns:",
+        "",
+        *markdown(["input, outputs, kernel: part", *ways, "gain of the best", "GFLOP/s"], body),
+    ]
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "throughput": ("throughput.jsonl", _throughput),
     "ablation": ("ablation.jsonl", _ablation),
@@ -285,6 +319,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "index": ("index.jsonl", _index),
     "loader": ("loader.jsonl", _loader),
     "weight_gradient": ("kernels.jsonl", _weight_gradient),
+    "convolution": ("kernels.jsonl", _convolution),
 }
 
 

@@ -19,13 +19,21 @@ from fastmoco.config import Config
 from fastmoco.encoder import NormalizePixels
 from fastmoco.machine.precision import choose_precision
 from fastmoco.step import Step
-from fastmoco_kernels import InfoNCE, batch_norm_cpu, convolution_cpu, enqueue_, max_pool_cpu
+from fastmoco_kernels import (
+    InfoNCE,
+    batch_norm_cpu,
+    convolution_cpu,
+    convolution_fp32_cpu,
+    enqueue_,
+    max_pool_cpu,
+)
 
 Run = Callable[[], object]
 # Layers with a kernel for the CPU, by their names in `without`: what decides whether it runs.
 LAYERS = {
     "fused_norm": "fastmoco.batchnorm.supports",
-    "weight_gradients": "fastmoco.convolution.supports",
+    "convolutions": "fastmoco.convolution.convolution_fp32_cpu.supports",
+    "weight_gradients": "fastmoco.convolution.convolution_cpu.supports",
     "max_pooling": "fastmoco.pooling.supports",
 }
 # Names that `without` takes.
@@ -53,6 +61,7 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch(precision, "fp32", ("--run.precision", "fp32")),
         Switch("uint8 input", "fp32 images", without=("uint8_input",)),
         Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
+        Switch("convolutions", "oneDNN's", without=("convolutions",)),
         Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
         Switch("max pooling", "ATen's", without=("max_pooling",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
@@ -64,6 +73,7 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
         "fused batch norm": elsewhere or batch_norm_cpu.reason(),
+        "convolutions": elsewhere or precision != "fp32" or convolution_fp32_cpu.reason(),
         "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
         "max pooling": elsewhere or unpooled or max_pool_cpu.reason(),
         "fp32": precision == "fp32",

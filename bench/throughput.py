@@ -21,13 +21,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import nvml, profiling, report, terminal
+from bench import nvml, product, profiling, report, terminal
 from bench.case import case_of, device_of, origin
 from bench.contest import Contestant, Result, contest
 from bench.harness import RESULTS, percentiles, write_rows
@@ -137,13 +137,25 @@ def ratio(results: dict[str, Result], mine: str, other: str) -> list[float] | No
     return percentiles([(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns])
 
 
-def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict[str, Result]:
-    """Run the contest of `plan`; `meter` reads the GPU meanwhile."""
+def measure(
+    plan: Plan,
+    config: Config,
+    meter: nvml.Meter | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, Result]:
+    """Run the contest of `plan`; `meter` reads the GPU meanwhile, `between` follows each turn."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
     contestants = [
         Contestant(name, FACTORIES[name], {"config": text}, ENVIRONMENTS.get(name, {}))
         for name in plan.only
     ]
+
+    def progress(done: int) -> None:
+        terminal.progress(done, plan.windows)
+
+    def turned(done: int) -> None:
+        between()
+        progress(done)
 
     limits: dict[str, Any] = {
         "windows": plan.windows,
@@ -151,13 +163,14 @@ def measure(plan: Plan, config: Config, meter: nvml.Meter | None = None) -> dict
         "warmup": max(2, plan.window_steps),
         "limit_s": plan.limit_s,
         "meter": meter,
-        "progress": lambda done: terminal.progress(done, plan.windows),
+        "progress": turned,
     }
     results = contest([c for c in contestants if c.name not in FED], **limits)
     # A loader works ahead while others have their turn, so whoever it feeds runs by itself.
     for contestant in contestants:
         if contestant.name in FED:
-            ahead = limits | {"warmup": plan.window_steps + config.data.prefetch + 2}
+            warmup = plan.window_steps + config.data.prefetch + 2
+            ahead = limits | {"warmup": warmup, "progress": progress}
             results |= contest([contestant], **ahead)
     return {name: results[name] for name in plan.only}
 
@@ -180,8 +193,9 @@ def main(arguments: Sequence[str]) -> None:
     device = device_of(config)
     where = origin(device, plan.publish)
     meter = nvml.build_meter(device, partial(terminal.complain, "throughput"))
-    results = measure(plan, config, meter)
-    rows = rows_of(config, results, where)
+    rate = product.Rate()
+    results = measure(plan, config, meter, rate.measure if device.type == "cpu" else rate.skip)
+    rows = rows_of(config, results, where, rate)
     terminal.show(report.caption(rows), *report.cells(rows), report.sentence(rows))
     if plan.publish:
         write_rows(ROWS, rows)
@@ -191,21 +205,23 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rows_of(
-    config: Config, results: dict[str, Result], where: dict[str, Any]
+    config: Config, results: dict[str, Result], where: dict[str, Any], rate: product.Rate
 ) -> list[dict[str, Any]]:
-    """One row per contestant; rows of one contest share environment and ratios."""
+    """One row per contestant; rows of one contest share environment, ratios and product rate."""
     shared = {
         "benchmark": "throughput",
         "case": case_of(config),
         "ratios": ratios_of(results),
         "config": flatten(config),
         "environment": where,
+        **rate.summary(),
     }
     images = config.optim.global_batch_size
-    return [
+    rows = [
         {**shared, "contestant": name, **summary(result, images)}
         for name, result in results.items()
     ]
+    return [row | rate.share(row, images) for row in rows]
 
 
 if __name__ == "__main__":

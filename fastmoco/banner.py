@@ -8,7 +8,7 @@ import torch
 
 from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, warnings
-from fastmoco.convolution import gradient_choice
+from fastmoco.convolution import convolution_choice
 from fastmoco.distributed import World
 from fastmoco.machine.precision import choose_precision
 
@@ -46,8 +46,8 @@ def start_lines(
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
         f"precision {precision}",
         f"layers    torch.compile {'on' if compiled else 'off'}{auto}; "
-        f"batch norm {norm_choice(world.device, compiled)}, weight gradients "
-        f"{gradient_choice(world.device, precision.name, compiled)}",
+        f"batch norm {norm_choice(world.device, compiled)}, convolutions "
+        f"{convolution_choice(world.device, precision.name, compiled)}",
         f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",
     ]
     if done:

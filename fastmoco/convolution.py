@@ -1,4 +1,4 @@
-"""Convolution whose weight gradient has a kernel of its own on some CPUs.
+"""Convolution that has kernels of its own on some CPUs.
 
 N batch, C channels, O outputs, H W spatial, K side of the kernel.
 """
@@ -10,34 +10,38 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmoco_kernels.convolution_cpu import convolution, reason, supports
+from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 
 
-def gradient_choice(device: torch.device, precision: str, compiled: bool) -> str:
-    """Who computes the weight gradients of convolutions on this device; may compile the kernel."""
+def convolution_choice(device: torch.device, precision: str, compiled: bool) -> str:
+    """Who computes convolutions on this device, and why; may compile our kernels."""
     if device.type != "cpu":
         return "by cuDNN"
-    if compiled or precision != "bf16":
+    if compiled or precision not in ("bf16", "fp32"):
         return "by oneDNN"
-    return f"by oneDNN ({why})" if (why := reason()) else "by our AVX-512 kernel"
+    if precision == "fp32":
+        why = convolution_fp32_cpu.reason()
+        return f"by oneDNN ({why})" if why else "by our AVX2 kernels where they are faster"
+    why = convolution_cpu.reason()
+    return f"by oneDNN ({why})" if why else "by oneDNN, weight gradients by our AVX-512 kernel"
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that leaves its weight gradient to `fastmoco_kernels` where that is faster.
+    """`torch.nn.Conv2d` that leaves to `fastmoco_kernels` what is faster there.
 
     Without a bias, stride and zero padding alike in both directions, as everywhere in a ResNet.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
-        if (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and self.weight.requires_grad
-            and self.dilation == (1, 1)
-            and supports(input, self.weight)
-        ):
-            return convolution(input, self.weight, self.stride[0], cast(int, self.padding[0]))
+        if torch.compiler.is_compiling() or self.dilation != (1, 1):
+            return super().forward(input)
+        stride, padding = self.stride[0], cast(int, self.padding[0])
+        if convolution_fp32_cpu.supports(input, self.weight):
+            return convolution_fp32_cpu.convolution(input, self.weight, stride, padding)
+        wants_gradient = torch.is_grad_enabled() and self.weight.requires_grad
+        if wants_gradient and convolution_cpu.supports(input, self.weight):
+            return convolution_cpu.convolution(input, self.weight, stride, padding)
         return super().forward(input)
 
 

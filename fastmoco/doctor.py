@@ -24,7 +24,7 @@ from fastmoco import distributed
 from fastmoco.banner import compile_encoders
 from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.convolution import gradient_choice
+from fastmoco.convolution import convolution_choice
 from fastmoco.data.folders import resolve_folders
 from fastmoco.data.header import BadImage, decode
 from fastmoco.data.loader import Batch, Loader, build_loader, has_dali, missing_dali
@@ -145,8 +145,7 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     reason = "only CUDA pays back the compile time" if config.run.compile == "auto" else "asked for"
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
     yield "norm", norm_choice(world.device, compiled)
-    gradients = gradient_choice(world.device, precision.name, compiled)
-    yield "conv", f"weight gradients {gradients}"
+    yield "conv", convolution_choice(world.device, precision.name, compiled)
     strategy, group = config.shuffle_bn(world.size), config.bn_group_size(world.size)
     yield (
         "shuffle",

@@ -45,12 +45,7 @@ class Arguments(ctypes.Structure):
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
-    library, why = cpp.load(SOURCE, Arguments, ("weight_gradient",))
-    if library is None:
-        return None, why
-    library.unavailable.restype = ctypes.c_char_p
-    why = library.unavailable().decode()
-    return (None, why) if why else (library, "")
+    return cpp.available(SOURCE, Arguments, ("weight_gradient",))
 
 
 @cache

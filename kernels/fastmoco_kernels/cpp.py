@@ -205,3 +205,15 @@ def load(
         # Nowhere to write, a full disk, or a library that the loader refuses.
         return None, f"the compiler's work cannot be used: {' '.join(str(error).split())}"
     return library, ""
+
+
+def available(
+    source: Path, arguments: type[ctypes.Structure], functions: Sequence[str]
+) -> tuple[ctypes.CDLL | None, str]:
+    """The same for a source that cannot serve every processor: its `unavailable` says why not."""
+    library, why = load(source, arguments, functions)
+    if library is None:
+        return None, why
+    library.unavailable.restype = ctypes.c_char_p
+    why = library.unavailable().decode()
+    return (None, why) if why else (library, "")

@@ -42,7 +42,7 @@ inline V order(V bits) {
 }
 
 // The first of equal values is taken.
-template <class Bits, int LANES = 64 / sizeof(Bits)>
+template <class Bits, int LANES = 32 / sizeof(Bits)>
 void pool_row(const Arguments& a, int64_t row) {
   using V = Vector<Bits, LANES>;
   const int64_t oy = row % a.out_height, stride = a.width * a.channels;
@@ -69,13 +69,13 @@ void pool_row(const Arguments& a, int64_t row) {
   }
 }
 
-using Floats = Vector<float, 16>;
-using Words = Vector<uint32_t, 16>;
+using Floats = Vector<float, 8>;
+using Words = Vector<uint32_t, 8>;
 
 inline Floats values(const float* from) { return load<Floats>(from); }
 
 inline Floats values(const uint16_t* from) {  // bfloat16
-  const auto bits = load<Vector<uint16_t, 16>>(from);
+  const auto bits = load<Vector<uint16_t, 8>>(from);
   return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
 
@@ -84,7 +84,7 @@ inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 // To nearest, ties to even. A NaN among sums of bfloat16 has no low bits that rounding could carry.
 inline void store(uint16_t* to, Floats v) {
   const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto half = __builtin_convertvector(rounded, Vector<uint16_t, 16>);
+  const auto half = __builtin_convertvector(rounded, Vector<uint16_t, 8>);
   std::memcpy(to, &half, sizeof half);
 }
 
@@ -95,15 +95,15 @@ void gather_row(const Arguments& a, int64_t row) {
   for (int64_t ix = 0; ix < a.width; ++ix) {
     const int64_t right = std::min((ix + 1) / 2, a.out_width - 1);
     T* dx = static_cast<T*>(a.dx) + (row * a.width + ix) * a.channels;
-    for (int64_t c = 0; c < a.channels; c += 16) {
+    for (int64_t c = 0; c < a.channels; c += 8) {
       Floats sum = {};
       for (int64_t oy = iy / 2; oy <= bottom; ++oy) {
         for (int64_t ox = ix / 2; ox <= right; ++ox) {
           const int64_t at = ((image * a.out_height + oy) * a.out_width + ox) * a.channels + c;
           const auto tap = static_cast<uint32_t>(3 * (iy + 1 - 2 * oy) + ix + 1 - 2 * ox);
           // Widened twice: at once GCC 12 does it lane by lane.
-          const auto byte = load<Vector<uint8_t, 16>>(a.taps + at);
-          const auto half = __builtin_convertvector(byte, Vector<uint16_t, 16>);
+          const auto byte = load<Vector<uint8_t, 8>>(a.taps + at);
+          const auto half = __builtin_convertvector(byte, Vector<uint16_t, 8>);
           const Floats dy = values(static_cast<const T*>(a.dy) + at);
           sum += __builtin_convertvector(half, Words) == tap ? dy : Floats{};
         }

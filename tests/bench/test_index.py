@@ -33,7 +33,8 @@ def test_rows_of_a_small_folder(
     where = {"dirty": False, "date": "today"}
     monkeypatch.setattr("bench.case.environment", lambda device: where)
     monkeypatch.setenv("FASTMOCO_CACHE", "")  # restored afterwards: the benchmark sets its own
-    in_new_process, caches = index.in_new_process, []
+    in_new_process = index.in_new_process
+    caches: list[Any] = []
 
     def watched(work: Callable[[str], dict[str, Any]], root: str) -> dict[str, Any]:
         """The first in a process of its own, as all are; what the cache holds before and after."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bench.contest import Contestant, contest
 from bench.machines import official_step, official_step_with_kept_memory
+from bench.product import Rate
 from bench.throughput import main, measure, options, ratios_of, summary
 from fastmoco.config import ConfigError, dump, parse
 
@@ -26,6 +27,11 @@ def test_contest_of_step_and_published_step() -> None:
     results = measure(plan, config)
     rows = {name: summary(result, 8) for name, result in results.items()}
     assert rows["step"]["host_syncs"] == 0
+    # Two encoders of 37 MFLOP x 2 and the gradients: the loss is the one operation counted apart.
+    assert rows["step"]["gflop_per_step"] == pytest.approx(2.3, rel=0.05)
+    assert rows["step"]["gflop_per_step"] == pytest.approx(
+        rows["official"]["gflop_per_step"], rel=0.01
+    )
     assert rows["official"]["host_syncs"] == 4  # loss, top-1, top-5 and queue_ptr
     assert all(row["n"] == 2 and row["p50_images_per_second"] > 0 for row in rows.values())
     assert ratios_of(results).keys() == {"our step / published step"}
@@ -79,3 +85,19 @@ def test_unknown_contestant_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         options([*TINY, "--only", "nonsense"])
     assert main([*TINY, "--only", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_share_of_the_product_rate_is_that_of_a_hand_computed_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A product of 2 * 2048**3 FLOPs in a fifth of a second: 86 GFLOP/s."""
+    seconds = iter([0.0, 0.2, 1.0, 1.2])
+    monkeypatch.setattr("bench.product.time.perf_counter", lambda: next(seconds))
+    rate = Rate()
+    assert rate.summary() == {}
+    rate.measure()
+    rate.measure()
+    assert rate.summary() == {"product_gflops": [85.9, 85.9, 85.9]}
+    row = {"gflop_per_step": 10.0, "p50_images_per_second": 16.0}  # 20 GFLOP/s at 8 images a step
+    assert rate.share(row, 8) == {"product_share_percent": 23.3}
+    assert rate.share({"p50_images_per_second": 16.0}, 8) == {}

@@ -173,13 +173,13 @@ def test_what_it_does_not_take() -> None:
 def test_without_a_compiler_there_is_a_reason_and_no_error(compiler: str) -> None:
     code = """if True:
         import torch
-        from fastmoco.convolution import Conv2d, gradient_choice
+        from fastmoco.convolution import Conv2d, convolution_choice
         conv = Conv2d(64, 64, 1, bias=False).to(memory_format=torch.channels_last)
         x = torch.randn(2, 64, 3, 3).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             conv(x.bfloat16()).sum().backward()
         assert conv.weight.grad.shape == (64, 64, 1, 1)
-        print(gradient_choice(torch.device("cpu"), "bf16", False))
+        print(convolution_choice(torch.device("cpu"), "bf16", False))
     """
     environment = {"CXX": compiler, "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
