@@ -14,25 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastmoco
 from fastmoco.config import Config, ConfigError, dump, load, parse_text
 from fastmoco.distributed import World, all_reduce_mean_, barrier
 from fastmoco.step import Step
+from fastmoco.weights import files
+from fastmoco.weights.official import (
+    load_model,
+    load_optimizer,
+    official_optimizer,
+    official_state_dict,
+    resume_official,
+)
 
 LATEST = "latest.pth.tar"
 CONFIG = "config.yaml"
-_PREFIX = "module."
-
-
-def official_state_dict(step: Step) -> dict[str, Tensor]:
-    """The model under its official names, on the CPU, queue (C, K) and queue_ptr first."""
-    ours = step.moco.state_dict()
-    state = {f"{_PREFIX}queue": ours.pop("queue").T, f"{_PREFIX}queue_ptr": ours.pop("queue_ptr")}
-    state |= {f"{_PREFIX}{name}": tensor for name, tensor in ours.items()}
-    # Contiguous, so that the file does not carry our memory format into other programs.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> None:
@@ -47,8 +44,8 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
         content = {
             "epoch": epoch,
             "arch": config.model.arch,
-            "state_dict": official_state_dict(step),
-            "optimizer": step.optimizer.state_dict(),
+            "state_dict": (state := official_state_dict(step)),
+            "optimizer": official_optimizer(step.optimizer.state_dict(), state),
             "fastmoco": {
                 "version": fastmoco.__version__,
                 "step": steps,
@@ -97,28 +94,29 @@ def find(config: Config) -> Path | None:
         return None
     if not Path(config.run.resume).is_file():
         raise ConfigError(f"run.resume names {config.run.resume}, which is not a file.")
-    return Path(config.run.resume)
+    path = Path(config.run.resume)
+    # A run that began from a foreign file and was interrupted goes on from its own checkpoint.
+    foreign = path.resolve().parent != latest.resolve().parent
+    return latest if foreign and latest.exists() else path
 
 
-def resume(path: Path, step: Step, config: Config) -> int:
+def resume(path: Path, step: Step, config: Config, steps_per_epoch: int) -> int:
     """Load `path` into the step in place and return the number of steps done.
 
-    Raises `ConfigError` if the file is no checkpoint of fastmoco, or of a run that learns another
-    thing.
+    `path` is a checkpoint of ours or of the official trainer, which knows epochs only.
+
+    Raises `ConfigError` if the file is neither, or of a run that learns another thing.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        ours = content["fastmoco"]
-    except Exception as error:
-        raise ConfigError(
-            f"{path} cannot be resumed from ({type(error).__name__}): it is not a complete "
-            "checkpoint of fastmoco; name another one in run.resume."
-        ) from error
+        content: dict[str, Any] = files.load(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be resumed from. {error}") from error
+    ours = content.get("fastmoco")
+    if ours is None:
+        return resume_official(content, step, config, steps_per_epoch, str(path))
     _require_same_run(parse_text(ours["config"]), config, str(path))
-    state = {n.removeprefix(_PREFIX): t for n, t in content["state_dict"].items()}
-    state["queue"] = state["queue"].T
-    step.moco.load_state_dict(state)
-    step.optimizer.load_state_dict(content["optimizer"])
+    load_model(step, content["state_dict"], str(path))
+    load_optimizer(step, content["optimizer"], str(path))
     step.scaler.load_state_dict(ours["scaler"])
     return int(ours["step"])
 

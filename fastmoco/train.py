@@ -31,6 +31,8 @@ from fastmoco.optim import lr_at, set_lr
 from fastmoco.progress import DivergedError, Progress
 from fastmoco.report import draw_curves, knn_summary
 from fastmoco.step import build_step
+from fastmoco.weights.export import export_trunk
+from fastmoco.weights.initialize import start_from
 
 
 class Run:
@@ -46,6 +48,8 @@ class Run:
         resume_from = checkpoint.find(config)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
+        fresh = config.model.init_from and not resume_from
+        self.started_from = start_from(config, moco) if fresh else ""
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         self.loader = build_loader(
@@ -56,7 +60,9 @@ class Run:
             key_rows=self.step.shuffle.key_rows,
         )
         self.per_epoch = self.loader.steps_per_epoch
-        self.done = checkpoint.resume(resume_from, self.step, config) if resume_from else 0
+        self.done = (
+            checkpoint.resume(resume_from, self.step, config, self.per_epoch) if resume_from else 0
+        )
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.stopping = False
@@ -80,6 +86,9 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
+                if not self.stopping:
+                    epoch = self.done // self.per_epoch
+                    log.say(export_trunk(self.step.moco, self.folder, epoch))
             end = "stopped by a signal, the same command resumes" if self.stopping else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
@@ -140,6 +149,8 @@ class Run:
             done=self.done,
         ):
             log.say(line)
+        if self.started_from:
+            log.say(self.started_from)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
             for sentence in short_preflight(self.world.device):
                 log.warn(sentence)
