@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmoco.api import train
     from fastmoco.config import Config
-    from fastmoco.pretrained import load_encoder
+    from fastmoco.weights.read import load_encoder
 
 import fastmoco.machine.environment  # noqa: F401  # before anything loads torch
 
 __version__ = "0.1.0"
 __all__ = ["Config", "__version__", "load_encoder", "train"]
 
-_HOMES = {"Config": "fastmoco.config", "load_encoder": "fastmoco.pretrained"}
+_HOMES = {"Config": "fastmoco.config", "load_encoder": "fastmoco.weights.read"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,25 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastmoco
 from fastmoco.config import Config, ConfigError, dump, load, parse_text
 from fastmoco.distributed import World, all_reduce_mean_, barrier
 from fastmoco.step import Step
+from fastmoco.weights import files
+from fastmoco.weights.official import (
+    load_model,
+    load_optimizer,
+    official_optimizer,
+    official_state_dict,
+    resume_official,
+)
 
 LATEST = "latest.pth.tar"
 CONFIG = "config.yaml"
-_PREFIX = "module."
-
-
-def official_state_dict(step: Step) -> dict[str, Tensor]:
-    """The model under its official names, on the CPU, queue (C, K) and queue_ptr first."""
-    ours = step.moco.state_dict()
-    state = {f"{_PREFIX}queue": ours.pop("queue").T, f"{_PREFIX}queue_ptr": ours.pop("queue_ptr")}
-    state |= {f"{_PREFIX}{name}": tensor for name, tensor in ours.items()}
-    # Contiguous, so that the file does not carry our memory format into other programs.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> None:
@@ -49,8 +46,8 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
         content = {
             "epoch": epoch,
             "arch": config.model.arch,
-            "state_dict": official_state_dict(step),
-            "optimizer": step.optimizer.state_dict(),
+            "state_dict": (state := official_state_dict(step)),
+            "optimizer": official_optimizer(step.optimizer.state_dict(), state),
             "fastmoco": {
                 "version": fastmoco.__version__,
                 "step": steps,
@@ -131,7 +128,10 @@ def find(config: Config) -> Path | None:
     named = Path(config.run.resume)
     if not named.is_file():
         raise ConfigError(f"run.resume names {named}, which is not a file.")
-    return (latest(named.parent) if named.name == LATEST else None) or named
+    # A run that began from a foreign file and was interrupted goes on from its own checkpoint.
+    foreign = named.resolve().parent != Path(config.run.dir).resolve()
+    own = latest(Path(config.run.dir)) if foreign else None
+    return own or (latest(named.parent) if named.name == LATEST else None) or named
 
 
 @dataclass(frozen=True)
@@ -144,25 +144,23 @@ class Resumed:
     """What is not as it was when the checkpoint was written; sentences for the user."""
 
 
-def resume(path: Path, step: Step, config: Config) -> Resumed:
+def resume(path: Path, step: Step, config: Config, steps_per_epoch: int) -> Resumed:
     """Load `path` into the step in place.
 
-    Raises `ConfigError` if the file is no checkpoint of fastmoco, or of a run that learns another
-    thing.
+    `path` is a checkpoint of ours or of the official trainer, which knows epochs only.
+
+    Raises `ConfigError` if the file is neither, or of a run that learns another thing.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        ours = content["fastmoco"]
-    except Exception as error:
-        raise ConfigError(
-            f"{path} cannot be resumed from ({type(error).__name__}): it is not a complete "
-            "checkpoint of fastmoco; name another one in run.resume."
-        ) from error
+        content: dict[str, Any] = files.load(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be resumed from. {error}") from error
+    ours = content.get("fastmoco")
+    if ours is None:
+        return Resumed(resume_official(content, step, config, steps_per_epoch, str(path)))
     _require_same_run(parse_text(ours["config"]), config, str(path))
-    state = {n.removeprefix(_PREFIX): t for n, t in content["state_dict"].items()}
-    state["queue"] = state["queue"].T
-    step.moco.load_state_dict(state)
-    step.optimizer.load_state_dict(content["optimizer"])
+    load_model(step, content["state_dict"], str(path))
+    load_optimizer(step, content["optimizer"], str(path))
     step.scaler.load_state_dict(ours["scaler"])
     return Resumed(int(ours["step"]), tuple(_changes(ours.get("precision"), step)))
 

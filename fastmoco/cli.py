@@ -26,6 +26,9 @@ class Verb(NamedTuple):
     """Further options, and arguments with few values, for completion in a shell."""
 
 
+# Of fastmoco.weights.export, which loads torch.
+FORMATS = ("torchvision", "timm", "detectron2", "official", "safetensors", "hub-folder")
+
 VERBS = {
     "train": Verb("fastmoco.train", "pre-train an encoder; without options, the demo", True),
     "doctor": Verb("fastmoco.doctor", "what this machine has and what limits a run on it", True),
@@ -36,6 +39,11 @@ VERBS = {
         "fastmoco.data.prepare",
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
+    ),
+    "export": Verb(
+        "fastmoco.weights.export",
+        "carry an encoder to torchvision, timm, Detectron2 and others",
+        words=("--to", "--out", *FORMATS),
     ),
     "report": Verb("fastmoco.report", "draw the curves of a run and sum it up"),
     "completion": Verb(

@@ -31,6 +31,8 @@ from fastmoco.progress import DivergedError, Progress
 from fastmoco.report import draw_curves, knn_summary
 from fastmoco.step import build_step
 from fastmoco.stopping import StopRequest
+from fastmoco.weights.export import export_trunk
+from fastmoco.weights.initialize import start_from
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
@@ -49,6 +51,8 @@ class Run:
         resume_from = checkpoint.find(config)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
+        fresh = config.model.init_from and not resume_from
+        started_from = start_from(config, moco) if fresh else ""
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         require_one_precision(self.step.precision, world)
@@ -60,8 +64,10 @@ class Run:
             key_rows=self.step.shuffle.key_rows,
         )
         self.per_epoch = self.loader.steps_per_epoch
-        resumed = checkpoint.resume(resume_from, self.step, config) if resume_from else None
-        self.done, self.notes = (resumed.step, resumed.notes) if resumed else (0, ())
+        self.done, self.notes = 0, [started_from] if started_from else []
+        if resume_from:
+            resumed = checkpoint.resume(resume_from, self.step, config, self.per_epoch)
+            self.done, self.notes = resumed.step, [f"WARNING: {n}" for n in resumed.notes]
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.request = StopRequest()
@@ -83,6 +89,8 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
+                if not self.request.made:
+                    log.say(export_trunk(self.step.moco, self.folder, self.done // self.per_epoch))
             end = "stopped by a signal, the same command resumes" if self.request.made else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
@@ -116,21 +124,14 @@ class Run:
     def _evaluate_and_save(self, progress: Progress) -> None:
         """kNN and checkpoint where they are due, or where the run ends here."""
         epoch, within = divmod(self.done, self.per_epoch)
-        last = self.done == self.stop_at
+        last, stopping = self.done == self.stop_at, self.request.made
         every = self.config.knn.every
-        stopping = self.request.made
         if self.monitor and not stopping and (last or (not within and epoch % every == 0)):
             progress.knn(self.done, self.monitor.trained(self.step.moco))
         regular = not within and epoch % self.config.run.checkpoint_every == 0
         if regular or last or stopping:
-            checkpoint.save(
-                self.folder,
-                self.step,
-                steps=self.done,
-                epoch=epoch,
-                config=self.config,
-                world=self.world,
-            )
+            place = {"steps": self.done, "epoch": epoch}
+            checkpoint.save(self.folder, self.step, **place, config=self.config, world=self.world)
 
     def _announce(self, log: Logbook) -> None:
         """Print every resolved choice, and draw what the encoders are about to see."""
@@ -145,7 +146,7 @@ class Run:
         ):
             log.say(line)
         for note in self.notes:
-            log.warn(note)
+            log.say(note)
         if lost := missing_dali(self.config, self.world.device):
             log.warn(lost)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly

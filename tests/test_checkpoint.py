@@ -77,7 +77,7 @@ def test_resume_restores_everything(tmp_path: Path) -> None:
     second = build(tmp_path, seed=2)
     path = checkpoint.find(config(tmp_path))
     assert path is not None
-    assert checkpoint.resume(path, second, config(tmp_path)).step == 1
+    assert checkpoint.resume(path, second, config(tmp_path), 10).step == 1
     for name, tensor in first.moco.state_dict().items():
         assert torch.equal(second.moco.state_dict()[name], tensor), name
     assert int(second.moco.queue_ptr) == 8
@@ -112,9 +112,8 @@ def test_a_crash_while_writing_leaves_the_last_good_checkpoint(
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path, step, 2)
     monkeypatch.undo()
-    assert (
-        checkpoint.resume(tmp_path / "latest.pth.tar", build(tmp_path), config(tmp_path)).step == 1
-    )
+    latest = tmp_path / "latest.pth.tar"
+    assert checkpoint.resume(latest, build(tmp_path), config(tmp_path), 10).step == 1
 
 
 def statistics_after_save(world: World, folder: str) -> tuple[list[float], float]:
@@ -154,7 +153,7 @@ def test_latest_is_a_link_or_a_text(
     newest = checkpoint.find(config(tmp_path))
     assert newest is not None
     assert newest.name == "checkpoint_0000_step00000002.pth.tar"
-    assert checkpoint.resume(newest, build(tmp_path), config(tmp_path)).step == 2
+    assert checkpoint.resume(newest, build(tmp_path), config(tmp_path), 10).step == 2
     named = replace(config(tmp_path), run=replace(config(tmp_path).run, resume=str(pointer)))
     assert checkpoint.find(named) == newest
     newest.unlink()

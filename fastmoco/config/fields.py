@@ -34,7 +34,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the sample order, of every augmentation, of shuffle-BN and of the initial weights."""
     resume: str = "auto"
-    """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or a path."""
+    """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or the path of
+    a checkpoint, ours or the official trainer's, to go on from until `run.dir` has its own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -133,6 +134,9 @@ class ModelConfig:
     """`linear` is MoCo v1, `mlp` (Linear, ReLU, Linear) is MoCo v2."""
     dim: int = 128
     """C, the dimension of queries and keys."""
+    init_from: str = ""
+    """Weights to start both encoders from: a checkpoint of MoCo, torchvision, timm, lightly or
+    solo-learn, or a run directory. Empty starts at random."""
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,9 @@ def test_auto_that_means_another_type_on_resume_goes_on_with_a_warning(
     assert saved.precision.name == "bf16"
     checkpoint.save(tmp_path, saved, steps=3, epoch=0, config=auto, world=start("cpu", 60))
     path = tmp_path / checkpoint.LATEST
-    same = checkpoint.resume(path, build(auto, ZEN5, monkeypatch), auto)
+    same = checkpoint.resume(path, build(auto, ZEN5, monkeypatch), auto, 10)
     assert same == checkpoint.Resumed(3)
-    other = checkpoint.resume(path, build(auto, MILAN, monkeypatch), auto)
+    other = checkpoint.resume(path, build(auto, MILAN, monkeypatch), auto, 10)
     assert other.step == 3
     (note,) = other.notes
     assert "trained in bf16 so far and goes on in fp32" in note
