@@ -27,6 +27,7 @@ TINY = [
     *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--optim.epochs", "2"),
     *("--run.device", "cpu", "--run.log_every", "2"),
 ]
+NARROW = [*TINY, "--model.width", "0.25"]  # where the network does not matter
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -78,7 +79,7 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     images(tmp_path / "data" / "test", 10, 1)
     run = tmp_path / "run"
     arguments = [
-        *TINY,
+        *NARROW,
         *("--data.source", "folder", "--data.root", str(tmp_path / "data")),
         *("--data.backend", "pil", "--data.workers", "1", "--run.dir", str(run)),
         *("--knn.every", "1", "--knn.resize", "32", "--knn.k", "3", "--run.keep_checkpoints", "1"),
@@ -106,7 +107,7 @@ def test_bad_files_are_replaced_counted_and_listed(
     images(tmp_path / "images", 16, 0)
     first = sorted((tmp_path / "images").rglob("*.jpg"))[0]
     first.write_bytes(first.read_bytes()[:-500])  # only reading all of it shows that
-    arguments = [*TINY, "--data.source", "folder", "--data.root", str(tmp_path / "images")]
+    arguments = [*NARROW, "--data.source", "folder", "--data.root", str(tmp_path / "images")]
     arguments += ["--data.max_bad_share", "0.1", "--knn.every", "0", "--data.workers", "1"]
     run = tmp_path / "run"
     assert main([*arguments, "--run.dir", str(run)]) == 0
@@ -122,7 +123,7 @@ def test_bad_files_are_replaced_counted_and_listed(
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Exit code 2, and one sentence on standard error."""
-    assert main([*TINY, *arguments]) == 2
+    assert main([*NARROW, *arguments]) == 2
     lines = [s for s in capfd.readouterr().err.splitlines() if s.startswith("fastmoco: ")]
     assert len(lines) == 1
     return lines[0]
@@ -149,7 +150,7 @@ def test_run_directory_of_another_run_is_not_touched(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = ["--run.dir", str(tmp_path / "run")]
-    assert main([*TINY, *run, "--run.max_steps", "2"]) == 0
+    assert main([*NARROW, *run, "--run.max_steps", "2"]) == 0
     before = (tmp_path / "run" / "config.yaml").read_text()
     sentence = refused(capfd, *run, "--moco.temperature", "0.5")
     assert "moco.temperature (0.2 there, 0.5 now)" in sentence
@@ -177,7 +178,7 @@ def test_run_directory_that_is_a_file(capfd: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_divergence_stops_the_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([*TINY, "--run.dir", str(tmp_path), "--optim.lr", "1e30"]) == 1
+    assert main([*NARROW, "--run.dir", str(tmp_path), "--optim.lr", "1e30"]) == 1
     assert "lower optim.lr" in capfd.readouterr().err
 
 
@@ -197,7 +198,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
     """Readers get the signal too, and must last until the trainer has saved."""
     images(tmp_path / "data", 24, 0)
     arguments = [
-        *(*TINY, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"),
+        *(*NARROW, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"),
         *("--data.source", "folder", "--data.root", str(tmp_path / "data")),
         *("--data.backend", backend, "--data.workers", "1", "--run.checkpoint_every", "100000"),
     ]
