@@ -20,7 +20,8 @@ from fastmoco.config import ConfigError
 from fastmoco.resnet import BACKBONES
 
 TRUNK = "module.encoder_q."
-# torchvision's own class wherever it can be: what it makes works in every program that knows it.
+STEM = 64  # channels of the first convolution at model.width 1
+# torchvision's own networks wherever they can be: every program that knows ResNets takes them.
 NETWORKS: dict[str, Callable[[], resnet.ResNet]] = {
     "resnet18": resnet.resnet18,
     "resnet34": resnet.resnet34,
@@ -30,10 +31,6 @@ NETWORKS: dict[str, Callable[[], resnet.ResNet]] = {
     "resnext50_32x8d": partial(
         resnet.ResNet, resnet.Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=8
     ),
-    **{
-        name: partial(BACKBONES[name], norm_layer=partial(SplitBatchNorm2d, group_size=0))
-        for name in ("resnet50_w2x", "resnet50_w4x")
-    },
 }
 
 
@@ -42,7 +39,8 @@ def load_encoder(path: str | Path) -> resnet.ResNet:
 
     A torchvision `ResNet` on the CPU in evaluation mode whose `fc` is the identity: float images
     (N, 3, S, S), RGB in [0, 1] normalized with the mean and standard deviation of ImageNet as for
-    torchvision's weights, to features (N, D). Official MoCo checkpoints are read as well.
+    torchvision's weights, to features (N, D). Where `model.width` or the architecture is not
+    torchvision's, it is a subclass. Official MoCo checkpoints are read as well.
 
     Raises `ConfigError` where there is no checkpoint, or not one of MoCo.
     """
@@ -73,9 +71,13 @@ def load_encoder(path: str | Path) -> resnet.ResNet:
 
 def _build(arch: str, state: dict[str, Tensor]) -> resnet.ResNet:
     """The network around the tensors of `state`. Raises `KeyError` or `RuntimeError`."""
+    stem = state["conv1.weight"]
     with torch.device("meta"):  # no memory, and no random numbers drawn
-        network = NETWORKS[arch]()
-        stem = state["conv1.weight"]
+        if arch in NETWORKS and len(stem) == STEM:
+            network = NETWORKS[arch]()
+        else:
+            norm = partial(SplitBatchNorm2d, group_size=0)
+            network = BACKBONES[arch](norm_layer=norm, width=len(stem) / STEM)
         if stem.shape[-1] == 3:  # model.stem cifar
             network.conv1 = nn.Conv2d(3, stem.shape[0], 3, stride=1, padding=1, bias=False)
             network.add_module("maxpool", nn.Identity())
