@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from fastmoco import distributed
 from fastmoco.config import Config, validated
 from fastmoco.report import read_metrics
 from fastmoco.train import Run, join_world
+
+UNGUARDED = 'call fastmoco.train below `if __name__ == "__main__":` in a script.'
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ def train(config: Config) -> Trained:
     Raises `ConfigError` for a configuration or input that cannot train, `DivergedError` where the
     loss stops being a number, `DisagreementError` and `CollectiveError` where a rank fails.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(f"fastmoco: {UNGUARDED}")  # in a process of the reader, on its way up
     config = validated(config)
     threads, device = torch.get_num_threads(), torch.cuda.is_initialized()
     try:

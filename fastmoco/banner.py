@@ -7,15 +7,34 @@ import math
 import torch
 
 from fastmoco.batchnorm import norm_choice
-from fastmoco.config import Config, warnings
+from fastmoco.config import Config, ConfigError, warnings
 from fastmoco.convolution import convolution_choice
 from fastmoco.distributed import World
 from fastmoco.machine.precision import choose_precision
+from fastmoco_kernels.launch import HAS_TRITON
 
 
 def compile_encoders(config: Config, device: torch.device) -> bool:
-    """What `run.compile` means here: `auto` compiles on CUDA only."""
-    return config.run.compile == "on" or (config.run.compile == "auto" and device.type == "cuda")
+    """What `run.compile` means here: `auto` compiles on CUDA only, where triton is installed.
+
+    Raises `ConfigError` where it is on and cannot be.
+    """
+    cuda = device.type == "cuda"
+    if cuda and not HAS_TRITON:
+        if config.run.compile == "on":
+            raise ConfigError(
+                "run.compile is on, but triton, which torch.compile needs on CUDA, is not "
+                "installed: install it (it is made for Linux) or set run.compile to off."
+            )
+        return False
+    return config.run.compile == "on" or (config.run.compile == "auto" and cuda)
+
+
+def compile_reason(device: torch.device) -> str:
+    """Why `run.compile` auto means what it does on this device."""
+    if device.type == "cuda" and not HAS_TRITON:
+        return "triton is not installed"
+    return "only CUDA pays back the compile time"
 
 
 def start_lines(
@@ -25,7 +44,7 @@ def start_lines(
     moco, optim, local = config.moco, config.optim, config.local_batch_size(world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     compiled = compile_encoders(config, world.device)
-    auto = " (auto: only CUDA pays back the compile time)" if config.run.compile == "auto" else ""
+    auto = f" (auto: {compile_reason(world.device)})" if config.run.compile == "auto" else ""
     strategy = config.shuffle_bn(world.size)
     why = f" (auto: {world.size} rank{'s' * (world.size > 1)})" * (moco.shuffle_bn == "auto")
     precision = choose_precision(config.run.precision, world.device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastmoco import distributed
-from fastmoco.banner import compile_encoders
+from fastmoco.banner import compile_encoders, compile_reason
 from fastmoco.batchnorm import norm_choice
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.convolution import convolution_choice
@@ -37,6 +37,7 @@ from fastmoco.moco import build_moco
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import build_step
 from fastmoco_kernels import fallback, preflight, processor
+from fastmoco_kernels.launch import HAS_TRITON
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow")
 DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -66,12 +67,15 @@ def short_preflight(device: torch.device) -> list[str]:
     if device.type == "cuda":
         for op, reason in failed.items():
             fallback.use_reference(op, reason)
+    found = [fallback.NO_TRITON] if device.type == "cuda" and not HAS_TRITON else []
     consequence = (
         "its eager reference runs instead: right, but slower"
         if device.type == "cuda"
         else "do not trust this installation of torch"
     )
-    return [f"{op} is wrong on {device} ({why}); {consequence}." for op, why in failed.items()]
+    return found + [
+        f"{op} is wrong on {device} ({why}); {consequence}." for op, why in failed.items()
+    ]
 
 
 def versions() -> Iterator[Line]:
@@ -142,7 +146,7 @@ def choices(config: Config, world: World) -> Iterator[Line]:
     where = "Triton kernels" if cuda else "ATen: there is no CUDA device for the Triton kernels"
     yield "kernels", where
     compiled = compile_encoders(config, world.device)
-    reason = "only CUDA pays back the compile time" if config.run.compile == "auto" else "asked for"
+    reason = compile_reason(world.device) if config.run.compile == "auto" else "asked for"
     yield "compile", f"{'on' if compiled else 'off'} (run.compile {config.run.compile}: {reason})"
     yield "norm", norm_choice(world.device, compiled)
     yield "conv", convolution_choice(world.device, precision.name, compiled)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
-from fastmoco import doctor
-from fastmoco.config import parse
+from fastmoco import banner, doctor
+from fastmoco.config import Config, ConfigError, parse
 from fastmoco.distributed import World
 from fastmoco_kernels import fallback, preflight
 from tests.ranks import Ranks
@@ -100,3 +101,22 @@ def test_verdict_names_what_limits() -> None:
     assert "device limits" in doctor._verdict(2000.0, 1000.0, torch.device("cuda"))
     assert "idle 50 %" in doctor._verdict(500.0, 1000.0, torch.device("cuda"))
     assert "share the cores" in doctor._verdict(500.0, 1000.0, CPU)
+
+
+def test_torch_compile_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, config = torch.device("cuda"), Config()
+    on = replace(config, run=replace(config.run, compile="on"))
+    assert banner.compile_encoders(config, cuda)
+    assert not banner.compile_encoders(config, CPU)
+    monkeypatch.setattr(banner, "HAS_TRITON", False)
+    assert not banner.compile_encoders(config, cuda)
+    assert banner.compile_encoders(on, CPU)
+    with pytest.raises(ConfigError, match=r"set run\.compile to off"):
+        banner.compile_encoders(on, cuda)
+
+
+def test_cuda_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "HAS_TRITON", False)
+    with mock.patch.object(preflight, "check", return_value=[]):
+        assert doctor.short_preflight(torch.device("cuda")) == [fallback.NO_TRITON]
+        assert doctor.short_preflight(CPU) == []

@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"fastmoco_kernels", "distributed", "host"},
     "logbook": {"metrics"},
     "progress": {"fastmoco_kernels", "config", "distributed", "host", "logbook", "metrics"},
-    "banner": {"batchnorm", "config", "convolution", "distributed", "machine"},
+    "banner": {"fastmoco_kernels", "batchnorm", "config", "convolution", "distributed", "machine"},
 }
 # Entry points stand on top of everything but the benchmarks.
 TOP = {"fastmoco", "__main__", "api", "cli", "completion", "doctor", "train"}

@@ -89,9 +89,16 @@ def validated(config: Config) -> Config:
     Python does not check the types of a dataclass. Raises `ConfigError` where a file with these
     values would be refused.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"Training takes a fastmoco.Config, not a {type(config).__name__}.")
+    for group in fields(Config):
+        value, kind = getattr(config, group.name), group.default_factory
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            name = kind.__name__  # type: ignore[union-attr]
+            raise ConfigError(f"{group.name} is {value!r}, but must be of type {name}.")
     try:
         return parse_text(dump(config))
-    except (ArgumentError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ArgumentError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 

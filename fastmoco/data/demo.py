@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.data.index import cache_folder
 from fastmoco.data.patterns import FAMILIES, Plane, inside
+from fastmoco.data.scan import DIED
 
 VERSION = 2
 SIDE = 96
@@ -276,8 +278,11 @@ def _render_all(folder: Path, processes: int) -> None:
             for split, count in PER_CLASS.items()
             for family in CLASSES
         ]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BrokenProcessPool as error:
+            raise ConfigError(DIED) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -167,6 +168,12 @@ def measure(
     return sizes, bad
 
 
+DIED = (
+    "A process that was to read or render images died: free some memory, or, in a script, call "
+    'fastmoco below `if __name__ == "__main__":`.'
+)
+
+
 @contextlib.contextmanager
 def in_parallel(*, many: bool) -> Iterator[Executor]:
     """All cores: processes for much work, threads where processes would take longer to start.
@@ -176,6 +183,11 @@ def in_parallel(*, many: bool) -> Iterator[Executor]:
     pool = _processes(_cores()) if many else ThreadPoolExecutor(_cores())
     try:
         yield pool
+    except BrokenProcessPool as error:
+        # Imported on demand: it brings the command line, which the processes of a scan do without.
+        from fastmoco.config import ConfigError
+
+        raise ConfigError(DIED) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

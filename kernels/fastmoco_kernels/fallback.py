@@ -14,6 +14,11 @@ from fastmoco_kernels.launch import HAS_TRITON
 
 OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_")
 
+NO_TRITON = (
+    "triton is not installed (it is made for Linux), so the fused operations run by their "
+    "references: right, but slower and with more memory."
+)
+
 _replaced: dict[str, str] = {} if HAS_TRITON else dict.fromkeys(OPS, "triton is not installed")
 
 
