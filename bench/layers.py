@@ -1,4 +1,4 @@
-"""Op by op, the layers of a ResNet: batch norm, convolutions, max pooling.
+"""Op by op, the layers of a ResNet: batch norm, convolutions.
 
 `bench.kernels` runs these. `official` is what torchvision's network does. Tensors are
 channels-last and come from memory as in a step, and freed memory is kept as in training: otherwise
@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, conv2d, max_pool2d, relu
+from torch.nn.functional import batch_norm, conv2d, relu
 from torch.nn.grad import conv2d_weight
 
 from bench.harness import Contender, Race
 from fastmoco.host import keep_freed_memory
-from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu, max_pool_cpu, reference
+from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu, reference
 from fastmoco_kernels import direct_convolution_cpu as direct
 from fastmoco_kernels import winograd_cpu as winograd
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
@@ -206,41 +206,6 @@ def convolution_race(part: str, n: int, c: int, side: int, o: int, k: int, strid
     return "convolution", case | {"device": "cpu"}, contenders
 
 
-def max_pool_race(n: int, c: int, side: int, gradient: bool) -> Race:
-    """The stem's max pooling in bf16, as keys need it or with its backward; values are exact."""
-    keep_freed_memory()
-    generator, out = torch.Generator().manual_seed(0), (side + 1) // 2
-    x, dy = _normal(generator, n, c, side, side).relu(), _normal(generator, n, c, out, out)
-    turn = in_turns(x, dy)
-
-    def step(pool: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            x, dy = next(turn)
-            leaf = x.detach().requires_grad_(gradient)
-            y = pool(leaf)
-            return torch.autograd.grad(y, [leaf], dy)[0] if gradient else y
-
-        return run
-
-    def pool(x: Tensor) -> Tensor:
-        return max_pool2d(x, 3, 2, 1)
-
-    def error(got: Tensor) -> float:
-        return float((got.double() - truth).abs().mean() / truth.abs().mean())
-
-    leaf = x.double().requires_grad_()
-    truth = pool(leaf).detach()
-    if gradient:
-        (truth,) = torch.autograd.grad(pool(leaf), [leaf], dy.double())
-    bound = 2e-3 if gradient else 0.0  # sums of up to four values, rounded to bf16
-    contenders = [
-        Contender("official", step(pool), error, bound),
-        Contender("fastmoco", step(max_pool_cpu.max_pool), error, bound),
-    ]
-    case = {"n": n, "c": c, "side": side, "gradient": gradient, "device": "cpu"}
-    return "max_pool", case, contenders
-
-
 def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     """The races of the kernels in C++ that work on this device; batch norm is not among them."""
     found: dict[str, list[Callable[[], Race]]] = {}
@@ -250,6 +215,4 @@ def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
         found["convolution"] = [
             partial(convolution_race, part, *case) for case in FP32_CONVOLUTIONS for part in PARTS
         ]
-    if device.type == "cpu" and not max_pool_cpu.reason():
-        found["max_pool"] = [partial(max_pool_race, 32, 64, 112, kept) for kept in (False, True)]
     return found

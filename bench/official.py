@@ -23,7 +23,6 @@ from torchvision.models import resnet
 from fastmoco import resnet as ours
 from fastmoco.batchnorm import SplitBatchNorm2d
 from fastmoco.convolution import Conv2d
-from fastmoco.pooling import MaxPool2d
 
 # What torchvision has in place of each of our modules; both have the same parameters and buffers.
 PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
@@ -32,7 +31,6 @@ PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
     ours.Bottleneck: resnet.Bottleneck,
     SplitBatchNorm2d: nn.BatchNorm2d,
     Conv2d: nn.Conv2d,
-    MaxPool2d: nn.MaxPool2d,
 }
 
 

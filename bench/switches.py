@@ -25,7 +25,6 @@ from fastmoco_kernels import (
     convolution_cpu,
     convolution_fp32_cpu,
     enqueue_,
-    max_pool_cpu,
 )
 
 Run = Callable[[], object]
@@ -34,7 +33,6 @@ LAYERS = {
     "fused_norm": "fastmoco.batchnorm.supports",
     "convolutions": "fastmoco.convolution.convolution_fp32_cpu.supports",
     "weight_gradients": "fastmoco.convolution.convolution_cpu.supports",
-    "max_pooling": "fastmoco.pooling.supports",
 }
 # Names that `without` takes.
 WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input", *LAYERS)
@@ -63,19 +61,16 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
         Switch("convolutions", "oneDNN's", without=("convolutions",)),
         Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
-        Switch("max pooling", "ATen's", without=("max_pooling",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
         Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
         Switch("torch.compile", "eager", ("--run.compile", "off")),
     ]
     elsewhere = cuda or compiled  # our layers are those of the eager CPU
-    unpooled = config.model.stem == "cifar" or precision == "fp16"  # has none, or not by our kernel
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
         "fused batch norm": elsewhere or batch_norm_cpu.reason(),
         "convolutions": elsewhere or precision != "fp32" or convolution_fp32_cpu.reason(),
         "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
-        "max pooling": elsewhere or unpooled or max_pool_cpu.reason(),
         "fp32": precision == "fp32",
         "fused update": config.optim.name != "sgd_ema",
         "torch.compile": not compiled,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from fastmoco.convolution import adopt
-from fastmoco.pooling import MaxPool2d
 
 NormLayer = Callable[[int], nn.Module]
 """Makes, for a number of channels, a module that is called as norm(x, residual=..., relu=...)."""
@@ -69,7 +68,6 @@ class ResNet(resnet.ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.bn1 = self._norm_layer(stem)
             self.fc = nn.Linear(self._channels(512) * block.expansion, 1000)
-        self.maxpool = MaxPool2d()
         adopt(self)
 
     def _channels(self, planes: int) -> int:

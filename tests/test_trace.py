@@ -20,7 +20,7 @@ from fastmoco.distributed import World
 from fastmoco.optim import set_lr
 from fastmoco.shuffle import build_shuffle
 from fastmoco.step import Step, WholeStep, build_step
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu, max_pool_cpu
+from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
 from tests.fake_cuda import Watch, cuda_without_device
 from tests.ranks import Ranks
 from tests.test_layering import ROOT
@@ -115,7 +115,7 @@ def test_cpu_step_reads_nothing_back_between_flushes(accumulate: int) -> None:
         Views(views.im_q[i : i + rows], views.im_k[i : i + rows]) for i in range(0, BATCH, rows)
     ]
     # Compiled and checked once per process, when the banner is printed.
-    for module in (batch_norm_cpu, convolution_cpu, convolution_fp32_cpu, max_pool_cpu):
+    for module in (batch_norm_cpu, convolution_cpu, convolution_fp32_cpu):
         module.reason()
     with Watch() as watch:
         step(parts, 0)

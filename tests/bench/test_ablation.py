@@ -13,7 +13,7 @@ from bench.contest import Result, Window
 from bench.machines import numbered_step
 from bench.switches import WITHOUT, switch_off, switches
 from fastmoco.config import Config, ConfigError, dump, parse
-from fastmoco_kernels import convolution_cpu
+from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 from tests.compiled import needs
 
 TINY = [
@@ -57,9 +57,9 @@ def test_switched_off_means_off() -> None:
     assert weights.is_contiguous()
 
 
-def movement(without: tuple[str, ...]) -> list[torch.Tensor]:
-    """By how much one step in bf16 moves each weight of a convolution."""
-    config = dump(parse([*TINY, "--run.precision", "bf16"]))
+def movement(without: tuple[str, ...], precision: str) -> list[torch.Tensor]:
+    """By how much one step moves each weight of a convolution."""
+    config = dump(parse([*TINY, "--run.precision", precision]))
     step, run, _ = numbered_step(config, without)
     weights = [p for p in step.moco.encoder_q.parameters() if p.ndim == 4]
     before = [weight.detach().clone() for weight in weights]
@@ -69,13 +69,24 @@ def movement(without: tuple[str, ...]) -> list[torch.Tensor]:
 
 @needs(convolution_cpu.reason())
 def test_weight_gradients_switched_off_become_onednns_and_learn_the_same() -> None:
-    ours = movement(())
-    with mock.patch("fastmoco.convolution.convolution", side_effect=AssertionError):
-        theirs = movement(("weight_gradients",))
+    ours = movement((), "bf16")
+    with mock.patch("fastmoco.convolution.convolution_cpu.convolution", side_effect=AssertionError):
+        theirs = movement(("weight_gradients",), "bf16")
         with pytest.raises(AssertionError):
-            movement(())
+            movement((), "bf16")
     apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
     assert 0 < max(apart) < 1e-2  # oneDNN's are rounded to bf16
+
+
+@needs(convolution_fp32_cpu.reason())
+def test_convolutions_switched_off_become_onednns_and_learn_the_same() -> None:
+    ours, way = movement((), "fp32"), "fastmoco.convolution.convolution_fp32_cpu.convolution"
+    with mock.patch(way, side_effect=AssertionError):
+        theirs = movement(("convolutions",), "fp32")
+        with pytest.raises(AssertionError):
+            movement((), "fp32")
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+    assert 0 < max(apart) < 1e-3
 
 
 def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
@@ -92,26 +103,18 @@ def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
     assert not named(bf16, why="no such unit")
 
 
-def test_max_pooling_switched_off_is_atens_and_learns_the_same() -> None:
-    ours = movement(())
-    with mock.patch("fastmoco.pooling.max_pool", side_effect=AssertionError):
-        theirs = movement(("max_pooling",))
-    # Values and choices are ATen's; the sums of up to four gradients are rounded to bf16 once.
-    apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
-    assert max(apart) < 1e-2
+def test_convolutions_are_a_switch_in_fp32_where_our_kernels_compute_them() -> None:
+    bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
 
+    def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
+        with mock.patch("fastmoco_kernels.convolution_fp32_cpu.reason", return_value=why):
+            return "convolutions" in [s.name for s in switches(config, cuda, compiled)]
 
-def test_max_pooling_is_a_switch_where_there_is_one_that_our_kernel_does() -> None:
-    def named(*options: str, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
-        config = parse([*TINY, *options])
-        with mock.patch("fastmoco_kernels.max_pool_cpu.reason", return_value=why):
-            return "max pooling" in [s.name for s in switches(config, cuda, compiled)]
-
-    assert named()
-    assert not named("--model.stem", "cifar")
-    assert not named(cuda=True)
-    assert not named(compiled=True)
-    assert not named(why="no compiler")
+    assert named(fp32)
+    assert not named(bf16)
+    assert not named(fp32, cuda=True)
+    assert not named(fp32, compiled=True)
+    assert not named(fp32, why="no such unit")
 
 
 def test_rows_are_relative_to_the_whole() -> None:

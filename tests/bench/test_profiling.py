@@ -25,7 +25,7 @@ from fastmoco.config import dump, parse
 from fastmoco.data.loader import Batch
 from fastmoco.distributed import World
 from fastmoco.step import Step, WholeStep
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, max_pool_cpu
+from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -159,7 +159,7 @@ def test_our_kernels_of_the_cpu_belong_to_their_layers() -> None:
     parts = {
         batch_norm_cpu._BatchNormAct: "batch norm",
         convolution_cpu._Convolution: "convolution",
-        max_pool_cpu._MaxPool: "pooling",
+        convolution_fp32_cpu._Convolution: "convolution",
     }
     for function, part in parts.items():
         assert part_of(event(function.__name__)) == part
