@@ -207,10 +207,15 @@ def decode_all(data: list[bytes], device_id: int | None = None) -> list[NDArray[
     return [np.array(image) for image in (images if device_id is None else images.as_cpu())]
 
 
-@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
-def decode_one(device: str) -> Any:
+def decode_fed(device: str) -> Any:
     """The image that is fed to the input `data`."""
     return decode(fn.external_source(name="data", dtype=types.UINT8, ndim=1), device)
+
+
+def decoder_of_one(device_id: int | None) -> Any:
+    """A pipeline that decodes one image at a time."""
+    options = {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
+    return define(decode_fed)("cpu" if device_id is None else "gpu", device_id=device_id, **options)
 
 
 def refused_by_decoder(data: list[bytes], device_id: int | None) -> list[int]:
@@ -222,7 +227,7 @@ def refused_by_decoder(data: list[bytes], device_id: int | None) -> list[int]:
     refused: list[int] = []
     pipe: Any = None
     for at, one in enumerate(data):
-        pipe = pipe or decode_one("cpu" if device_id is None else "gpu", device_id=device_id)
+        pipe = pipe or decoder_of_one(device_id)
         try:
             pipe.feed_input("data", [np.frombuffer(one, np.uint8)])
             pipe.run()

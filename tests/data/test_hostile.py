@@ -258,7 +258,7 @@ def test_only_culprits_cost_the_search_a_pipeline() -> None:
     data = [jpeg(quality=50 + number) for number in range(32)]
     for culprit in (0, 13):
         data[culprit] = data[culprit][:400] + b"\xff\xc4\x00\x01 a broken table"
-    with mock.patch.object(pipeline, "decode_one", wraps=pipeline.decode_one) as built:
+    with mock.patch.object(pipeline, "decoder_of_one", wraps=pipeline.decoder_of_one) as built:
         assert pipeline.refused_by_decoder(data, None) == [0, 13]
     assert built.call_count == 3
 
@@ -280,7 +280,7 @@ def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
         engine.next()
     fails = mock.Mock(side_effect=error)
     with (
-        mock.patch.object(pipeline, "decode_one", return_value=mock.Mock(run=fails)),
+        mock.patch.object(pipeline, "decoder_of_one", return_value=mock.Mock(run=fails)),
         pytest.raises(error),
     ):
         pipeline.refused_by_decoder([jpeg()], None)
