@@ -120,7 +120,7 @@ def test_trains_on_windows(tmp_path: Path) -> None:
     noise = ["--data.source", "synthetic", "--data.synthetic_samples", "8"]
     done = run(tmp_path, "-c", PRETEND, "win32", "train", *TINY, *noise)
     assert done.returncode == 0, done.stderr
-    start = next(line for line in done.stdout.splitlines() if line.startswith("precision"))
+    start = next(line for line in done.stdout.splitlines() if line.startswith("layers"))
     assert "batch norm by ATen (on Windows none is compiled)" in start
     assert "default malloc" in done.stdout
 
