@@ -34,8 +34,8 @@ type: $(READY)
 
 # Tables and pictures of the documents from the rows in bench/results.
 bench-report: $(READY)
-	$(BIN)/python -m bench.report
-	$(BIN)/python -m bench.figures
+	$(BIN)/python -m bench.pages.tables
+	$(BIN)/python -m bench.pages.waterfall
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

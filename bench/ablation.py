@@ -9,7 +9,7 @@ published step to ours: first the same algorithm as this program runs it with ev
 one improvement after another, so gains add up and depend on the order. `data` is the step fed by
 the loader, with the other executor of the views (not for synthetic data). `compile` is the
 opposite of what `run.compile` means here, which takes minutes to compile on the CPU. Every variant
-is a process of its own, and those of a part take turns (`bench.contest`).
+is a process of its own, and those of a part take turns (`bench.measure.contest`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench import nvml, terminal
-from bench.case import case_of, device_of, origin
-from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentiles, write_rows
-from bench.switches import Switch, switches
+from bench.measure import nvml, terminal
+from bench.measure.case import case_of, device_of, origin
+from bench.measure.contest import Contestant, Result, contest
+from bench.measure.harness import RESULTS, percentiles, write_rows
+from bench.steps.switches import Switch, switches
 from bench.throughput import summary
-from fastmoco.banner import compile_encoders
 from fastmoco.config import Config, ConfigError, check, dump, parse
-from fastmoco.data.folders import resolve_folders
-from fastmoco.data.loader import has_dali
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.method.build import compile_encoders
 
 ROWS = RESULTS / "ablation.jsonl"
 EVERYTHING = "nothing"
@@ -40,7 +40,7 @@ PARTS = ("switches", "waterfall", "data", "compile")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the step: a factory in `bench.machines` and how it differs from ours."""
+    """One way to run the step: a factory in `contestants.py` and how it differs from ours."""
 
     overrides: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def run_part(part: str, arguments: Sequence[str], windows: int) -> dict[str, Res
         given: dict[str, Any] = {"config": dump(changed)}
         if variant.without:
             given["without"] = variant.without
-        contestants.append(Contestant(name, f"bench.machines:{variant.factory}", given))
+        contestants.append(Contestant(name, f"bench.steps.contestants:{variant.factory}", given))
     return contest(
         contestants,
         windows=windows,

@@ -10,7 +10,6 @@ reference, both executors, and their differences times 16.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,16 +19,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench import terminal
+from bench.measure import terminal
 from fastmoco.config import AugmentConfig
-from fastmoco.data.arrays import Canvas, decode_tensor
-from fastmoco.data.augment import ViewTable, draw_uniforms, view_table
-from fastmoco.data.loader import has_dali
+from fastmoco.data.backends.array import Canvas, decode_tensor
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.backends.dali_rows import programme
+from fastmoco.data.backends.pil import UInt8, execute, open_rgb
 from fastmoco.data.preview import sheet
-from fastmoco.data.programme import programme
 from fastmoco.data.reader import Reader
-from fastmoco.data.reference import UInt8, execute, open_rgb
-from fastmoco.data.sources import open_folder
+from fastmoco.data.sources.folder import open_folder
+from fastmoco.data.table import ViewTable, draw_uniforms, view_table
 
 NOTHING = AugmentConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
 STILL = replace(NOTHING, jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0)
@@ -68,12 +67,13 @@ def views(data: list[bytes], config: AugmentConfig) -> dict[str, UInt8]:
 
 
 def _by_dali(data: list[bytes], table: ViewTable, config: AugmentConfig) -> UInt8:
-    pipeline = importlib.import_module("fastmoco.data.pipeline")
+    from fastmoco.data.backends import dali_graph
+
     rows = list(programme(table))
     images = [np.frombuffer(one, np.uint8) for one in data]
     delivery = images, rows, rows, [np.zeros(2, np.int64) for _ in data]
-    shape = pipeline.Shape(config.image_size, config.recipe, "cpu", False)
-    by_dali: UInt8 = pipeline.run_once(delivery, shape)[0].numpy()
+    shape = dali_graph.Shape(config.image_size, config.recipe, "cpu", False)
+    by_dali: UInt8 = dali_graph.run_once(delivery, shape)[0].numpy()
     return by_dali
 
 

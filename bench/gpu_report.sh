@@ -35,7 +35,7 @@ if [ -n "${REHEARSE:-}" ]; then
   options+=(--run.device cpu --run.precision fp32 --model.arch resnet18 --model.width 0.25
     --augment.image_size 32 --optim.global_batch_size 8 --moco.bn_group_size 4 --moco.queue_size 64)
   machine=(uname -a)
-  tests=(tests/bench/test_launches.py)
+  tests=(tests/bench/measure/test_launches.py)
   kernels=(--device cpu --only ema --rounds 1)
   few=(--windows 1)
   contestants=(--only step,official)

@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import terminal
-from bench.case import origin
-from bench.harness import RESULTS, spread, write_rows
+from bench.measure import terminal
+from bench.measure.case import origin
+from bench.measure.harness import RESULTS, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.loader import build_loader
-from fastmoco.data.scan import in_order, in_parallel, progress
-from fastmoco.data.sources import open_folder
+from fastmoco.data.sources.folder import open_folder
+from fastmoco.data.sources.measure import in_order, in_parallel, progress
 
 ROWS = RESULTS / "index.jsonl"
 FOLDERS = 1000

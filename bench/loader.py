@@ -33,18 +33,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from bench import terminal
-from bench.case import origin
-from bench.harness import RESULTS, percentiles, spread, write_rows
+from bench.measure import terminal
+from bench.measure.case import origin
+from bench.measure.harness import RESULTS, percentiles, spread, write_rows
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
-from fastmoco.data.arrays import Canvas, crop, decode_tensor
-from fastmoco.data.augment import ViewTable
-from fastmoco.data.header import decode
-from fastmoco.data.loader import build_loader, has_dali, make_plan
+from fastmoco.data.backends.array import Canvas, crop, decode_tensor
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.backends.pil import crop as crop_by_pil
+from fastmoco.data.backends.pil import execute
+from fastmoco.data.decode import decode
+from fastmoco.data.loader import build_loader, make_plan
 from fastmoco.data.reader import Reader, read_work
-from fastmoco.data.reference import crop as crop_by_pil
-from fastmoco.data.reference import execute
-from fastmoco.data.sources import open_source
+from fastmoco.data.sources.choose import open_source
+from fastmoco.data.table import ViewTable
 
 ROWS = RESULTS / "loader.jsonl"
 CPU = torch.device("cpu")

@@ -24,17 +24,17 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import terminal
-from bench.case import case_of, device_of, origin
-from bench.contest import synchronize
-from bench.harness import RESULTS, write_rows
-from bench.machines import Fed, fed_step
-from fastmoco import step as steps
+from bench.measure import terminal
+from bench.measure.case import case_of, device_of, origin
+from bench.measure.contest import synchronize
+from bench.measure.harness import RESULTS, write_rows
+from bench.steps.contestants import Fed, fed_step
 from fastmoco.config import Config, check, dump, parse
-from fastmoco.data.folders import resolve_folders
 from fastmoco.data.loader import Batch
-from fastmoco.shuffle import Shuffle
-from fastmoco.step import Step, WholeStep
+from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.shuffle_bn import Shuffle
+from fastmoco.method.step import Step
 from fastmoco_kernels import info_nce_enqueue
 
 ROWS = RESULTS / "profile.jsonl"
@@ -84,7 +84,7 @@ def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     loss = ranged("fastmoco.loss", info_nce_enqueue)
 
     def named() -> None:
-        with mock.patch.object(steps, "info_nce_enqueue", loss):
+        with mock.patch(f"{type(step).__module__}.info_nce_enqueue", loss):
             run()
 
     return named

@@ -2,9 +2,9 @@
 
     python -m bench.scaling [--save]
 
-Bytes of our strategies are counted from the calls that `fastmoco.shuffle` makes in a process group
-of W ranks of which one exists; tests compare them and the formulas of the published scheme with
-counts on 2 and 4 gloo ranks. Times are a model, not a measurement: see `LINKS`.
+Bytes of our strategies are counted from the calls that `fastmoco.method.shuffle_bn` makes in a
+process group of W ranks of which one exists; tests compare them and the formulas of the published
+scheme with counts on 2 and 4 gloo ranks. Times are a model, not a measurement: see `LINKS`.
 
 N local batch, W ranks, S image side, C feature dimension, K queue length.
 """
@@ -24,13 +24,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench import terminal
-from bench.case import origin
-from bench.harness import RESULTS, write_rows
-from bench.wire import Wire
+from bench.measure import terminal
+from bench.measure.case import origin
+from bench.measure.harness import RESULTS, write_rows
+from bench.measure.wire import Wire
 from fastmoco.config import ShuffleBN
-from fastmoco.distributed import World
-from fastmoco.shuffle import build_shuffle
+from fastmoco.machine.ranks import World
+from fastmoco.method.shuffle_bn import build_shuffle
 
 OURS: tuple[ShuffleBN, ...] = ("all_to_all", "loader", "split", "none")
 RANKS = [2**i for i in range(11)]

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from bench import terminal
 from bench.ablation import EVERYTHING, relative
-from bench.case import case_of, device_of, origin
-from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, write_rows
+from bench.measure import terminal
+from bench.measure.case import case_of, device_of, origin
+from bench.measure.contest import Contestant, Result, contest
+from bench.measure.harness import RESULTS, write_rows
 from bench.throughput import summary
 from fastmoco.config import Config, check, dump, parse
-from fastmoco.data.folders import resolve_folders
+from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT, SPIN_COUNT
 
 ROWS = RESULTS / "threads.jsonl"
@@ -56,7 +56,7 @@ def run(
 ) -> dict[str, Result]:
     """The contest of the settings, beside so many neighbours."""
     text = dump(resolve_folders(config) if fed else config)
-    factory = "bench.machines:end_to_end" if fed else "bench.machines:our_step"
+    factory = "bench.steps.contestants:end_to_end" if fed else "bench.steps.contestants:our_step"
     contestants = [
         Contestant(name, factory, {"config": text}, variables)
         for name, variables in settings(fed, threads).items()

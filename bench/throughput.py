@@ -27,24 +27,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import nvml, product, profiling, report, terminal
-from bench.case import case_of, device_of, origin
-from bench.contest import Contestant, Result, contest
-from bench.harness import RESULTS, percentiles, write_rows
+from bench import profiling
+from bench.measure import nvml, product, terminal
+from bench.measure.case import case_of, device_of, origin
+from bench.measure.contest import Contestant, Result, contest
+from bench.measure.harness import RESULTS, percentiles, write_rows
+from bench.pages import tables
 from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
-from fastmoco.data.folders import resolve_folders
+from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
 
 ROWS = RESULTS / "throughput.jsonl"
 PROFILE = Path("runs/profile")
 
 FACTORIES = {
-    "loader": "bench.machines:loader_alone",
-    "step": "bench.machines:our_step",
-    "end_to_end": "bench.machines:end_to_end",
-    "encoder": "bench.machines:bare_encoder",
-    "official": "bench.machines:official_step",
-    "official_kept": "bench.machines:official_step_with_kept_memory",
+    "loader": "bench.steps.contestants:loader_alone",
+    "step": "bench.steps.contestants:our_step",
+    "end_to_end": "bench.steps.contestants:end_to_end",
+    "encoder": "bench.steps.contestants:bare_encoder",
+    "official": "bench.steps.contestants:official_step",
+    "official_kept": "bench.steps.contestants:official_step_with_kept_memory",
 }
 
 # The published code leaves libgomp's waiting as it is; `fastmoco` does not.
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     rate = product.Rate()
     results = measure(plan, config, meter, rate.measure if device.type == "cpu" else rate.skip)
     rows = rows_of(config, results, where, rate)
-    terminal.show(report.caption(rows), *report.cells(rows), report.sentence(rows))
+    terminal.show(tables.caption(rows), *tables.cells(rows), tables.sentence(rows))
     if plan.publish:
         write_rows(ROWS, rows)
         print(f"{len(rows)} rows appended to {ROWS.name}")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fastmoco import distributed
 from fastmoco.config import Config, validated
-from fastmoco.report import read_metrics
+from fastmoco.machine import ranks
+from fastmoco.run.record import read_metrics
 from fastmoco.train import Run, join_world
 
 UNGUARDED = 'call fastmoco.train below `if __name__ == "__main__":` in a script.'
@@ -49,7 +49,7 @@ def train(config: Config) -> Trained:
             run.train()
             main = run.world.is_main
     finally:
-        distributed.stop()
+        ranks.stop()
         torch.set_num_threads(threads)
     metrics = last_metrics(run.folder / "metrics.jsonl") if main else {}
     return Trained(run.folder, metrics, not run.request.made)

@@ -31,12 +31,14 @@ FORMATS = ("torchvision", "timm", "detectron2", "official", "safetensors", "hub-
 
 VERBS = {
     "train": Verb("fastmoco.train", "pre-train an encoder; without options, the demo", True),
-    "doctor": Verb("fastmoco.doctor", "what this machine has and what limits a run on it", True),
+    "doctor": Verb(
+        "fastmoco.doctor.__main__", "what this machine has and what limits a run on it", True
+    ),
     "preview": Verb(
         "fastmoco.data.preview", "draw the views that a run would see", True, ("--out", "--samples")
     ),
     "prepare": Verb(
-        "fastmoco.data.prepare",
+        "fastmoco.data.download",
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
     ),
@@ -45,7 +47,7 @@ VERBS = {
         "carry an encoder to torchvision, timm, Detectron2 and others",
         words=("--to", "--out", *FORMATS),
     ),
-    "report": Verb("fastmoco.report", "draw the curves of a run and sum it up"),
+    "report": Verb("fastmoco.run.curves", "draw the curves of a run and sum it up"),
     "completion": Verb(
         "fastmoco.completion", "print a script for your shell", words=("bash", "fish", "zsh")
     ),

@@ -1,6 +1,7 @@
 """Pre-train an encoder with Momentum Contrast: `torchrun -m fastmoco.train --config FILE`.
 
-Build everything once, run the loop, close. The algorithm of the paper is `fastmoco.step.Step`.
+Build everything once, run the loop, close. The algorithm of the paper is
+`fastmoco.method.step.Step`.
 """
 
 from __future__ import annotations
@@ -13,26 +14,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fastmoco import checkpoint, distributed
-from fastmoco.agreement import DisagreementError, require_agreement, require_one_precision
-from fastmoco.banner import compile_encoders, start_lines
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.data.folders import resolve_folders
-from fastmoco.data.loader import build_loader, missing_dali
+from fastmoco.data.backends.choose import missing_dali
+from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
-from fastmoco.distributed import CollectiveError, World
-from fastmoco.doctor import short_preflight
+from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
-from fastmoco.host import settle
-from fastmoco.logbook import Logbook
-from fastmoco.moco import build_moco
-from fastmoco.optim import lr_at, set_lr
-from fastmoco.progress import DivergedError, Progress
-from fastmoco.report import draw_curves, knn_summary
-from fastmoco.step import build_step
-from fastmoco.stopping import StopRequest
+from fastmoco.machine import collectives, ranks
+from fastmoco.machine.collectives import CollectiveError
+from fastmoco.machine.host import settle
+from fastmoco.machine.ranks import World
+from fastmoco.method.agreement import DisagreementError, require_agreement, require_one_precision
+from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.moco import build_moco
+from fastmoco.method.update import lr_at, set_lr
+from fastmoco.run import checkpoint, directory
+from fastmoco.run.choices import start_lines
+from fastmoco.run.curves import draw_curves
+from fastmoco.run.logbook import Logbook
+from fastmoco.run.progress import DivergedError, Progress
+from fastmoco.run.record import knn_summary
+from fastmoco.run.stopping import StopRequest
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
+from fastmoco_kernels.preflight import short_preflight
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
@@ -47,7 +52,7 @@ class Run:
         self.world = world
         self.folder = Path(config.run.dir)
         if world.is_main:
-            checkpoint.check_run_directory(config)
+            directory.check_run_directory(config)
         resume_from = checkpoint.find(config)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
@@ -76,14 +81,14 @@ class Run:
         """Run to the last step or to a signal; either way the final state is on disk."""
         main = self.world.is_main
         if main:
-            checkpoint.claim_run_directory(self.config)
+            directory.claim_run_directory(self.config)
         with (
             self.request,
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
         ):
             self._announce(log)
-            with distributed.naming_failures(self.world, lambda: self.done):
+            with collectives.naming_failures(self.world, lambda: self.done):
                 self._loop(log)
             if main:
                 metrics = self.folder / "metrics.jsonl"
@@ -115,7 +120,7 @@ class Run:
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 require_agreement(step.moco, self.world, done)
-                self.request.made = distributed.any_rank(self.request.made, self.world)
+                self.request.made = collectives.any_rank(self.request.made, self.world)
                 self._evaluate_and_save(progress)
                 if self.request.made:
                     return
@@ -159,7 +164,7 @@ class Run:
 def join_world(config: Config) -> World:
     """This rank among all. Raises `ConfigError` for a device that is not there."""
     try:
-        return distributed.start(config.run.device, config.run.timeout_s)
+        return ranks.start(config.run.device, config.run.timeout_s)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -181,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # asked twice, or before there was anything to save
     finally:
-        distributed.stop()
+        ranks.stop()
     return 0
 
 

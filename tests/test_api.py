@@ -16,7 +16,6 @@ import torch
 from torchvision.models import ResNet
 
 import fastmoco
-from fastmoco import stopping
 from fastmoco.config import (
     AugmentConfig,
     ConfigError,
@@ -26,7 +25,8 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
-from fastmoco.moco import build_moco
+from fastmoco.method.moco import build_moco
+from fastmoco.run import stopping
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +66,7 @@ ORDERS = {
 def test_train_is_a_function_and_a_module_in_any_order() -> None:
     code = f"""
 import os, sys
-import fastmoco.checkpoint, fastmoco.doctor, fastmoco.logbook, fastmoco.report  # all but train
+import fastmoco.run.checkpoint, fastmoco.doctor.findings, fastmoco.run.curves  # all but train
 
 assert "fastmoco.train" not in sys.modules
 for name, order in {ORDERS!r}.items():
@@ -140,7 +140,7 @@ def test_errors_are_exceptions_and_leave_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=part) as caught:
             fastmoco.train(config)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
-    with pytest.raises(fastmoco.progress.DivergedError):
+    with pytest.raises(fastmoco.run.progress.DivergedError):
         fastmoco.train(replace(good, optim=replace(good.optim, lr=1e30)))
     assert handlers() == before
 

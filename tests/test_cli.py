@@ -91,7 +91,7 @@ def test_interrupted_before_there_is_anything_to_save(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastmoco.report.main", interrupted)
+    monkeypatch.setattr("fastmoco.run.curves.main", interrupted)
     assert cli.main(["report", "x"]) == 130
     assert capsys.readouterr().err == "fastmoco: interrupted\n"
 

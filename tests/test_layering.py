@@ -1,8 +1,11 @@
-"""The arrows of the design: which part of the project may import which."""
+"""The arrows of the design: which room of the house may import from which."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,50 +17,44 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
-# Parts from the bottom up: a file imports from its own part and from those named beside it.
-ALLOWED: dict[str, set[str]] = {
+# Rooms from the ground up. A room imports from itself, from what it stands on, and from all that
+# this stands on in turn. docs/architecture.md draws the same.
+STANDS_ON: dict[str, set[str]] = {
     "fastmoco_kernels": set(),
     "config": set(),
     "machine": {"fastmoco_kernels"},
-    "distributed": {"fastmoco_kernels", "host"},
-    "batchnorm": {"fastmoco_kernels"},
-    "convolution": {"fastmoco_kernels"},
-    "resnet": {"convolution"},
-    "host": {"machine"},
-    "data": {"fastmoco_kernels", "config", "host"},
-    "report": {"config"},
-    "encoder": {"batchnorm", "config", "resnet"},
-    "shuffle": {"config", "distributed"},
-    "moco": {"fastmoco_kernels", "config", "encoder"},
-    "agreement": {"config", "distributed", "machine", "moco"},
-    "optim": {"fastmoco_kernels", "config", "moco"},
-    "step": {
-        "fastmoco_kernels",
-        "config",
-        "distributed",
-        "encoder",
-        "machine",
-        "moco",
-        "optim",
-        "shuffle",
-    },
-    "weights": {"fastmoco_kernels", "config", "encoder", "resnet", "moco", "step"},
-    "checkpoint": {"config", "distributed", "step", "weights"},
-    "stopping": set(),
-    "evaluate": {"config", "distributed", "encoder", "machine", "moco"},
-    "metrics": {"fastmoco_kernels", "distributed", "host"},
-    "logbook": {"metrics"},
-    "progress": {"fastmoco_kernels", "config", "distributed", "host", "logbook", "metrics"},
-    "banner": {"fastmoco_kernels", "batchnorm", "config", "convolution", "distributed", "machine"},
+    "network": {"config", "machine"},
+    "data": {"config", "machine"},
+    "method": {"network", "data"},
+    "weights": {"method"},
+    "doctor": {"method"},
+    "evaluate": {"weights"},
+    "run": {"weights"},
+    "transfer": {"evaluate"},
+    "train": {"run", "evaluate", "doctor", "transfer"},
+    "experiments": {"train"},
+    "cli": {"experiments"},
 }
-# Entry points stand on top of everything but the benchmarks.
-TOP = {"fastmoco", "__main__", "api", "cli", "completion", "doctor", "train"}
+# Files beside the rooms that belong to one of them: its Python door, and what the console needs.
+BELONGS_TO = {"api": "train", "__main__": "cli", "completion": "cli"}
+# Inside bench/: the folders, and the programs above them.
+BENCH_STANDS_ON: dict[str, set[str]] = {
+    "measure": set(),
+    "steps": {"measure"},
+    "races": {"measure"},
+}
+
+
+def below(room: str) -> set[str]:
+    """The room and everything that it stands on."""
+    return {room}.union(*(below(lower) for lower in STANDS_ON[room]))
 
 
 def part_of(module: str) -> str:
-    """`fastmoco.data.order` -> `data`; modules outside the three packages keep their top name."""
+    """`fastmoco.data.order` -> `data`; modules outside fastmoco keep their top name."""
     pieces = module.split(".")
-    return pieces[1] if pieces[0] == "fastmoco" and len(pieces) > 1 else pieces[0]
+    part = pieces[1] if pieces[0] == "fastmoco" and len(pieces) > 1 else pieces[0]
+    return BELONGS_TO.get(part, part)
 
 
 def module_name(path: Path) -> str:
@@ -66,16 +63,33 @@ def module_name(path: Path) -> str:
     return ".".join(pieces[1:] if pieces[0] == "kernels" else pieces).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_in(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Every module that a node below `tree` imports, by statement or by name."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import hides its arrow"
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            named = node.args[0]
+            literal = isinstance(named, ast.Constant)
+            at_the_top = path.parent == ROOT / "fastmoco" or path.is_relative_to(ROOT / "bench")
+            assert literal or at_the_top, f"{path}: hides its arrow"
+            if isinstance(named, ast.Constant):
+                yield str(named.value)
+
+
+def imports_of(path: Path) -> set[str]:
+    return set(imports_in(ast.parse(path.read_text()), path))
+
+
+def imports_at_start(path: Path) -> set[str]:
+    """What is imported together with the file, not by a function that is called later."""
+    tree = ast.parse(path.read_text())
+    statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name for node in statements for name in imports_in(node, path)}
 
 
 def tops(path: Path) -> set[str]:
@@ -83,38 +97,70 @@ def tops(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows_point_one_way(path: Path) -> None:
-    part = part_of(module_name(path))
+def test_arrows_point_down(path: Path) -> None:
     own = {part_of(name) for name in imports_of(path) if name.split(".")[0] == "fastmoco"}
     own |= tops(path) & {"fastmoco_kernels", "bench"}
-    own -= {"fastmoco"}
+    own -= {"fastmoco", "__version__"}
     if path.is_relative_to(ROOT / "bench"):
+        folder = path.relative_to(ROOT / "bench").parts[0]
+        inside = {name.split(".")[1] for name in imports_of(path) if name.startswith("bench.")}
+        if folder in BENCH_STANDS_ON:
+            assert inside <= BENCH_STANDS_ON[folder] | {folder}
         return
     assert "bench" not in own, "only benchmarks import benchmarks"
-    if part not in TOP:
-        assert part in ALLOWED, f"say in ALLOWED what {part} may import"
-        assert own <= ALLOWED[part] | {part}
-        assert not own & (TOP - {"fastmoco"}), "nothing imports an entry point"
+    part = part_of(module_name(path))
+    if part == "fastmoco":  # the package itself: variables set before torch loads, nothing more
+        assert imports_at_start(path) <= {
+            "fastmoco.machine.environment",
+            *("importlib", "importlib.import_module"),
+            *("typing", "typing.TYPE_CHECKING", "typing.Any"),
+        }
+        return
+    assert part in STANDS_ON, f"say in STANDS_ON where {part} stands"
+    assert own <= below(part), f"{part} does not stand on {own - below(part)}"
+
+
+def test_the_rooms_have_no_circle() -> None:
+    for room, lower in STANDS_ON.items():
+        assert all(room not in below(one) for one in lower)
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
     outside = {"torch", "triton", "fastmoco_kernels"}
     for path in FILES:
         if path.is_relative_to(ROOT / "kernels"):
-            third_party = {name for name in tops(path) if name not in sys_stdlib()}
+            third_party = tops(path) - sys.stdlib_module_names
             assert third_party <= outside, f"{path}: {third_party - outside}"
 
 
-def test_one_importer_of_torch_distributed_and_of_dali() -> None:
+def test_one_room_imports_torch_distributed_and_one_file_imports_dali() -> None:
     for path in FILES:
         names = imports_of(path)
-        if path != ROOT / "fastmoco" / "distributed.py" and path.is_relative_to(ROOT / "fastmoco"):
+        if path.is_relative_to(ROOT / "fastmoco") and path.parent.name != "machine":
             assert not any(n.startswith("torch.distributed") for n in names), path
-        if path != ROOT / "fastmoco" / "data" / "pipeline.py":
+        if path != ROOT / "fastmoco" / "data" / "backends" / "dali_graph.py":
             assert not any(n.startswith("nvidia") for n in names), path
 
 
-def sys_stdlib() -> frozenset[str]:
-    import sys
+@pytest.mark.parametrize("start", ["backends.dali_reader", "sources.measure", "sources.folder"])
+def test_reader_and_scan_processes_start_without_torch(start: str) -> None:
+    """They are many, and importing torch takes each of them seconds."""
+    by_name = {module_name(path): path for path in FILES}
+    pending, seen = [f"fastmoco.data.{start}"], set[str]()
+    while pending:
+        name = pending.pop()
+        if name in seen or name not in by_name:
+            continue
+        seen.add(name)
+        found = imports_at_start(by_name[name])
+        heavy = {n for n in found if n.split(".")[0] in ("torch", "torchvision", "nvidia")}
+        assert not heavy, f"{name} imports {heavy}"
+        pending += found
+        pending.append(name.rpartition(".")[0])  # importing a module imports its package
+    assert len(seen) > 3
 
-    return frozenset(sys.stdlib_module_names)
+
+def test_no_folder_holds_more_files_than_a_reader_can_overlook() -> None:
+    counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    for folder, count in counts.items():
+        assert count <= (20 if folder.name == "fastmoco_kernels" else 12), folder

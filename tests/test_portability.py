@@ -128,13 +128,13 @@ def test_trains_on_windows(tmp_path: Path) -> None:
 def test_doctor_and_kernels_make_do_with_less(tmp_path: Path) -> None:
     code = """
 import torch
-from fastmoco import doctor
-from fastmoco.distributed import World
+from fastmoco.doctor import findings
+from fastmoco.machine.ranks import World
 
 world = World(0, 0, 1, torch.device("cpu"), "none")
-print(dict([*doctor.versions(), *doctor.devices(world)])["cpu"])
-from fastmoco_kernels import fallback
-print(sorted(fallback.replaced()) == sorted(fallback.OPS))
+print(dict([*findings.versions(), *findings.devices(world)])["cpu"])
+from fastmoco_kernels import launch
+print(sorted(launch.replaced()) == sorted(launch.OPS))
 """
     done = run(tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr

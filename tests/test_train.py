@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.data.loader import has_dali
+from fastmoco.data.backends.choose import has_dali
 from fastmoco.train import main
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data.augment import Int64
-from fastmoco.data.header import BadImage
+from fastmoco.data.decode import BadImage
 from fastmoco.data.reader import decode_sample
-from fastmoco.data.sources import Source
+from fastmoco.data.sources.source import Source
+from fastmoco.data.table import Int64
 
 
 class BadSamples:

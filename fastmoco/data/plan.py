@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco.data.augment import Float64, Int64, draw_uniforms
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.table import Float64, Int64, draw_uniforms
 
 KeyRows = Callable[[int], NDArray[np.int64]]
 QUERY, KEY = 0, 1

@@ -5,7 +5,6 @@ python -m fastmoco.data.preview --config configs/moco_v2_r50_200ep.yaml --out vi
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -15,12 +14,14 @@ from PIL import Image, ImageDraw
 
 from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
-from fastmoco.data.augment import ViewTable
-from fastmoco.data.delivery import Delivery
-from fastmoco.data.loader import SyntheticEngine, has_dali, make_plan
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.backends.dali_reader import Delivery
+from fastmoco.data.backends.pil import UInt8, execute, open_rgb
+from fastmoco.data.backends.synthetic import SyntheticEngine
+from fastmoco.data.loader import make_plan
 from fastmoco.data.reader import Reader, Work, read_work
-from fastmoco.data.reference import UInt8, execute, open_rgb
-from fastmoco.data.sources import open_source
+from fastmoco.data.sources.choose import open_source
+from fastmoco.data.table import ViewTable
 
 _TITLE = 14
 _GAP = 4
@@ -60,9 +61,10 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
 
 def _by_dali(config: Config, work: Work) -> list[UInt8]:
     # Imported by name: only where DALI is installed.
-    pipeline = importlib.import_module("fastmoco.data.pipeline")
-    shape = pipeline.Shape(config.augment.image_size, config.augment.recipe, "cpu", False)
-    return [batch.numpy() for batch in pipeline.run_once(Delivery.pack(work), shape)]
+    from fastmoco.data.backends import dali_graph
+
+    shape = dali_graph.Shape(config.augment.image_size, config.augment.recipe, "cpu", False)
+    return [batch.numpy() for batch in dali_graph.run_once(Delivery.pack(work), shape)]
 
 
 def _fit(image: Image.Image, side: int) -> UInt8:

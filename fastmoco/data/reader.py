@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.augment import Float32, Int64, view_table
-from fastmoco.data.header import BadImage, check_pixels, decode, is_complete_jpeg, jpeg_header
+from fastmoco.data.decode import BadImage, check_pixels, decode, is_complete_jpeg, jpeg_header
 from fastmoco.data.order import permute, stream_key
 from fastmoco.data.plan import Draw, Plan
-from fastmoco.data.sources import Source
+from fastmoco.data.sources.source import Source
+from fastmoco.data.table import Float32, Int64, view_table
 
 _ATTEMPTS = 1000
 _REPLACE = 17  # purpose of the key, apart from those of the epoch order

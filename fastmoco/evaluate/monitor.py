@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.distributed import World, all_reduce_mean_, gather_rows
-from fastmoco.encoder import NormalizePixels
-from fastmoco.evaluate.features import LabelledImages, extract_features, raw_pixel_features
+from fastmoco.evaluate.features import extract_features, raw_pixel_features
 from fastmoco.evaluate.knn import knn_accuracy
+from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
 from fastmoco.machine.precision import choose_precision
-from fastmoco.moco import MoCo
+from fastmoco.machine.ranks import World
+from fastmoco.method.moco import MoCo
+from fastmoco.network.encoder import NormalizePixels
 
 # Raw pixels of more images than this would not fit into memory as a kNN bank.
 RAW_PIXEL_LIMIT = 200_000

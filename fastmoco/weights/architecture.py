@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from fastmoco.config import ConfigError, ModelConfig
-from fastmoco.encoder import build_encoder
-from fastmoco.resnet import BACKBONES, WIDTHS
+from fastmoco.network.encoder import build_encoder
+from fastmoco.network.resnet import BACKBONES, WIDTHS
 
 Stem = Literal["imagenet", "cifar"]
 STEMS: dict[int, Stem] = {7: "imagenet", 3: "cifar"}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.config import ConfigError
-from fastmoco.moco import MoCo
+from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import recognize
 from fastmoco.weights.constructors import loading_lines
 from fastmoco.weights.detectron2 import write_detectron2

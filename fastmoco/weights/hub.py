@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from fastmoco.config import ConfigError
-from fastmoco.encoder import PIXEL_MEAN, PIXEL_STD
+from fastmoco.network.encoder import PIXEL_MEAN, PIXEL_STD
 from fastmoco.weights.constructors import TIMM_ARGUMENTS, TIMM_NAMES
 from fastmoco.weights.files import write, write_safetensors
 from fastmoco.weights.read import Weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.moco import MoCo
+from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import Architecture, shapes
 from fastmoco.weights.read import read
 

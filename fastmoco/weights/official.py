@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.step import Step
+from fastmoco.method.step import Step
 from fastmoco_kernels import ema_
 
 PREFIX = "module."

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import fallback, reference
-from fastmoco_kernels.launch import Launch, jit, tl
-from fastmoco_kernels.multi_tensor import Table, address, like, locate, table
+from fastmoco_kernels import launch, reference
+from fastmoco_kernels.launch import Launch, architecture, jit, tl
+from fastmoco_kernels.multi_tensor import Table, address, check_lists, like, locate, table
 
 SHADOW_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -85,14 +85,6 @@ def ema_triton(
     ema_launch(pointers, momentum, shadows[0].dtype if shadows else None, arch).run()
 
 
-def architecture(device: torch.device) -> int:
-    """90 for sm_90 and so on; the CPU, which only interprets kernels, counts as that."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 @torch.library.custom_op("fastmoco::ema_", mutates_args=("targets", "shadows"), device_types="cpu")
 def _ema(
     targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]
@@ -105,57 +97,13 @@ def _ema(
 
 @_ema.register_kernel("cuda")
 def _(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
-    implementation = reference.ema_ if "ema_" in fallback.replaced() else ema_triton
+    implementation = reference.ema_ if "ema_" in launch.replaced() else ema_triton
     implementation(targets, sources, momentum, shadows)
 
 
 @_ema.register_fake
 def _(targets: list[Tensor], sources: list[Tensor], momentum: float, shadows: list[Tensor]) -> None:
     return None
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in any order."""
-    if tensor.is_contiguous():  # almost all, and far quicker to tell
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def check_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]) -> None:
-    """Raise ValueError unless all lists pair up with the first of `written`, entry by entry.
-
-    Equal lengths, shapes and devices, float32; what is written must also have equal, dense strides.
-    """
-    (name, model), *_ = written.items()
-    if not model:
-        raise ValueError(f"expected at least one tensor in {name}, got an empty list")
-    device, shapes = model[0].device, [t.shape for t in model]
-    for other, tensors in {**written, **read}.items():
-        if len(tensors) != len(model):
-            raise ValueError(f"{len(model)} {name} but {len(tensors)} {other}")
-        laid_out, any_dtype = other in written, other == "shadows"
-        for i, (a, b) in enumerate(zip(model, tensors, strict=True)):
-            # Text is made only for an error: for 161 tensors it would cost as much as the EMA.
-            fits = b.device == device and (a is b or b.shape == shapes[i])
-            typed = any_dtype or b.dtype == torch.float32
-            if fits and typed and (a is b or not laid_out or b.stride() == a.stride()):
-                continue
-            pair = f"{name}[{i}] {tuple(a.shape)}, {other}[{i}] {tuple(b.shape)}"
-            if not fits:
-                raise ValueError(f"{pair} on {b.device}: expected equal shapes and one device")
-            if not typed:
-                raise ValueError(f"{pair}: expected float32, got {b.dtype}")
-            raise ValueError(f"{pair}: strides {a.stride()} and {b.stride()} differ")
-    for i, t in enumerate(model):
-        if not t.numel():
-            raise ValueError(f"{name}[{i}] {tuple(t.shape)} is empty")
-        if not _is_dense(t):
-            raise ValueError(f"{name}[{i}] {tuple(t.shape)} has gaps: strides {t.stride()}")
 
 
 def constants(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import fallback, info_nce_cpu, reference
+from fastmoco_kernels import info_nce_cpu, launch, reference
 from fastmoco_kernels.info_nce_launch import info_nce_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,7 +46,7 @@ def _info_nce(
 
 @_info_nce.register_kernel("cuda")
 def _(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    if "info_nce" in fallback.replaced():
+    if "info_nce" in launch.replaced():
         return reference.info_nce(q, k, queue, temperature)
     return info_nce_triton(q, k, queue, temperature)
 
@@ -76,7 +76,7 @@ def _info_nce_enqueue(
 def _(
     q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if "info_nce_enqueue" in fallback.replaced():
+    if "info_nce_enqueue" in launch.replaced():
         result = reference.info_nce(q, k, queue, temperature)
         reference.enqueue_(keys, queue, queue_ptr)
         return result

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels import info_nce_triton as kernels
-from fastmoco_kernels.ema import architecture
-from fastmoco_kernels.launch import Launch
+from fastmoco_kernels.launch import Launch, architecture
 from fastmoco_kernels.reference import TIE_MARGIN
 
 LOG2E = 1.4426950408889634

@@ -1,7 +1,16 @@
-"""A kernel launch as a value: what runs on the device, what aot.py compiles, what tests inspect."""
+"""A kernel launch as a value, and the emergency exit: an op's reference instead of its kernels.
+
+A `Launch` is what runs on the device, what aot.py compiles and what tests inspect.
+
+Where triton is not installed (it is made for Linux only), every op runs by its eager reference
+from the start. Elsewhere `preflight.check` finds out whether a kernel is right on the device at
+hand; where it is not, the caller replaces that op here and training goes on, slower and with a
+warning that cannot be missed.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -41,3 +50,46 @@ class Launch:
             self.kernel[self.grid](
                 **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
             )
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90 and so on; the CPU, which only interprets kernels, counts as that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_")
+
+
+NO_TRITON = (
+    "triton is not installed (it is made for Linux), so the fused operations run by their "
+    "references: right, but slower and with more memory."
+)
+
+
+_replaced: dict[str, str] = {} if HAS_TRITON else dict.fromkeys(OPS, "triton is not installed")
+
+
+def use_reference(op: str, reason: str) -> None:
+    """Run the CUDA form of `op` by its reference from now on. ValueError for an unknown op."""
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}, expected one of {', '.join(OPS)}")
+    _replaced[op] = reason
+    warnings.warn(
+        f"fastmoco_kernels: the Triton kernel of {op} is switched off ({reason}). "
+        "The eager reference runs instead: results are right, speed and memory are not.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def use_kernel(op: str) -> None:
+    """Undo `use_reference`."""
+    _replaced.pop(op, None)
+
+
+def replaced() -> dict[str, str]:
+    """The ops that run by reference, with the reasons given."""
+    return dict(_replaced)

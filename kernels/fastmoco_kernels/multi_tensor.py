@@ -141,3 +141,47 @@ def _build(
     rows, owners = (t.to(device, non_blocking=True) for t in host)
     aligned = all(a % 16 == 0 for column in addresses for a in column)
     return _Entry(Table(rows, owners, aligned), host)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in any order."""
+    if tensor.is_contiguous():  # almost all, and far quicker to tell
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def check_lists(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]) -> None:
+    """Raise ValueError unless all lists pair up with the first of `written`, entry by entry.
+
+    Equal lengths, shapes and devices, float32; what is written must also have equal, dense strides.
+    """
+    (name, model), *_ = written.items()
+    if not model:
+        raise ValueError(f"expected at least one tensor in {name}, got an empty list")
+    device, shapes = model[0].device, [t.shape for t in model]
+    for other, tensors in {**written, **read}.items():
+        if len(tensors) != len(model):
+            raise ValueError(f"{len(model)} {name} but {len(tensors)} {other}")
+        laid_out, any_dtype = other in written, other == "shadows"
+        for i, (a, b) in enumerate(zip(model, tensors, strict=True)):
+            # Text is made only for an error: for 161 tensors it would cost as much as the EMA.
+            fits = b.device == device and (a is b or b.shape == shapes[i])
+            typed = any_dtype or b.dtype == torch.float32
+            if fits and typed and (a is b or not laid_out or b.stride() == a.stride()):
+                continue
+            pair = f"{name}[{i}] {tuple(a.shape)}, {other}[{i}] {tuple(b.shape)}"
+            if not fits:
+                raise ValueError(f"{pair} on {b.device}: expected equal shapes and one device")
+            if not typed:
+                raise ValueError(f"{pair}: expected float32, got {b.dtype}")
+            raise ValueError(f"{pair}: strides {a.stride()} and {b.stride()} differ")
+    for i, t in enumerate(model):
+        if not t.numel():
+            raise ValueError(f"{name}[{i}] {tuple(t.shape)} is empty")
+        if not _is_dense(t):
+            raise ValueError(f"{name}[{i}] {tuple(t.shape)} has gaps: strides {t.stride()}")

@@ -3,7 +3,7 @@
     results = preflight.check(torch.device("cuda"))
     for result in results:
         if not result.passed:
-            fallback.use_reference(result.op, result.detail)
+            launch.use_reference(result.op, result.detail)
 
 The truth is the float64 reference on the same inputs. The bounds are wide enough for any rounding
 that the dtype allows and far too narrow for a wrong mask, scale or order of reads and writes.
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels import reference
+from fastmoco_kernels import launch, reference
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
+from fastmoco_kernels.launch import HAS_TRITON
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
 # Relative error of the gradient that the inputs' dtype excuses; losses are float32 sums.
@@ -129,3 +130,27 @@ def _run(op: str, case: str, body: Callable[[], str]) -> Result:
         detail = f"WRONG {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     return Result(op, case, not detail.startswith("WRONG"), detail, seconds)
+
+
+def short_preflight(device: torch.device) -> list[str]:
+    """Compare every fused op with its float64 reference on `device`, in a few seconds.
+
+    On CUDA an op that is wrong runs by its reference from now on. Returns one sentence for each
+    such op, to be shown as a warning; an empty list when all are right.
+    """
+    failed: dict[str, str] = {}
+    for result in check(device):
+        if not result.passed:
+            failed.setdefault(result.op, f"{result.case}: {result.detail}")
+    if device.type == "cuda":
+        for op, reason in failed.items():
+            launch.use_reference(op, reason)
+    found = [launch.NO_TRITON] if device.type == "cuda" and not HAS_TRITON else []
+    consequence = (
+        "its eager reference runs instead: right, but slower"
+        if device.type == "cuda"
+        else "do not trust this installation of torch"
+    )
+    return found + [
+        f"{op} is wrong on {device} ({why}); {consequence}." for op, why in failed.items()
+    ]

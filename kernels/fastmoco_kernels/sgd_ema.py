@@ -16,10 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import fallback, reference
-from fastmoco_kernels.ema import architecture, check_lists
-from fastmoco_kernels.launch import Launch, jit, tl
-from fastmoco_kernels.multi_tensor import Table, address, flat, like, locate, table
+from fastmoco_kernels import launch, reference
+from fastmoco_kernels.launch import Launch, architecture, jit, tl
+from fastmoco_kernels.multi_tensor import Table, address, check_lists, flat, like, locate, table
 
 
 @jit
@@ -177,7 +176,7 @@ def _(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    implementation = reference.sgd_ema_ if "sgd_ema_" in fallback.replaced() else sgd_ema_triton
+    implementation = reference.sgd_ema_ if "sgd_ema_" in launch.replaced() else sgd_ema_triton
     implementation(
         params,
         grads,

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, parts_of, rows_of, variants
-from bench.contest import Result, Window
-from bench.machines import numbered_step
-from bench.switches import WITHOUT, switch_off, switches
+from bench.measure.contest import Result, Window
+from bench.steps.contestants import numbered_step
+from bench.steps.switches import WITHOUT, switch_off, switches
 from fastmoco.config import Config, ConfigError, dump, parse
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
-from tests.compiled import needs
+from tests.support.compiled import needs
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -48,7 +48,7 @@ def test_switched_off_means_off() -> None:
     seen: list[torch.Tensor] = []
     stem = step.moco.encoder_q.get_submodule("conv1")
     stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with mock.patch("fastmoco.encoder.NormalizePixels.forward", side_effect=AssertionError):
+    with mock.patch("fastmoco.network.encoder.NormalizePixels.forward", side_effect=AssertionError):
         switch_off(run, step, ("channels_last", "uint8_input"))()
     assert seen[0].is_contiguous()
     assert not seen[0].is_contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,8 @@ def movement(without: tuple[str, ...], precision: str) -> list[torch.Tensor]:
 @needs(convolution_cpu.reason())
 def test_weight_gradients_switched_off_become_onednns_and_learn_the_same() -> None:
     ours = movement((), "bf16")
-    with mock.patch("fastmoco.convolution.convolution_cpu.convolution", side_effect=AssertionError):
+    way = "fastmoco.network.convolution.convolution_cpu.convolution"
+    with mock.patch(way, side_effect=AssertionError):
         theirs = movement(("weight_gradients",), "bf16")
         with pytest.raises(AssertionError):
             movement((), "bf16")
@@ -80,7 +81,8 @@ def test_weight_gradients_switched_off_become_onednns_and_learn_the_same() -> No
 
 @needs(convolution_fp32_cpu.reason())
 def test_convolutions_switched_off_become_onednns_and_learn_the_same() -> None:
-    ours, way = movement((), "fp32"), "fastmoco.convolution.convolution_fp32_cpu.convolution"
+    ours = movement((), "fp32")
+    way = "fastmoco.network.convolution.convolution_fp32_cpu.convolution"
     with mock.patch(way, side_effect=AssertionError):
         theirs = movement(("convolutions",), "fp32")
         with pytest.raises(AssertionError):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench import ablation, throughput
-from bench.harness import ROOT
-from fastmoco import doctor
+from bench.measure.harness import ROOT
+from fastmoco.doctor import __main__ as doctor
 
 ABSENT = ["--config", "configs/absent.yaml"]
 # Refuses what is asked with the absent file, as the programs do, and does nothing else.

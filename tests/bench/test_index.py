@@ -12,7 +12,7 @@ import pytest
 
 from bench import index
 from bench.index import main, write_folder
-from fastmoco.data.header import image_size
+from fastmoco.data.decode import image_size
 
 
 def test_files_are_small_distinct_images(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_rows_of_a_small_folder(
     monkeypatch.setattr(index, "FOLDERS", 20)
     monkeypatch.setattr(index, "BATCH", 8)
     where = {"dirty": False, "date": "today"}
-    monkeypatch.setattr("bench.case.environment", lambda device: where)
+    monkeypatch.setattr("bench.measure.case.environment", lambda device: where)
     monkeypatch.setenv("FASTMOCO_CACHE", "")  # restored afterwards: the benchmark sets its own
     in_new_process = index.in_new_process
     caches: list[Any] = []

@@ -8,21 +8,23 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.harness import race
-from bench.kernels import enqueue_race, main, races, sgd_ema_race
-from bench.layers import in_turns, weight_gradient_race
+from bench.kernels import main, races
+from bench.measure.harness import race
+from bench.races.layers import in_turns, weight_gradient_race
+from bench.races.loss import enqueue_race
+from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu
-from tests.compiled import needs
+from tests.support.compiled import needs
 
 CPU = torch.device("cpu")
 
 
 def test_all_contenders_of_the_update_move_parameters_and_averages() -> None:
     shapes = [torch.Size(sizes) for sizes in ([5, 3], [7], [2, 2, 3], [4])]
-    with mock.patch("bench.kernels.resnet50_shapes", return_value=shapes):
+    with mock.patch("bench.races.updates.resnet50_shapes", return_value=shapes):
         (_, _, right), (_, _, wrong) = sgd_ema_race(CPU), sgd_ema_race(CPU)
     assert len(race(right, CPU, rounds=1)) == 3
-    averages_stay = mock.patch("bench.kernels.ema_")
+    averages_stay = mock.patch("bench.races.updates.ema_")
     with averages_stay, pytest.raises(ValueError, match="foreach SGD, ema_: error"):
         race(wrong, CPU, rounds=1)
 
@@ -59,7 +61,7 @@ def test_weight_gradients_are_raced_only_where_our_kernel_computes_them() -> Non
 
 def test_tensors_in_turns_are_equal_and_more_than_a_cache_holds() -> None:
     x, dy = torch.arange(6.0), torch.ones(2)
-    with mock.patch("bench.layers.COLD_BYTES", 3 * x.nbytes):
+    with mock.patch("bench.races.layers.COLD_BYTES", 3 * x.nbytes):
         turns = list(islice(in_turns(x, dy), 4))
     assert all(torch.equal(a, x) and torch.equal(b, dy) for a, b in turns)
     assert len({a.data_ptr() for a, _ in turns}) == len({b.data_ptr() for _, b in turns}) == 3

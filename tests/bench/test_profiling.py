@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.machines import fed_step
 from bench.profiling import (
     DATA,
     PHASES,
@@ -21,10 +20,12 @@ from bench.profiling import (
     shares,
     with_ranges,
 )
+from bench.steps.contestants import fed_step
 from fastmoco.config import dump, parse
 from fastmoco.data.loader import Batch
-from fastmoco.distributed import World
-from fastmoco.step import Step, WholeStep
+from fastmoco.machine.ranks import World
+from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.step import Step
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
 
 TINY = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.contest import Contestant, contest
-from bench.machines import official_step, official_step_with_kept_memory
-from bench.product import Rate
+from bench.measure.contest import Contestant, contest
+from bench.measure.product import Rate
+from bench.steps.contestants import official_step, official_step_with_kept_memory
 from bench.throughput import main, measure, options, ratios_of, summary
 from fastmoco.config import ConfigError, dump, parse
 
@@ -38,7 +38,9 @@ def test_contest_of_step_and_published_step() -> None:
 
 
 def test_failure_of_a_contestant_is_told() -> None:
-    nobody = Contestant("nobody", "bench.machines:our_step", {"config": "run: {device: cuda}"})
+    nobody = Contestant(
+        "nobody", "bench.steps.contestants:our_step", {"config": "run: {device: cuda}"}
+    )
     with pytest.raises(RuntimeError, match="nobody failed"):
         contest([nobody], windows=1, steps=1, warmup=1)
 
@@ -81,7 +83,7 @@ def test_allocator_of_the_host_is_no_matter_on_cuda(monkeypatch: pytest.MonkeyPa
 
 def test_allocator_setting_is_given_to_the_published_step_where_it_is_said() -> None:
     for factory, expected in ((official_step, 0), (official_step_with_kept_memory, 1)):
-        with mock.patch("bench.machines.settle") as settle:
+        with mock.patch("bench.steps.contestants.settle") as settle:
             factory(dump(parse(TINY))).close()
         assert settle.call_count == expected
 
@@ -98,7 +100,7 @@ def test_share_of_the_product_rate_is_that_of_a_hand_computed_case(
 ) -> None:
     """A product of 2 * 2048**3 FLOPs in a fifth of a second: 86 GFLOP/s."""
     seconds = iter([0.0, 0.2, 1.0, 1.2])
-    monkeypatch.setattr("bench.product.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("bench.measure.product.time.perf_counter", lambda: next(seconds))
     rate = Rate()
     assert rate.summary() == {}
     rate.measure()

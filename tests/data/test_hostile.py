@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
-from fastmoco.data.loader import build_loader, has_dali
-from fastmoco.data.sources import FolderSource
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.loader import build_loader
+from fastmoco.data.sources.folder import FolderSource
 
 CPU = torch.device("cpu")
 GOOD = 40
@@ -253,20 +254,20 @@ def test_too_many_bad_files_stop_the_run_with_one_sentence(tmp_path: Path) -> No
 
 @needs_dali
 def test_only_culprits_cost_the_search_a_pipeline() -> None:
-    from fastmoco.data import pipeline
+    from fastmoco.data.backends import dali_graph
 
     data = [jpeg(quality=50 + number) for number in range(32)]
     for culprit in (0, 13):
         data[culprit] = data[culprit][:400] + b"\xff\xc4\x00\x01 a broken table"
-    with mock.patch.object(pipeline, "decoder_of_one", wraps=pipeline.decoder_of_one) as built:
-        assert pipeline.refused_by_decoder(data, None) == [0, 13]
+    with mock.patch.object(dali_graph, "decoder_of_one", wraps=dali_graph.decoder_of_one) as built:
+        assert dali_graph.refused_by_decoder(data, None) == [0, 13]
     assert built.call_count == 3
 
 
 @needs_dali
 @pytest.mark.parametrize("kind", ["OutOfMemoryError", "AcceleratorError"])
 def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
-    from fastmoco.data import dali, pipeline
+    from fastmoco.data.backends import dali, dali_graph
 
     error: type[Exception] = getattr(torch, kind)
     engine = dali.DaliEngine(
@@ -280,7 +281,7 @@ def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
         engine.next()
     fails = mock.Mock(side_effect=error)
     with (
-        mock.patch.object(pipeline, "decoder_of_one", return_value=mock.Mock(run=fails)),
+        mock.patch.object(dali_graph, "decoder_of_one", return_value=mock.Mock(run=fails)),
         pytest.raises(error),
     ):
-        pipeline.refused_by_decoder([jpeg()], None)
+        dali_graph.refused_by_decoder([jpeg()], None)

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
-from fastmoco.data import loader as loaders
-from fastmoco.data.augment import draw_uniforms, view_table
-from fastmoco.data.loader import Batch, build_loader, has_dali
+from fastmoco.data.backends import choose as loaders
+from fastmoco.data.backends.choose import has_dali
+from fastmoco.data.backends.pil import execute, open_rgb
+from fastmoco.data.loader import Batch, build_loader
 from fastmoco.data.order import EpochOrder, permute
-from fastmoco.data.reference import execute, open_rgb
+from fastmoco.data.table import draw_uniforms, view_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -153,7 +154,7 @@ def test_parts_of_workers_join_to_the_same_batches(
 ) -> None:
     config = configuration(photos, tmp_path, "array")
     whole = drawn(config, 1, 4, key_rows=rolled)
-    monkeypatch.setattr("fastmoco.data.workers._PART", 5)  # four parts of four rows
+    monkeypatch.setattr("fastmoco.data.backends.workers._PART", 5)  # four parts of four rows
     assert same(drawn(config, 1, 4, key_rows=rolled), whole)
 
 
@@ -199,7 +200,7 @@ def test_unusable_roots_are_one_clear_sentence(photos: Path, tmp_path: Path) -> 
 
 
 def test_key_rows_and_sources_travel_to_processes(photos: Path, tmp_path: Path) -> None:
-    from fastmoco.data.sources import open_source
+    from fastmoco.data.sources.choose import open_source
 
     source = open_source(configuration(photos, tmp_path))
     packed = pickle.dumps(source)

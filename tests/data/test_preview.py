@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.data.loader import has_dali
+from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.preview import main
 
 

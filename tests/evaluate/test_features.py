@@ -11,15 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco.config import ConfigError
-from fastmoco.evaluate import features
-from fastmoco.evaluate.features import (
-    LabelledImages,
-    eval_view,
-    extract_features,
-    index_class_folders,
-    rank_share,
-    raw_pixel_features,
-)
+from fastmoco.evaluate import labelled_images
+from fastmoco.evaluate.features import extract_features, rank_share, raw_pixel_features
+from fastmoco.evaluate.labelled_images import LabelledImages, eval_view, index_class_folders
 
 
 def write(path: Path, pixels: np.ndarray) -> None:
@@ -127,7 +121,7 @@ def flat_trunk(batch: Tensor) -> Tensor:
     return batch.flatten(1).double() - 100
 
 
-@pytest.mark.parametrize("cache_bytes", [0, features.CACHE_BYTES])
+@pytest.mark.parametrize("cache_bytes", [0, labelled_images.CACHE_BYTES])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gathered_features_are_normalized_views_in_order(
     folder: Path, cache_bytes: int, world_size: int
@@ -154,7 +148,7 @@ def test_gathered_features_are_normalized_views_in_order(
         np.testing.assert_allclose(gathered.numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("cache_bytes", "decodings"), [(0, 22), (features.CACHE_BYTES, 11)])
+@pytest.mark.parametrize(("cache_bytes", "decodings"), [(0, 22), (labelled_images.CACHE_BYTES, 11)])
 def test_images_that_fit_are_decoded_once(
     folder: Path, cache_bytes: int, decodings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +158,7 @@ def test_images_that_fit_are_decoded_once(
         decoded.append(path)
         return eval_view(path, resize, image_size)
 
-    monkeypatch.setattr(features, "eval_view", counted)
+    monkeypatch.setattr(labelled_images, "eval_view", counted)
     images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)
     for _ in range(2):
         extract_features(flat_trunk, images, batch_size=4, device="cpu")

@@ -6,7 +6,7 @@ import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-collect_ignore_glob = ["test_*.py"] if INTERPRETED else ["interpreted/*"]
+collect_ignore_glob = ["test_*.py", "cpu/*"] if INTERPRETED else ["interpreted/*"]
 
 if INTERPRETED:
     from tests.kernels.interpreter import install_bfloat16

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmoco_kernels as ops
-from fastmoco_kernels import ema, fallback, info_nce_cpu, preflight, sgd_ema
+from fastmoco_kernels import ema, info_nce_cpu, launch, preflight, sgd_ema
 from tests.kernels.oracle import features
 
 
@@ -109,7 +109,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_preflight_passes_here_and_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     results = preflight.check("cpu")
-    assert {r.op for r in results} == set(fallback.OPS)
+    assert {r.op for r in results} == set(launch.OPS)
     assert all(r.passed for r in results), [r for r in results if not r.passed]
 
     right = info_nce_cpu.info_nce
@@ -124,9 +124,9 @@ def test_preflight_passes_here_and_finds_wrong_kernels(monkeypatch: pytest.Monke
 
 def test_the_emergency_exit_warns_and_is_undone() -> None:
     with pytest.warns(RuntimeWarning, match=r"ema_ is switched off \(wrong on this device\)"):
-        fallback.use_reference("ema_", "wrong on this device")
-    assert fallback.replaced() == {"ema_": "wrong on this device"}
-    fallback.use_kernel("ema_")
-    assert not fallback.replaced()
+        launch.use_reference("ema_", "wrong on this device")
+    assert launch.replaced() == {"ema_": "wrong on this device"}
+    launch.use_kernel("ema_")
+    assert not launch.replaced()
     with pytest.raises(ValueError, match="unknown op 'emma_'"):
-        fallback.use_reference("emma_", "")
+        launch.use_reference("emma_", "")

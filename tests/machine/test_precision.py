@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco import checkpoint
-from fastmoco.agreement import require_one_precision
 from fastmoco.config import Config, ConfigError, parse
-from fastmoco.distributed import World, start
 from fastmoco.machine.precision import Precision, choose_precision
-from fastmoco.moco import build_moco
-from fastmoco.step import Step, build_step
+from fastmoco.machine.ranks import World, start
+from fastmoco.method.agreement import require_one_precision
+from fastmoco.method.build import build_step
+from fastmoco.method.moco import build_moco
+from fastmoco.method.step import Step
+from fastmoco.run import checkpoint
 from fastmoco_kernels import processor
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SAPPHIRE_RAPIDS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}

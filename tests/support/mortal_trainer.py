@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from fastmoco.step import Step
+from fastmoco.method.step import Step
 from fastmoco.train import main
 
 DEATH = 9

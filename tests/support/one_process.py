@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
-from bench import contest
-from fastmoco import doctor
+from bench.measure import contest
+from fastmoco.doctor import speed
 
 
 class InThisProcess:
-    """Stands in for `bench.contest._Process`."""
+    """Stands in for `bench.measure.contest._Process`."""
 
     def __init__(self, contestant: contest.Contestant) -> None:
         self.name = contestant.name
@@ -46,7 +46,7 @@ def main() -> int:
     module, *arguments = sys.argv[2:]
     with (
         mock.patch.object(contest, "_Process", InThisProcess),
-        mock.patch.object(doctor, "BUDGET_S", 0.1),
+        mock.patch.object(speed, "BUDGET_S", 0.1),
     ):
         return int(import_module(module).main(arguments))
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fastmoco import checkpoint
 from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
-from fastmoco.distributed import World
-from fastmoco.moco import build_moco
-from fastmoco.step import Step, build_step
+from fastmoco.machine.ranks import World
+from fastmoco.method.build import build_step
+from fastmoco.method.moco import build_moco
+from fastmoco.method.step import Step
+from fastmoco.run import checkpoint
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 

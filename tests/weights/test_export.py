@@ -20,7 +20,7 @@ from torchvision.models import resnet18
 
 import fastmoco
 from fastmoco.config import Config
-from fastmoco.step import Step
+from fastmoco.method.step import Step
 from fastmoco.weights.architecture import NETWORKS, Architecture, shapes
 from fastmoco.weights.constructors import loading_lines
 from fastmoco.weights.export import export, export_trunk, main

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.step import Step
+from fastmoco.method.step import Step
 from fastmoco.train import main
 from fastmoco.weights.initialize import start_from
 from fastmoco.weights.read import read

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fastmoco import checkpoint
 from fastmoco.config import Config, ConfigError
-from fastmoco.encoder import PIXEL_MEAN, PIXEL_STD
-from fastmoco.optim import lr_at, set_lr
-from fastmoco.step import Step
+from fastmoco.method.step import Step
+from fastmoco.method.update import lr_at, set_lr
+from fastmoco.network.encoder import PIXEL_MEAN, PIXEL_STD
+from fastmoco.run import checkpoint
 
 PER_EPOCH = 6
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from fastmoco.config import ConfigError
-from fastmoco.encoder import build_encoder
-from fastmoco.resnet import BACKBONES
+from fastmoco.network.encoder import build_encoder
+from fastmoco.network.resnet import BACKBONES
 from fastmoco.weights.architecture import Architecture, Stem, recognize
 from fastmoco.weights.names import WRAPPERS
 from fastmoco.weights.read import Weights, interpret, read

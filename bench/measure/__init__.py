@@ -1,0 +1,1 @@
+"""How benchmarks measure: processes in turns, meters, rows."""

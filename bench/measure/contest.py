@@ -1,0 +1,253 @@
+"""Contestants in processes of their own, timed in turns: A B C, A B C, ...
+
+A process of its own gives every contestant its own peak memory, threads and allocator, and nothing
+of one can speed up or slow down another; taking turns makes a noisy machine noisy for all of them.
+Only one contestant works at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+
+from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Usage
+from fastmoco.config import ConfigError
+from fastmoco.run.metrics import peak_memory_gib
+
+
+class Machine(Protocol):
+    """What a contestant's factory returns."""
+
+    device: torch.device
+    wait_s: float
+    """Seconds so far in which the step waited for the loader."""
+
+    def run(self, steps: int) -> None:
+        """Do `steps` steps; may return before the device has finished."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What else is known about a step, such as its host synchronizations."""
+        ...
+
+    def close(self) -> None:
+        """End every process of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do a step: `factory` is a `module:function` that is called with `arguments`."""
+
+    name: str
+    factory: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that must be set before torch is loaded."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps of one contestant, from one device synchronization to the next."""
+
+    steps: int
+    seconds: float
+    cpu_seconds: float
+    """Processor time of the contestant: it does not grow when others use the machine."""
+    wait_s: float
+    """Seconds in which the step waited for the loader."""
+    page_faults: int = 0
+    """Pages of memory that the kernel had to map, and zero, for the contestant."""
+    gpu: Usage | None = None
+    """What NVML read meanwhile."""
+
+
+@dataclass
+class Result:
+    """Everything that was measured of one contestant."""
+
+    windows: list[Window]
+    facts: dict[str, Any]
+
+    def images_per_second(self, images_per_step: int) -> list[float]:
+        """Of each window."""
+        return [w.steps * images_per_step / w.seconds for w in self.windows]
+
+
+def contest(
+    contestants: Sequence[Contestant],
+    *,
+    windows: int,
+    steps: int,
+    warmup: int,
+    limit_s: float = math.inf,
+    lead: int = 0,
+    meter: Meter | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Result]:
+    """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
+
+    `lead` untimed steps go before each window: who is fed by a loader must first use up what was
+    prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
+    seconds no further turn begins; every contestant has had as many as the others.
+
+    Raises `RuntimeError` with the contestant's traceback when one fails.
+    """
+    if not contestants:
+        return {}
+    with _processes(contestants) as running:
+        for process in running:
+            process.ask("run", warmup)
+        results = {process.name: Result([], {}) for process in running}
+        began = time.perf_counter()
+        for done in range(windows):
+            turn = done % len(running)  # nobody always runs in the wake of the same one
+            for process in [*running[turn:], *running[:turn]]:
+                if lead:
+                    process.ask("run", lead)
+                results[process.name].windows.append(process.window(steps, meter))
+            progress(done + 1)
+            if time.perf_counter() - began > limit_s:
+                break
+        for process in running:
+            results[process.name].facts = process.ask("facts", 0)
+    return results
+
+
+class _Process:
+    def __init__(self, contestant: Contestant) -> None:
+        context = get_context("spawn")
+        self.name = contestant.name
+        self._here, there = context.Pipe()
+        # A contestant may have children of its own (loader workers), so it is no daemon.
+        self.process = context.Process(target=_serve, args=(there, contestant))
+        before = {name: os.environ.get(name) for name in contestant.environment}
+        os.environ.update(contestant.environment)
+        try:
+            self.process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        there.close()
+
+    def ask(self, what: str, steps: int) -> Any:
+        with self._alive():
+            self._here.send((what, steps))
+        return self.answer()
+
+    def window(self, steps: int, meter: Meter | None) -> Window:
+        """Ask for `steps` steps and read the meter while they run."""
+        if meter is None:
+            return Window(*self.ask("run", steps))
+        meter.begin()
+        with self._alive():
+            self._here.send(("run", steps))
+        while not self._here.poll(SAMPLE_EVERY_S):
+            meter.sample()
+        return replace(Window(*self.answer()), gpu=meter.end())
+
+    def answer(self) -> Any:
+        with self._alive():
+            value, trace = self._here.recv()
+        if trace:
+            raise RuntimeError(f"{self.name} failed:\n{trace}")
+        return value
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raise `ConfigError` in the place of what a pipe to a dead process raises."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise ConfigError(
+                f"The process of {self.name} was killed; all contestants are held in memory at "
+                "once, so that is usually too little memory: name fewer in --only, or take a "
+                "smaller optim.global_batch_size."
+            ) from error
+
+    def close(self) -> None:
+        self._here.close()  # the contestant's next recv ends it
+        self.process.join(20)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+@contextmanager
+def _processes(contestants: Sequence[Contestant]) -> Iterator[list[_Process]]:
+    running: list[_Process] = []
+    try:
+        for contestant in contestants:
+            running.append(_Process(contestant))
+            running[-1].answer()  # built: one after the other, so that none disturbs the next
+        yield running
+    finally:
+        for process in running:
+            process.close()
+
+
+def _serve(connection: Connection, contestant: Contestant) -> None:
+    """What a contestant's process runs: answer requests until the other end closes."""
+    machine: Machine | None = None
+    try:
+        module, function = contestant.factory.split(":")
+        machine = getattr(import_module(module), function)(**contestant.arguments)
+        assert machine is not None
+        connection.send((None, ""))
+        while True:
+            what, steps = connection.recv()
+            answer = _timed(machine, steps) if what == "run" else _facts(machine)
+            connection.send((answer, ""))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception:
+        connection.send((None, traceback.format_exc()))
+    finally:
+        if machine is not None:
+            machine.close()
+
+
+def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]:
+    """Fields of a `Window`."""
+    waited, faults = machine.wait_s, page_faults()
+    began, busy = time.perf_counter(), processor_seconds()
+    machine.run(steps)
+    synchronize(machine.device)
+    seconds, busy = time.perf_counter() - began, processor_seconds() - busy
+    return steps, seconds, busy, machine.wait_s - waited, page_faults() - faults
+
+
+def _facts(machine: Machine) -> dict[str, Any]:
+    peak = peak_memory_gib(machine.device)
+    return {"peak_memory_gib": peak and round(peak, 3), **machine.facts()}
+
+
+def processor_seconds() -> float:
+    """Seconds that the threads of this process have kept a processor busy."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def page_faults() -> int:
+    """Pages that were mapped for this process since it began, without reading a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Single operations beside the same operation of others."""

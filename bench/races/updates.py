@@ -1,0 +1,148 @@
+"""The momentum update and SGD with it, beside torch's and the published loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure.harness import Contender, Race
+from fastmoco_kernels import ema_, sgd_ema_
+
+MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
+
+
+def resnet50_shapes() -> list[torch.Size]:
+    """Parameter shapes of the MoCo v2 encoder: ResNet-50 with a two-layer head."""
+    from torchvision.models import resnet50
+
+    with torch.device("meta"):
+        encoder = resnet50(num_classes=128)
+        encoder.fc = torch.nn.Sequential(
+            torch.nn.Linear(2048, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 128)
+        )
+    return [p.shape for p in encoder.parameters()]
+
+
+def _draw(shapes: list[torch.Size], seed: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def ema_race(device: torch.device) -> Race:
+    """The momentum update of ResNet-50."""
+    shapes = resnet50_shapes()
+    sources = _draw(shapes, 1, device)
+
+    def official(targets: list[torch.nn.Parameter]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
+
+    def two_passes(targets: list[Tensor]) -> None:
+        torch._foreach_mul_(targets, MOMENTUM)
+        torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)
+
+    @torch.compile
+    def compiled(targets: list[Tensor]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(target * MOMENTUM + source * (1.0 - MOMENTUM))
+
+    def contender(name: str, update: Callable[[Any], None], parameters: bool = False) -> Contender:
+        plain = _draw(shapes, 2, device)
+        targets: list[Any] = (
+            [torch.nn.Parameter(t, requires_grad=False) for t in plain] if parameters else plain
+        )
+
+        def run() -> list[Any]:
+            with torch.no_grad():
+                update(targets)
+            return targets
+
+        return Contender(name, run, lambda out: error(out), 1e-5)
+
+    def error(targets: list[Tensor], calls: int = 3) -> float:
+        start = _draw(shapes[:3], 2, device)
+        worst = 0.0
+        for at, (t, s) in enumerate(zip(start, sources, strict=False)):
+            want = s.double() + MOMENTUM**calls * (t.double() - s.double())
+            worst = max(worst, float((targets[at].double() - want).abs().max()))
+        return worst
+
+    contenders = [
+        contender("official", official, parameters=True),
+        contender("official compiled", compiled),
+        contender("foreach mul, add", two_passes),
+        contender("timm: foreach lerp", lambda t: torch._foreach_lerp_(t, sources, 1 - MOMENTUM)),
+        contender("fastmoco", lambda t: ema_(t, sources, MOMENTUM)),
+    ]
+    return "ema", {"model": "resnet50 mlp", "device": device.type}, contenders
+
+
+def sgd_ema_race(device: torch.device) -> Race:
+    """SGD with momentum and weight decay, then the momentum update, of ResNet-50."""
+    shapes = resnet50_shapes()
+    grads = [0.01 * g for g in _draw(shapes, 1, device)]
+    few = shapes[:3]
+    want = _sgd_then_ema(_draw(few, 3, device), _draw(few, 4, device), grads[:3], calls=3)
+
+    def stepper(official: bool) -> Callable[[], list[Tensor]]:
+        params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        sgd = torch.optim.SGD(params, LR, SGD_MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
+
+        def run() -> list[Tensor]:
+            sgd.step()
+            if official:
+                for i, p in enumerate(params):
+                    ema[i] = ema[i] * MOMENTUM + p * (1.0 - MOMENTUM)
+            else:
+                ema_(ema, params, MOMENTUM)
+            return params[:3] + ema[:3]
+
+        return run
+
+    params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
+    buffers = [torch.zeros_like(p) for p in params]
+    lr = torch.tensor(LR, device=device)
+
+    def fused() -> list[Tensor]:
+        sgd_ema_(
+            params,
+            grads,
+            buffers,
+            ema,
+            lr=lr,
+            momentum=SGD_MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            ema_momentum=MOMENTUM,
+        )
+        return params[:3] + ema[:3]
+
+    def error(got: list[Tensor]) -> float:
+        return max(float((g.double() - w).abs().max()) for g, w in zip(got, want, strict=True))
+
+    contenders = [
+        Contender("official", stepper(True), error, 1e-5),
+        Contender("foreach SGD, ema_", stepper(False), error, 1e-5),
+        Contender("fastmoco", fused, error, 1e-5),
+    ]
+    return "sgd_ema", {"model": "resnet50 mlp", "device": device.type}, contenders
+
+
+def _sgd_then_ema(
+    params: list[Tensor], ema: list[Tensor], grads: list[Tensor], calls: int
+) -> list[Tensor]:
+    """Parameters and their averages after some steps in float64, written out."""
+    params, ema = ([t.double() for t in tensors] for tensors in (params, ema))
+    buffers = [torch.zeros_like(p) for p in params]
+    for _ in range(calls):
+        buffers = [
+            SGD_MOMENTUM * b + g.double() + WEIGHT_DECAY * p
+            for b, g, p in zip(buffers, grads, params, strict=True)
+        ]
+        params = [p - LR * b for p, b in zip(params, buffers, strict=True)]
+        ema = [MOMENTUM * e + (1 - MOMENTUM) * p for e, p in zip(ema, params, strict=True)]
+    return params + ema

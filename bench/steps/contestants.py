@@ -1,0 +1,315 @@
+"""The contestants of `bench/throughput.py`: our step, its ceilings, the baseline, the loader.
+
+Each factory takes the configuration as YAML text and builds everything that is not to be timed.
+N local batch, S image side.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure.launches import launches_of
+from bench.steps.published import OfficialMoCo, OfficialStep, as_published
+from bench.steps.switches import Run, layers_off, switch_off
+from fastmoco.config import Config, parse_text
+from fastmoco.data.loader import Batch, Loader, build_loader
+from fastmoco.machine.host import settle
+from fastmoco.machine.precision import choose_precision
+from fastmoco.machine.ranks import World, start
+from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.moco import build_moco
+from fastmoco.method.step import Step
+from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
+
+# Operations through which a value reaches the host, by their ATen names.
+HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+FOREVER = 10**9
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations and, among them, host synchronizations; the same on every device.
+
+    A custom op is one operation. Compiled code does not run under a dispatch mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = self.host_syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.host_syncs += func.overloadpacket.__name__ in HOST_SYNCS
+        return func(*args, **(kwargs or {}))
+
+
+class Bench:
+    """A `bench.measure.contest.Machine` around a function that does one step."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        step: Callable[[], object],
+        *,
+        loader: Loader | None = None,
+        facts: dict[str, Any] | None = None,
+        count: bool = True,
+        compiled: bool = False,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device = device
+        self._step = step
+        self._loader = loader
+        self._facts = facts or {}
+        self._count = count
+        self._after = after
+        self.compiled = compiled
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds so far in which the step waited for the loader."""
+        return self._loader.wait_s if self._loader else 0.0
+
+    def run(self, steps: int) -> None:
+        """Do `steps` steps."""
+        for _ in range(steps):
+            self._step()
+
+    def facts(self) -> dict[str, Any]:
+        """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes.
+
+        Of a compiled step only what the driver sees is counted, so nothing on the CPU.
+        """
+        known = {"threads": torch.get_num_threads(), **self._facts}
+        if self._count and not self.compiled:
+            with Counter() as counter:
+                self._step()
+            known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+            if self.device.type == "cpu":
+                known["gflop_per_step"] = self._gflop()
+        if self._count:
+            known |= launches_of(self._step, self.device)
+        return known
+
+    def _gflop(self) -> float:
+        """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
+        with layers_off(), FlopCounterMode(display=False) as counter:
+            self._step()
+        return round(float(counter.get_total_flops()) / 1e9, 3)
+
+    def close(self) -> None:
+        """End the loader's processes and the process group; then what was left to do."""
+        if self._loader:
+            self._loader.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._after()
+
+
+def _started(config: str) -> tuple[Config, World]:
+    """The configuration and this process as Python starts it."""
+    parsed = parse_text(config)
+    return parsed, start(parsed.run.device, parsed.run.timeout_s)
+
+
+def _built(config: str) -> tuple[Config, World]:
+    """The configuration and this process, settled as `fastmoco.train` settles it."""
+    parsed, world = _started(config)
+    settle(world.device)
+    return parsed, world
+
+
+def _synthetic(config: Config, world: World) -> Iterator[Batch]:
+    """Micro-batches of noise that are on the device already, for ever."""
+    noise = replace(config, data=replace(config.data, source="synthetic"))
+    return build_loader(noise, device=world.device).batches(0, FOREVER)
+
+
+def loader_alone(config: str) -> Bench:
+    """Batches on the device as fast as they come; nothing else uses the machine."""
+    parsed, world = _built(config)
+    loader = build_loader(parsed, device=world.device)
+    batches = loader.batches(0, FOREVER)
+    accumulate = parsed.optim.accumulate
+
+    def step() -> None:
+        list(islice(batches, accumulate))
+
+    return Bench(
+        world.device, step, loader=loader, facts={"loader": loader.description}, count=False
+    )
+
+
+def our_step(config: str, without: Sequence[str] = ()) -> Bench:
+    """The step of `fastmoco.train` on images that are on the device already.
+
+    `without` switches improvements off, by their names in `bench.steps.switches.WITHOUT`.
+    """
+    step, run, device = numbered_step(config, without)
+    compiled = compile_encoders(parse_text(config), device)
+    return Bench(device, switch_off(run, step, without), compiled=compiled)
+
+
+def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
+    """Our step, and a function that runs it once on the next synthetic images."""
+    parsed, world = _started(config) if "kept_memory" in without else _built(config)
+    step, batches = _ours(parsed, world), _synthetic(parsed, world)
+    if "uint8_input" in without:
+        batches = cycle([_as_floats(batch) for batch in islice(batches, 2)])
+    return step, _numbered(step, batches, parsed.optim.accumulate), world.device
+
+
+def _as_floats(batch: Batch) -> Batch:
+    """Images normalized beforehand, as fp32 (N, S, S, 3)."""
+    normalize_pixels = NormalizePixels(batch.im_q.device)
+    floats = (normalize_pixels(images).permute(0, 2, 3, 1) for images in (batch.im_q, batch.im_k))
+    return Batch(*floats)
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Our step, a function that runs it once on the next batch, and where batches come from."""
+
+    step: Step
+    run: Run
+    device: torch.device
+    loader: Loader
+
+    def wait_s(self) -> float:
+        """Seconds so far in which the step waited for data."""
+        return self.loader.wait_s
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader.close()
+
+
+def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> Fed:
+    """The step of `fastmoco.train` fed by its loader, synthetic where the configuration says so.
+
+    `over` may wrap the iterator of batches.
+    """
+    parsed, world = _built(config)
+    step = _ours(parsed, world)
+    loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
+    run = _numbered(step, over(loader.batches(0, FOREVER)), parsed.optim.accumulate)
+    return Fed(step, run, world.device, loader)
+
+
+def end_to_end(config: str) -> Bench:
+    """The step of `fastmoco.train` fed by its loader."""
+    fed = fed_step(config)
+    facts = {"loader": fed.loader.description}
+    return Bench(fed.device, fed.run, loader=fed.loader, facts=facts, count=False)
+
+
+def _ours(config: Config, world: World) -> Step:
+    moco = build_moco(config, config.bn_group_size(world.size), world.device)
+    compiled = compile_encoders(config, world.device)
+    return build_step(config, moco, world, compile_encoders=compiled)
+
+
+def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Callable[[], object]:
+    number = 0
+
+    def run() -> None:
+        nonlocal number
+        step(list(islice(batches, accumulate)), number)
+        number += 1
+
+    return run
+
+
+def bare_encoder(config: str) -> Bench:
+    """Supervised forward and backward of the encoder, plus one forward: the step's ceiling.
+
+    Neither a loss over a queue nor optimizer, EMA, shuffle or unit vectors; otherwise the same
+    network, precision and batch.
+    """
+    parsed, world = _built(config)
+    group = parsed.bn_group_size(world.size)
+    of_q, of_k = (build_encoder(parsed.model, group).to(world.device).train() for _ in range(2))
+    compiled = compile_encoders(parsed, world.device)
+    batches = _synthetic(parsed, world)
+    dtype = choose_precision(parsed.run.precision, world.device).dtype
+    plain_q, plain_k = _Logits(of_q, dtype), _Logits(of_k, dtype)
+    if compiled:
+        plain_q.compile(dynamic=False)
+        plain_k.compile(dynamic=False)
+    labels = torch.zeros(parsed.local_batch_size(world.size), dtype=torch.long)
+    labels = labels.to(world.device)
+
+    def step() -> None:
+        for batch in islice(batches, parsed.optim.accumulate):
+            with torch.no_grad():
+                plain_k(batch.im_k)
+            F.cross_entropy(plain_q(batch.im_q), labels).backward()
+        of_q.zero_grad(set_to_none=True)
+
+    return Bench(world.device, step, compiled=compiled)
+
+
+class _Logits(Embed):
+    """The encoder as a classifier: its output in fp32, not normalized."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = images.device.type
+        with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
+            logits: Tensor = self.encoder(self.normalize_pixels(images))
+        return logits.float()
+
+
+def official_step(config: str) -> Bench:
+    """The published step (`published.py`) on fp32 images that are on the device already."""
+    return _official(*_started(config))
+
+
+def official_step_with_kept_memory(config: str) -> Bench:
+    """The same with our step's allocator setting, which the published code does not make."""
+    return _official(*_built(config))
+
+
+def _official(parsed: Config, world: World) -> Bench:
+    folder = tempfile.TemporaryDirectory()
+    if world.size == 1:
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = f"file://{Path(folder.name) / 'store'}"
+        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    torch.manual_seed(parsed.run.seed)
+    encoder = as_published(build_encoder(parsed.model))
+    queue = F.normalize(torch.randn(parsed.model.dim, parsed.moco.queue_size), dim=0)
+    moco = OfficialMoCo(
+        encoder, queue, momentum=parsed.moco.momentum, temperature=parsed.moco.temperature
+    )
+    optim = parsed.optim
+    step = OfficialStep(
+        moco.to(world.device).train(),
+        lr=parsed.resolved_lr(),
+        momentum=optim.momentum,
+        decay=optim.weight_decay,
+    )
+    normalize_pixels = NormalizePixels(world.device)
+    pool = [
+        tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
+        for batch in islice(_synthetic(parsed, world), 2)
+    ]
+    turn = 0
+
+    def run() -> None:
+        nonlocal turn
+        im_q, im_k = pool[turn % len(pool)]
+        step(im_q, im_k)
+        turn += 1
+
+    return Bench(world.device, run, after=folder.cleanup)

@@ -1,0 +1,129 @@
+"""Improvements of the step that can be switched off: what `bench.ablation` compares.
+
+A switch is turned by the configuration or in `bench.steps.contestants`, where the program itself
+has none. The step learns the same without any of them (`tests/bench/test_ablation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco.config import Config
+from fastmoco.machine.precision import choose_precision
+from fastmoco.method.step import Step
+from fastmoco.network.encoder import NormalizePixels
+from fastmoco_kernels import (
+    InfoNCE,
+    batch_norm_cpu,
+    convolution_cpu,
+    convolution_fp32_cpu,
+    enqueue_,
+)
+
+Run = Callable[[], object]
+# Layers with a kernel for the CPU, by their names in `without`: what decides whether it runs.
+LAYERS = {
+    "fused_norm": "fastmoco.network.batchnorm.supports",
+    "convolutions": "fastmoco.network.convolution.convolution_fp32_cpu.supports",
+    "weight_gradients": "fastmoco.network.convolution.convolution_cpu.supports",
+}
+# Names that `without` takes.
+WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input", *LAYERS)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One improvement: its name, what stands in its place, and how it is switched off."""
+
+    name: str
+    instead: str
+    overrides: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
+    """Those that make a difference here, in the order in which the waterfall switches them on."""
+    device = torch.device("cuda" if cuda else "cpu")
+    asked = config.run.precision  # by name, without asking a device that may not be there
+    precision = choose_precision(asked, device).name if asked == "auto" else asked
+    found = [
+        Switch("freed memory kept", "default malloc", without=("kept_memory",)),
+        Switch("channels-last", "NCHW", without=("channels_last",)),
+        Switch(precision, "fp32", ("--run.precision", "fp32")),
+        Switch("uint8 input", "fp32 images", without=("uint8_input",)),
+        Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
+        Switch("convolutions", "oneDNN's", without=("convolutions",)),
+        Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
+        Switch("fused loss", "N x K logits", without=("fused_loss",)),
+        Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
+        Switch("torch.compile", "eager", ("--run.compile", "off")),
+    ]
+    elsewhere = cuda or compiled  # our layers are those of the eager CPU
+    out = {
+        "freed memory kept": cuda,  # CUDA tensors do not come from malloc
+        "fused batch norm": elsewhere or batch_norm_cpu.reason(),
+        "convolutions": elsewhere or precision != "fp32" or convolution_fp32_cpu.reason(),
+        "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
+        "fp32": precision == "fp32",
+        "fused update": config.optim.name != "sgd_ema",
+        "torch.compile": not compiled,
+    }
+    return [switch for switch in found if not out.get(switch.name, False)]
+
+
+def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:
+    """`run` without those improvements that the program itself has no switch for."""
+    if "channels_last" in without:
+        step.moco.to(memory_format=torch.contiguous_format)
+    floats, contiguous = "uint8_input" in without, "channels_last" in without
+
+    normalize = NormalizePixels.forward
+
+    def pixels(self: NormalizePixels, images: Tensor) -> Tensor:
+        ready = images.permute(0, 3, 1, 2) if floats else normalize(self, images)
+        return ready.contiguous() if contiguous else ready
+
+    def switched() -> None:
+        with ExitStack() as patches:
+            if floats or contiguous:
+                patches.enter_context(mock.patch.object(NormalizePixels, "forward", pixels))
+            patches.enter_context(layers_off([name for name in LAYERS if name in without]))
+            if "fused_loss" in without:
+                patches.enter_context(
+                    mock.patch(f"{type(step).__module__}.info_nce_enqueue", eager_loss)
+                )
+            run()
+
+    return switched
+
+
+@contextmanager
+def layers_off(names: Iterable[str] = tuple(LAYERS)) -> Iterator[None]:
+    """ATen's operations inside, in the place of our kernels for these layers."""
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch(LAYERS[name], _nothing))
+        yield
+
+
+def _nothing(*_: object) -> bool:
+    return False
+
+
+def eager_loss(
+    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
+) -> InfoNCE:
+    """The loss as published: queue cloned, logits (N, 1+K) materialized, autograd through them."""
+    positive = (q * k).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.clone().detach().T], dim=1) / temperature
+    losses = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="none")
+    rank = (logits[:, 1:] >= logits[:, :1]).sum(1)
+    enqueue_(keys, queue, queue_ptr)
+    return InfoNCE(losses.mean(), rank, losses.detach())

@@ -1,0 +1,123 @@
+"""The DALI backend: builds the pipeline at any micro-batch, and rebuilds it around bad files.
+
+A decode error makes DALI give up the whole pipeline. The culprits are then searched among the
+samples on their way: what PIL does not decode is quarantined, what only DALI refuses is decoded by
+PIL from then on, and a new pipeline repeats the batch. All other rows stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastmoco.config import AugmentConfig
+from fastmoco.data.backends import dali_graph
+from fastmoco.data.backends.dali_reader import Delivery
+from fastmoco.data.backends.engine import Views
+from fastmoco.data.decode import BadImage, decode
+from fastmoco.data.plan import Plan
+from fastmoco.data.reader import Reader, read_work
+
+_REPAIRS = 20
+
+
+class DaliEngine:
+    """Micro-batches from a DALI pipeline, in order, starting anywhere."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        plan: Plan,
+        augment: AugmentConfig,
+        *,
+        readers: int,
+        threads: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self.reader, self.plan, self.augment = reader, plan, augment
+        self.readers, self.threads, self.prefetch = readers, threads, prefetch
+        self.device = device
+        self._pipe: Any = None
+        self._micro_step = 0
+
+    @property
+    def _device_id(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def start(self, micro_step: int) -> None:
+        """Begin at this micro-batch."""
+        self.close()
+        self._micro_step = micro_step
+        shape = dali_graph.Shape(
+            side=self.augment.image_size,
+            recipe=self.augment.recipe,
+            device="cpu" if self._device_id is None else "gpu",
+            two_decodes=self.plan.key_rows is not None,
+        )
+        self._pipe = dali_graph.build(
+            Delivery(self.reader, self.plan, self.augment, micro_step),
+            shape,
+            batch=self.plan.local_batch,
+            threads=self.threads,
+            readers=self.readers,
+            prefetch=self.prefetch,
+            device_id=self._device_id,
+        )
+        self._pipe.build()
+
+    def next(self) -> Views:
+        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
+        for _ in range(_REPAIRS):
+            try:
+                views = self._run()
+            except dali_graph.NOT_DALI:
+                raise
+            except RuntimeError as error:
+                self._repair(error)
+                self.start(self._micro_step)
+            else:
+                self._micro_step += 1
+                return views
+        raise RuntimeError(f"DALI failed on micro-batch {self._micro_step} {_REPAIRS} times")
+
+    def _run(self) -> Views:
+        assert self._pipe is not None, "start comes first"
+        # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
+        stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
+        outputs = self._pipe.run(stream)
+        im_q, im_k, replaced = dali_graph.to_torch(outputs, self.device)
+        return Views(im_q, im_k, replaced.numpy())
+
+    def _repair(self, error: RuntimeError) -> None:
+        """Finds what made the pipeline fail; raises the error again if no image did."""
+        seen: set[int] = set()
+        # The failed batch is the next one or any behind it that is already on its way.
+        for micro_step in range(self._micro_step, self._micro_step + 2 * self.prefetch + 1):
+            work = read_work(self.reader, self.plan, self.augment, micro_step)
+            fresh = {one.sample: one.data for one in (*work.queries, *work.keys)}
+            fresh = {sample: data for sample, data in fresh.items() if sample not in seen}
+            seen |= fresh.keys()
+            bad = {sample: why for sample, data in fresh.items() if (why := self._bad(data))}
+            self.reader.quarantine(bad)
+            good = [sample for sample in fresh if sample not in bad]
+            refused = dali_graph.refused_by_decoder([fresh[s] for s in good], self._device_id)
+            self.reader.by_pil.update(good[at] for at in refused)
+            if bad or refused:
+                return
+        raise error
+
+    def _bad(self, data: bytes) -> str:
+        """Why PIL does not decode these bytes; empty if it does."""
+        try:
+            decode(data, self.reader.max_pixels)
+        except BadImage as bad:
+            return str(bad)
+        return ""
+
+    def close(self) -> None:
+        """Ends the reader processes and frees DALI's memory."""
+        self._pipe = None

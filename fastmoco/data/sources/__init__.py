@@ -1,0 +1,1 @@
+"""Where encoded images come from: one file per `data.source`."""

@@ -1,0 +1,171 @@
+"""The index of a folder: names and sizes of its images in flat arrays, cached on disk.
+
+About 45 bytes per sample: the folder (4), the end of the name in one blob (8), the name itself, and
+width and height (8). The cache is one file of raw arrays that every process maps, so readers share
+its pages.
+
+It is valid while no folder below the root has changed its modification time, which every added,
+removed or renamed file or folder changes: a stat per folder, none per file. What that cannot show:
+a file overwritten in place (the reader looks at the size in the file itself, so its views are
+right, and only a file that was bad and is good now stays replaced), the target of a link that was
+exchanged, and changes on network file systems that report modification times late. Deleting the
+cache file indexes anew; `FASTMOCO_CACHE` names its folder.
+
+N samples, F folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco.config import ConfigError
+from fastmoco.machine.cache import cache_folder, exclusive
+
+_MAGIC = b"fastmoco index 1\n"
+
+
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Index:
+    """Flat arrays that describe N samples, and what is needed to tell whether they still hold."""
+
+    arrays: dict[str, NDArray[Any]]
+    """Named arrays, among them `sizes`: int32 (N, 2), width and height, 0 where unreadable."""
+    facts: dict[str, Any]
+    """JSON: whatever the source needs to validate the index, and `bad`: {sample: reason}."""
+    path: str = ""
+    """The cache file that the arrays are mapped from; empty if they are in memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapped index travels to reader processes as its path: they share its pages.
+        if self.path:
+            return load_index, (self.path,)
+        return Index, (self.arrays, self.facts)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        return self.arrays["sizes"]
+
+    def fingerprint(self) -> str:
+        """Hash of all arrays and of the folders or shards that they number."""
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            digest.update(_bytes(self.arrays[name]))
+        places = [self.facts.get("folders"), self.facts.get("shards")]
+        digest.update(json.dumps(places).encode())
+        return digest.hexdigest()
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reasons of the samples that were found unreadable while indexing."""
+        return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+
+
+class Indexed:
+    """What all sources on top of an index have in common."""
+
+    index: Index
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2): width and height in pixels; 0 where the image could not be read."""
+        return self.index.sizes
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reason by sample, for those found unreadable while indexing."""
+        return self.index.bad
+
+    def fingerprint(self) -> str:
+        """Changes when a sample is added, removed, renamed or found to have another size."""
+        return self.index.fingerprint()
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    """The memory of an array, without a copy of it."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def save_index(index: Index, path: Path) -> Index:
+    """Writes the index atomically and returns it mapped from there. Raises `OSError`."""
+    layout: dict[str, Any] = {}
+    at = 0
+    for name, array in index.arrays.items():
+        layout[name] = [array.dtype.str, list(array.shape), at]
+        at += -(-array.nbytes // _ALIGN) * _ALIGN
+    head = json.dumps({"facts": index.facts, "layout": layout}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(_MAGIC + len(head).to_bytes(8, "little") + head)
+            file.write(b"\0" * (-file.tell() % _ALIGN))
+            for array in index.arrays.values():
+                file.write(_bytes(array))
+                file.write(b"\0" * (-file.tell() % _ALIGN))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return load_index(str(path))
+
+
+def load_index(path: str) -> Index:
+    """Maps an index file. Raises `OSError` if it is missing, `ValueError` if it is not one."""
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{path} is not an index of this version")
+        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = -(-file.tell() // _ALIGN) * _ALIGN
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (dtype, shape, at) in head["layout"].items():
+        empty = 0 in shape  # a mapping cannot be empty
+        arrays[name] = (
+            np.zeros(shape, dtype)
+            if empty
+            # A plain array over the mapping: indexing np.memmap itself takes five times as long.
+            else np.asarray(np.memmap(path, dtype, "r", offset=start + at, shape=tuple(shape)))
+        )
+    return Index(arrays, head["facts"], path)
+
+
+FILE_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them
+
+
+def kept_index(what: str, holds: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
+    """The cached index of `what` where it holds, else a new one; one rank per machine scans."""
+    digest = hashlib.sha256(what.encode(*FILE_NAMES)).hexdigest()[:20]
+    cached = cache_folder() / "index" / digest
+    with exclusive(cached.with_suffix(".lock")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            index = load_index(str(cached))
+            if holds(index):
+                return index
+        index = scan()
+        if len(index.sizes):
+            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
+                index = save_index(index, cached)
+        return index
+
+
+def require_readable(index: Index, what: str) -> None:
+    """Raises `ConfigError` for an index without samples, or without a readable one."""
+    if not len(index.sizes):
+        raise ConfigError(f"{what} holds no image file.")
+    if len(index.bad) == len(index.sizes):
+        sample, reason = next(iter(index.bad.items()))
+        raise ConfigError(
+            f"{what} holds {len(index.sizes)} image files and none can be read; "
+            f"number {sample}: {reason}."
+        )

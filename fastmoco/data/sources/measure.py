@@ -1,0 +1,174 @@
+"""Sizes of many images, read from their headers on all cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastmoco.data.decode import BadImage, image_size
+
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".gif",
+)
+
+
+HEAD = 1 << 16
+
+
+CHUNK = 512
+
+
+# Below this many files threads are faster: processes take a second to start.
+_PROCESSES_FROM = 20_000
+
+
+_AHEAD = 64
+
+
+Found = tuple[int, int, str]
+"""Width, height and, for an unreadable image, why."""
+
+
+Item = TypeVar("Item")
+
+
+Result = TypeVar("Result")
+
+
+def probe_file(path: str, max_pixels: int) -> Found:
+    """Size of an image file from its first bytes; the whole file only where those do not tell."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(HEAD)
+            try:
+                return (*image_size(head, max_pixels), "")
+            except BadImage:
+                if len(head) < HEAD:
+                    raise
+                return (*image_size(head + file.read(), max_pixels), "")
+    except BadImage as bad:
+        return 0, 0, str(bad)
+    except OSError as error:
+        return 0, 0, f"{type(error).__name__}: {error.strerror}"
+
+
+def probe_chunk(paths: Sequence[str], max_pixels: int) -> list[Found]:
+    """`probe_file` of several paths: the unit of work of one process."""
+    return [probe_file(path, max_pixels) for path in paths]
+
+
+def measure(
+    probe: Callable[[Sequence[str]], list[Found]], paths: Iterable[str], total: int
+) -> tuple[Any, dict[int, str]]:
+    """Sizes, int32 (N, 2), and the reasons of unreadable files, found with all cores."""
+    sizes = np.zeros((total, 2), np.int32)
+    bad: dict[int, str] = {}
+    remaining = iter(paths)
+    chunks = iter(lambda: list(islice(remaining, CHUNK)), [])
+    with in_parallel(many=total >= _PROCESSES_FROM) as pool:
+        at = 0
+        for found in progress(in_order(pool, probe, chunks), len, "index", total):
+            for width, height, reason in found:
+                if reason:
+                    bad[at] = reason
+                else:
+                    sizes[at] = width, height
+                at += 1
+    return sizes, bad
+
+
+DIED = (
+    "A process that was to read or render images died: free some memory, or, in a script, call "
+    'fastmoco below `if __name__ == "__main__":`.'
+)
+
+
+@contextlib.contextmanager
+def in_parallel(*, many: bool) -> Iterator[Executor]:
+    """All cores: processes for much work, threads where processes would take longer to start.
+
+    Whatever leaves the block, work that nobody began by then is dropped, not waited for.
+    """
+    pool = _processes(_cores()) if many else ThreadPoolExecutor(_cores())
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        # Imported on demand: it brings the command line, which the processes of a scan do without.
+        from fastmoco.config import ConfigError
+
+        raise ConfigError(DIED) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _processes(workers: int) -> Executor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _ignore_interrupts)
+
+
+def _cores() -> int:
+    """Cores of all ranks of this machine: one scans while the others wait for its index."""
+    # Imported on demand: it brings torch, which the processes of a scan do without.
+    from fastmoco.machine.host import machine_cores
+
+    return int(machine_cores())
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes: the one that started these says so and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def in_order(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """`pool.map` that takes an item only when its turn is near, so that few are in memory."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def progress(
+    work: Iterable[Result],
+    count: Callable[[Result], int],
+    label: str,
+    total: int | None = None,
+    unit: str = "image",
+) -> Iterator[Result]:
+    """The same items with a progress bar on standard error; `count` says what each adds to it.
+
+    A terminal shows the bar at once, a log file a line per minute if it takes longer than that.
+    """
+    from tqdm import tqdm
+
+    pause = 0.1 if sys.stderr.isatty() else 60.0
+    delay = 0.0 if sys.stderr.isatty() else 60.0
+    options = {"mininterval": pause, "maxinterval": 2 * pause, "delay": delay}
+    with tqdm(desc=label, total=total, unit=unit, unit_scale=True, **options) as bar:
+        for item in work:
+            yield item
+            bar.update(count(item))

@@ -1,0 +1,37 @@
+"""What every source of images offers to the loader.
+
+Training never sees a label. A sample that was unreadable while indexing keeps its number, so that
+one bad file does not change which samples the others are; readers replace it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Source(Protocol):
+    """N encoded images. Objects are small when pickled, so that reader processes start fast."""
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(N, 2): width and height in pixels; 0 where the image could not be read."""
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Reason by sample, for those found unreadable while indexing."""
+
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples of each run of neighbours that are fast to read together; they add up to N."""
+
+    def read(self, sample: int) -> bytes:
+        """Encoded bytes. Raises `OSError`."""
+
+    def name(self, sample: int) -> str:
+        """What to call the sample in a report."""
+
+    def fingerprint(self) -> str:
+        """Changes when a sample is added, removed, renamed or found to have another size."""

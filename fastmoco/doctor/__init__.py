@@ -1,0 +1,1 @@
+"""What this machine has and what limits a run: `python -m fastmoco.doctor`."""

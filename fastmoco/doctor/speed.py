@@ -1,0 +1,172 @@
+"""How fast loader and step are on this machine, and which of them limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.data.decode import BadImage, decode
+from fastmoco.data.loader import Batch, Loader, build_loader
+from fastmoco.data.reader import read_sample
+from fastmoco.data.sources.source import Source
+from fastmoco.doctor.findings import CPU_PIXELS, Line
+from fastmoco.machine.ranks import World
+from fastmoco.method.build import build_step
+from fastmoco.method.moco import build_moco
+
+# Seconds for each of about five measurements.
+BUDGET_S = 4.0
+
+
+# On the CPU a batch of a recipe would take minutes; speed per image hardly depends on it.
+CPU_BATCH = 64
+
+
+FOREVER = 10**9
+
+
+def storage(source: Source, config: Config) -> Iterator[Line]:
+    """How fast one thread reads and decodes images, spread over the whole set."""
+    count = len(source.sizes)
+    samples = [count * i // 256 for i in range(256)] if count > 256 else list(range(count))
+    read_s = decode_s = 0.0
+    size = done = bad = 0
+    for sample in samples:
+        began = time.perf_counter()
+        try:
+            data = read_sample(source, sample)
+            read_s += time.perf_counter() - began
+            began = time.perf_counter()
+            decode(data, config.data.max_pixels)
+        except BadImage:
+            bad += 1
+            continue
+        decode_s += time.perf_counter() - began
+        size, done = size + len(data), done + 1
+        if read_s + decode_s > BUDGET_S:
+            break
+    if not done:
+        raise ConfigError("None of the images that were tried can be read: check data.root.")
+    yield "disk", f"{size / read_s / 2**20:.0f} MiB/s, {done / read_s:.0f} files/s on one thread"
+    yield "decode", f"{done / decode_s:.0f} images/s on one thread (PIL); {bad} of {done + bad} bad"
+
+
+def speed(config: Config, world: World) -> Iterator[Line]:
+    """Images per second of loader and step, each by itself, and which of them will limit."""
+    if world.device.type == "cpu":
+        config = _small_batch(config)
+    batch = config.optim.global_batch_size
+    micro = batch // config.optim.accumulate
+    device = _step_speed(config, world)
+    yield "step", f"{device:.1f} images/s in batches of {batch}, images on the device already"
+    if config.data.source == "synthetic":
+        return
+    with build_loader(config, device=world.device) as loader:
+        delivered = _rate(_puller(loader), micro, world.device)
+        yield "loader", f"{delivered:.1f} images/s with nothing else to do; {loader.description}"
+    yield "verdict", _verdict(delivered, device, world.device)
+    if world.device.type == "cpu" and torch.get_num_threads() > 1:
+        yield "threads", _best_threads(config, world)
+
+
+def _small_batch(config: Config) -> Config:
+    """The same run with a batch that a CPU steps through in about a second."""
+    batch = CPU_BATCH
+    while batch > 8 and batch * config.augment.image_size**2 > CPU_PIXELS:
+        batch //= 2
+    if config.optim.global_batch_size <= batch:
+        return config
+    few = replace(config.optim, global_batch_size=batch, accumulate=1)
+    group = min(config.moco.bn_group_size or batch, batch)
+    group = group if batch % group == 0 else batch
+    return replace(config, optim=few, moco=replace(config.moco, bn_group_size=group))
+
+
+def _best_threads(config: Config, world: World) -> str:
+    """The step fed by the loader, with all compute threads and with one core left to the loader.
+
+    OpenMP threads meet after every operation and wait spinning: a thread that shares its core with
+    a loader process holds up all others (`python -m bench.threads`).
+    """
+    everyone = torch.get_num_threads()
+    micro = config.optim.global_batch_size // config.optim.accumulate
+    speeds = {}
+    for threads in (everyone, everyone - 1):
+        torch.set_num_threads(threads)
+        with build_loader(config, device=world.device) as loader:
+            batches = loader.batches(0, FOREVER)
+            speeds[threads] = _rate(_stepper(config, world, batches), micro, world.device)
+    torch.set_num_threads(everyone)
+    best = max(speeds, key=lambda threads: speeds[threads])
+    told = ", ".join(f"{n}: {speed:.1f} images/s" for n, speed in speeds.items())
+    advice = "" if best == everyone else f"; start training with OMP_NUM_THREADS={best}"
+    return f"fed by the loader, by compute threads: {told}{advice}"
+
+
+def _verdict(loader: float, step: float, device: torch.device) -> str:
+    if device.type == "cpu":  # both want the same cores, so their times add up at worst
+        together = 1 / (1 / loader + 1 / step)
+        share = 100 * (1 - together / step)
+        limit = "loader" if loader < step else "step"
+        return (
+            f"the {limit} limits; they share the cores, so expect {together:.1f} to "
+            f"{min(loader, step):.1f} images/s, up to {share:.0f} % below the step alone"
+        )
+    if loader > 1.1 * step:
+        return f"the device limits; the loader is {loader / step:.1f} times as fast"
+    slow = 100 * (1 - loader / step)
+    return (
+        f"the loader limits: the device would idle {max(slow, 0):.0f} % of the time; raise "
+        "data.workers or data.threads, or store smaller images"
+    )
+
+
+def _step_speed(config: Config, world: World) -> float:
+    noise = replace(config, data=replace(config.data, source="synthetic"))
+    batches = build_loader(noise, device=world.device).batches(0, FOREVER)
+    images = config.optim.global_batch_size // config.optim.accumulate
+    return _rate(_stepper(config, world, batches), images, world.device)
+
+
+def _stepper(config: Config, world: World, batches: Iterator[Batch]) -> Callable[[], object]:
+    """A function that trains on one micro-batch; its first calls are slower."""
+    moco = build_moco(config, config.bn_group_size(world.size), world.device)
+    step = build_step(config, moco, world, compile_encoders=False)
+    number = 0
+
+    def once() -> None:
+        nonlocal number
+        step([next(batches)], number)
+        number += 1
+
+    return once
+
+
+def _puller(loader: Loader) -> Callable[[], object]:
+    batches = loader.batches(0, FOREVER)
+    return lambda: next(batches)
+
+
+def _rate(once: Callable[[], object], images: int, device: torch.device) -> float:
+    """Images per second over about BUDGET_S seconds, after warm-up: two calls, or a slow one."""
+    began = time.perf_counter()
+    once()
+    _wait(device)
+    if time.perf_counter() - began < BUDGET_S:
+        once()
+        _wait(device)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < BUDGET_S and count < 50:
+        once()
+        count += 1
+    _wait(device)
+    return count * images / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

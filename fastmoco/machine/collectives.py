@@ -1,0 +1,179 @@
+"""Collectives between ranks; only this file and `ranks.py` import torch.distributed.
+
+Collectives of the training step are functional (they return new tensors), so that torch.compile
+traces them without a graph break. One rank is the identity of each and needs no process group.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmoco.machine.ranks import World
+
+# Torch 2.14 renamed all_gather_tensor; 2.11 knows only the old name.
+_all_gather: Callable[..., Tensor] = getattr(
+    functional, "all_gather_single", functional.all_gather_tensor
+)
+
+
+# What DDP takes by default.
+_BUCKET_BYTES = 25 << 20
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed, because a rank died or hangs. The message is one sentence."""
+
+
+@contextmanager
+def naming_failures(world: World, steps_done: Callable[[], int]) -> Iterator[None]:
+    """Turn the failure of a collective inside into a `CollectiveError` with step and operation.
+
+    gloo fails here. NCCL's watchdog ends the process by itself and prints operation and sequence
+    number; the step is the one after the last that was logged, or a little later.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:
+            raise
+        raise CollectiveError(
+            f"rank {world.rank} of {world.size}, step {steps_done() + 1}: {_operation(error)} "
+            f"failed, because another rank died or hangs ({reason[:160]}); the same command "
+            "resumes from the last checkpoint."
+        ) from error
+
+
+def _operation(error: RuntimeError) -> str:
+    """The collective that the traceback of `error` passes through, innermost first."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for code in reversed(codes):
+        if code.co_filename == __file__ and code.co_name != naming_failures.__name__:
+            return code.co_name.strip("_")
+    if any(code.co_filename == functional.__file__ for code in codes):
+        return all_to_all.__name__  # the only one that callers wait for, by using its result
+    if any(code.co_name == "backward" for code in codes):
+        return "the average of gradients in the backward"
+    return "a collective"
+
+
+def all_gather(x: Tensor, world: World) -> Tensor:
+    """(N, ...) on each rank to (size * N, ...) in rank order on every rank."""
+    if world.size == 1:
+        return x
+    gathered: Tensor = functional.wait_tensor(_all_gather(x.contiguous(), 0, _group()))
+    return gathered
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: World) -> Tensor:
+    """Send the first send[0] rows to rank 0, the next send[1] to rank 1, and so on.
+
+    Returns (sum(receive), ...): receive[r] rows from each rank r, in rank order. In eager mode the
+    exchange runs on while the caller computes, and the first use of the result waits for it.
+    """
+    if world.size == 1:
+        return x
+    moved: Tensor = functional.all_to_all_single(
+        x.contiguous(), list(receive), list(send), _group()
+    )
+    return moved
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
+    """The mean of each tensor over ranks, for a traced step; DDP does this in eager mode.
+
+    Last tensors first, because the backward finishes with them first, and in several collectives,
+    so that a scheduler can begin to send before the backward ends.
+    """
+    if world.size == 1:
+        return list(tensors)
+    means: list[Tensor] = []
+    bucket: list[Tensor] = []
+    held = 0
+    for index in reversed(range(len(tensors))):
+        bucket.append(tensors[index])
+        held += tensors[index].numel() * tensors[index].element_size()
+        if held >= _BUCKET_BYTES or index == 0:
+            summed = functional.all_reduce_coalesced(bucket, "sum", _group())  # gloo has no mean
+            means += [total / world.size for total in summed]
+            bucket, held = [], 0
+    return means[::-1]
+
+
+def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
+    """Replace fp32 tensors by their mean over ranks, in one collective."""
+    if world.size == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for target, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        target.copy_(mean.view_as(target))
+
+
+def gather_rows(x: Tensor, world: World) -> Tensor:
+    """(n, D) with an n of its own on each rank to all rows in rank order, on every rank."""
+    if world.size == 1:
+        return x
+    device = x.device
+    x = x.to(world.device)
+    counts = all_gather(torch.tensor([len(x)], device=world.device), world).tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = all_gather(padded, world).split(max(counts))
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(device)
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether `flag` is set on at least one rank."""
+    if world.size == 1:
+        return flag
+    total = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    return bool(total.item())
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier(device_ids=[world.local_rank] if world.backend == "nccl" else None)
+
+
+def average_gradients(module: nn.Module, world: World) -> nn.Module:
+    """The module wrapped so that its backward averages gradients over ranks.
+
+    Buffers are not broadcast: BN statistics belong to a rank, and the queue is equal by
+    construction.
+    """
+    if world.size == 1:
+        return module
+    # Torch 2.14 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    devices = [world.local_rank] if world.backend == "nccl" else None
+    options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, name: False}
+    return DistributedDataParallel(module, **options)
+
+
+def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Context of a backward that averages gradients over ranks, or, disabled, only adds them up.
+
+    With several backwards in a step only the last one is to average.
+    """
+    if enabled or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return cast(AbstractContextManager[None], module.no_sync())
+
+
+def _group() -> Any:
+    return cast(Any, dist.group.WORLD)

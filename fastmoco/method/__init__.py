@@ -1,0 +1,1 @@
+"""Momentum Contrast itself: the step, its state, shuffle-BN and the update."""

@@ -1,0 +1,96 @@
+"""Do all ranks still hold the same queue, cursor and key encoder?
+
+Each rank computes them by itself from the same gathered keys and averaged gradients. If one drifts
+(memory error, mixed library versions, another configuration on one node), every later step is
+wrong and no loss curve shows it. So their bits are compared wherever the host waits anyway.
+
+T tensors compared, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from fastmoco.config import ConfigError
+from fastmoco.machine.collectives import all_gather, any_rank
+from fastmoco.machine.precision import DTYPES, Precision
+from fastmoco.machine.ranks import World
+from fastmoco.method.moco import MoCo
+
+# Bounds the int64 temporaries to 8 MiB, whatever the queue measures.
+_CHUNK = 1 << 20
+_BETWEEN_CHUNKS = 0x9E3779B97F4A7C15 - (1 << 64)
+_NAMED = 4
+
+
+class DisagreementError(RuntimeError):
+    """Ranks no longer hold the same state. The message is one sentence for the user."""
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """int64 () that depends on every bit of a contiguous-able tensor and on its position.
+
+    A sum of the bits weighted by position, modulo 2^64: integers, so that no order of summation
+    can change it. float32 or int64, any shape; stays on the device.
+    """
+    bits = tensor.detach().contiguous().reshape(-1).view(torch.int32)
+    weights = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in bits.split(_CHUNK):
+        total = total * _BETWEEN_CHUNKS + (chunk * weights[: len(chunk)]).sum()
+    return total
+
+
+def compared_tensors(moco: MoCo) -> dict[str, Tensor]:
+    """What has to be equal on all ranks, by name. BN statistics belong to a rank."""
+    parameters = {f"encoder_k.{name}": p for name, p in moco.encoder_k.named_parameters()}
+    return {"queue": moco.queue, "queue_ptr": moco.queue_ptr, **parameters}
+
+
+def require_one_precision(precision: Precision, world: World) -> None:
+    """Raise `ConfigError`, on every rank, where `run.precision auto` means another type on some."""
+    found = [name for name in DTYPES if any_rank(precision.name == name, world)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"run.precision auto means {' on some ranks and '.join(found)} on others, because "
+            "their devices differ: set run.precision to a type that all of them can run."
+        )
+
+
+def require_agreement(moco: MoCo, world: World, step: int) -> None:
+    """Compare the state of all ranks after `step` steps; call it where the host waits anyway.
+
+    One all-gather of T int64 and one copy to the host. Raises `DisagreementError`, on every rank
+    with the same sentence, naming the ranks and tensors that differ.
+    """
+    if world.size == 1:
+        return
+    tensors = compared_tensors(moco)
+    mine = torch.stack([fingerprint(tensor) for tensor in tensors.values()])
+    table = all_gather(mine[None], world).tolist()  # W lists of T
+    if all(row == table[0] for row in table):
+        return
+    raise DisagreementError(describe(list(tensors), table, step))
+
+
+def describe(names: list[str], table: list[list[int]], step: int) -> str:
+    """One sentence from the fingerprints, table[rank][tensor]; a majority counts as right."""
+    differing = []
+    ranks: set[int] = set()
+    for name, values in zip(names, zip(*table, strict=True), strict=True):
+        ((common, count), *others) = Counter(values).most_common()
+        if not others:
+            continue
+        differing.append(name)
+        majority = 2 * count > len(values)
+        ranks |= {r for r, value in enumerate(values) if not majority or value != common}
+    more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    return (
+        f"After step {step} rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))} of "
+        f"{len(table)} hold{'s' * (len(ranks) == 1)} another state than the rest, in "
+        f"{', '.join(differing[:_NAMED])}{more}: no checkpoint was written after it; look for "
+        "unequal library versions or a faulty device there, and start again to resume."
+    )

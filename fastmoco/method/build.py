@@ -1,0 +1,94 @@
+"""The training step that a configuration describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.machine.collectives import average_gradients
+from fastmoco.machine.precision import choose_precision
+from fastmoco.machine.ranks import World
+from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.moco import MoCo
+from fastmoco.method.shuffle_bn import build_shuffle
+from fastmoco.method.step import Step
+from fastmoco.method.update import SGDWithEMA, build_ema, build_optimizer
+from fastmoco.network.encoder import Embed
+from fastmoco_kernels.launch import HAS_TRITON
+
+
+def compile_encoders(config: Config, device: torch.device) -> bool:
+    """What `run.compile` means here: `auto` compiles on CUDA only, where triton is installed.
+
+    Raises `ConfigError` where it is on and cannot be.
+    """
+    cuda = device.type == "cuda"
+    if cuda and not HAS_TRITON:
+        if config.run.compile == "on":
+            raise ConfigError(
+                "run.compile is on, but triton, which torch.compile needs on CUDA, is not "
+                "installed: install it (it is made for Linux) or set run.compile to off."
+            )
+        return False
+    return config.run.compile == "on" or (config.run.compile == "auto" and cuda)
+
+
+def compile_reason(device: torch.device) -> str:
+    """Why `run.compile` auto means what it does on this device."""
+    if device.type == "cuda" and not HAS_TRITON:
+        return "triton is not installed"
+    return "only CUDA pays back the compile time"
+
+
+def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bool) -> Step:
+    """The step of this run; precision, compilation and shuffle-BN strategy are fixed here.
+
+    Raises `ConfigError` if the chosen optimizer is not available, `ValueError` for SyncBN with
+    shuffle-BN.
+    """
+    strategy = config.shuffle_bn(world.size)
+    if strategy != "none" and any(isinstance(m, nn.SyncBatchNorm) for m in moco.modules()):
+        raise ValueError(
+            "SyncBN gives every rank the same statistics, so shuffling keys between ranks cancels "
+            "out: use plain or split BN, or set moco.shuffle_bn to none."
+        )
+    precision = choose_precision(config.run.precision, world.device)
+    embed_q: nn.Module = Embed(moco.encoder_q, precision.dtype)
+    embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype)
+    optimizer = build_optimizer(config, moco)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
+    build: Callable[..., Step] = Step
+    one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
+    if (
+        compile_encoders
+        and one_graph
+        and isinstance(optimizer, SGDWithEMA)
+        and not scaler.is_enabled()
+    ):
+        build = partial(WholeStep, world=world)
+    else:
+        if compile_encoders:
+            embed_q.compile(dynamic=False)
+            embed_k.compile(dynamic=False)
+        embed_q = average_gradients(embed_q, world)
+    return build(
+        moco=moco,
+        embed_q=embed_q,
+        embed_k=embed_k,
+        shuffle=build_shuffle(
+            strategy,
+            world=world,
+            local=config.local_batch_size(world.size),
+            seed=config.run.seed,
+        ),
+        optimizer=optimizer,
+        ema=build_ema(config, moco, optimizer),
+        scaler=scaler,
+        temperature=config.moco.temperature,
+        symmetric=config.moco.symmetric,
+        precision=precision,
+    )

@@ -1,0 +1,77 @@
+"""The training step as one compiled graph.
+
+N local batch, W ranks, S image side, C feature dimension, K queue length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastmoco.machine.collectives import mean_over_ranks
+from fastmoco.machine.ranks import World
+from fastmoco.method.step import Step, Views
+from fastmoco.method.update import SGDWithEMA
+from fastmoco_kernels import InfoNCE, info_nce_enqueue
+
+
+@dataclass
+class WholeStep(Step):
+    """The same step as one graph, from the exchange to the update of both encoders.
+
+    One micro-batch, one contrast and `SGDWithEMA` only, no gradient scaler. Why not DDP around a
+    compiled encoder: see docs/distributed.md.
+    """
+
+    world: World
+    backend: str | Callable[..., Any] = "inductor"
+
+    def __post_init__(self) -> None:
+        # Collectives start once their inputs are there and are waited for as late as possible:
+        # the gather of keys beside the queries' forward, gradients beside the backward.
+        options: dict[str, Any] = {
+            "reorder_for_compute_comm_overlap": True,
+            "reorder_for_compute_comm_overlap_passes": ["sink_waits_iterative"],
+        }
+        self._graph = torch.compile(
+            self._whole,
+            fullgraph=True,
+            dynamic=False,
+            backend=self.backend,
+            options=options if self.backend == "inductor" else None,
+        )
+        self._lr = torch.zeros((), device=self.world.device)
+
+    def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
+        """Advance both encoders, the queue and the cursor by one step; see `Step`."""
+        return self.run_graph(*self._contrasts(micro_batches, step)[0])
+
+    def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> InfoNCE:
+        """The step on images and shuffle indices that are on the device."""
+        optimizer = cast(SGDWithEMA, self.optimizer)
+        # A tensor, because a new number would be a new graph; filling it does not stall the host.
+        self._lr.fill_(optimizer.param_groups[0]["lr"])
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            result: InfoNCE = self._graph(im_q, im_k, order, self._lr, optimizer.momentum_buffers())
+        return result
+
+    def _whole(
+        self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
+    ) -> InfoNCE:
+        params: list[Tensor] = list(self.moco.encoder_q.parameters())
+        sent = self.shuffle.send(im_k, order)
+        q = self.embed_q(im_q)
+        with torch.no_grad():
+            k = self.shuffle(self.embed_k, sent, order)
+        result = info_nce_enqueue(
+            q, k.local, k.gathered, self.moco.queue, self.moco.queue_ptr, self.temperature
+        )
+        grads = torch.autograd.grad(result.loss, params)
+        with torch.no_grad():
+            means = mean_over_ranks(grads, self.world)
+            cast(SGDWithEMA, self.optimizer).update(params, means, buffers, lr)
+        return InfoNCE(result.loss.detach(), result.rank, result.losses)

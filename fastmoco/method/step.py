@@ -1,0 +1,106 @@
+"""One training step: algorithm 1 of arXiv 1911.05722 on this rank.
+
+N local batch, W ranks, S image side, C feature dimension, K queue length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.machine.collectives import gradient_sync
+from fastmoco.machine.precision import Precision
+from fastmoco.method.moco import MoCo
+from fastmoco.method.shuffle_bn import Shuffle
+from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
+
+
+class Views(Protocol):
+    """Two views of the local samples, uint8 (N, S, S, 3) on the device."""
+
+    @property
+    def im_q(self) -> Tensor:
+        """Views for encoder_q."""
+        ...
+
+    @property
+    def im_k(self) -> Tensor:
+        """Views for encoder_k."""
+        ...
+
+
+@dataclass
+class Step:
+    """Everything that one step touches, built once; `step(views, number)` runs it."""
+
+    moco: MoCo
+    embed_q: nn.Module
+    embed_k: nn.Module
+    shuffle: Shuffle
+    optimizer: torch.optim.Optimizer
+    ema: Callable[[], None] | None
+    """Moves encoder_k, where the optimizer does not do that itself."""
+    scaler: torch.amp.GradScaler
+    temperature: float
+    symmetric: bool
+    precision: Precision
+
+    def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
+        """Advance both encoders, the queue and the cursor by one step.
+
+        `micro_batches` are the parts of this rank's batch. They are all contrasted with the queue
+        as it stands before the step; gradients add up, and queue and encoders move once. Returns
+        the loss, averaged, and the ranks of the positives of all parts.
+        """
+        contrasts = self._contrasts(micro_batches, step)
+        results, keys = [], []
+        for index, (im_q, im_k, order) in enumerate(contrasts):
+            is_last = index == len(contrasts) - 1
+            with gradient_sync(self.embed_q, is_last):
+                sent = self.shuffle.send(im_k, order)  # arrives while the queries are encoded
+                q = self.embed_q(im_q)
+                with torch.no_grad():
+                    k = self.shuffle(self.embed_k, sent, order)
+                keys.append(k.gathered)
+                queue, ptr = self.moco.queue, self.moco.queue_ptr
+                if is_last:
+                    result = info_nce_enqueue(
+                        q, k.local, torch.cat(keys), queue, ptr, self.temperature
+                    )
+                else:
+                    result = info_nce(q, k.local, queue, self.temperature)
+                self.scaler.scale(result.loss / len(contrasts)).backward()
+            results.append(result)
+        self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema()
+        self.optimizer.zero_grad(set_to_none=True)
+        return _merge(results)
+
+    def _contrasts(
+        self, micro_batches: Sequence[Views], step: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(queries' images, keys' images, shuffle indices) of every contrast of the step."""
+        contrasts = []
+        for micro, views in enumerate(micro_batches):
+            order = self.shuffle.indices(step * len(micro_batches) + micro)
+            if views.im_q.is_cuda:  # from pinned memory the copy does not stall the host
+                order = order.pin_memory().to(views.im_q.device, non_blocking=True)
+            contrasts.append((views.im_q, views.im_k, order))
+            if self.symmetric:
+                contrasts.append((views.im_k, views.im_q, order))
+        return contrasts
+
+
+def _merge(results: Sequence[InfoNCE]) -> InfoNCE:
+    """One result for the step: the mean loss and the ranks of all parts; detached."""
+    return InfoNCE(
+        torch.stack([r.loss.detach() for r in results]).mean(),
+        torch.cat([r.rank for r in results]),
+        torch.cat([r.losses for r in results]),
+    )

@@ -1,0 +1,54 @@
+"""What a run is about to do, in the lines printed at its start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastmoco.config import Config, warnings
+from fastmoco.machine.precision import choose_precision
+from fastmoco.machine.ranks import World
+from fastmoco.method.build import compile_encoders, compile_reason
+from fastmoco.network.batchnorm import norm_choice
+from fastmoco.network.convolution import convolution_choice
+
+
+def start_lines(
+    config: Config, world: World, *, num_samples: int, steps_per_epoch: int, loader: str, done: int
+) -> list[str]:
+    """Every resolved choice with its reason; one line per subject, warnings last."""
+    moco, optim, local = config.moco, config.optim, config.local_batch_size(world.size)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    compiled = compile_encoders(config, world.device)
+    auto = f" (auto: {compile_reason(world.device)})" if config.run.compile == "auto" else ""
+    strategy = config.shuffle_bn(world.size)
+    why = f" (auto: {world.size} rank{'s' * (world.size > 1)})" * (moco.shuffle_bn == "auto")
+    precision = choose_precision(config.run.precision, world.device)
+    scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
+    wide = f" x {config.model.width:g}" * (config.model.width != 1)
+    total = steps_per_epoch * optim.epochs
+    lines = [
+        f"device    {world.size} x {device}, collectives {world.backend}",
+        f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
+        f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
+        f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
+        f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
+        f"loss of a random guess {math.log(1 + moco.queue_size):.2f}"
+        f"{', symmetric' * moco.symmetric}",
+        f"batch     {optim.global_batch_size} global = {world.size} ranks x {optim.accumulate} "
+        f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
+        f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule, "
+        f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
+        f"precision {precision}",
+        f"layers    torch.compile {'on' if compiled else 'off'}{auto}; "
+        f"batch norm {norm_choice(world.device, compiled)}, convolutions "
+        f"{convolution_choice(world.device, precision.name, compiled)}",
+        f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",
+    ]
+    if done:
+        lines.append(f"resumed   after step {done} (epoch {done / steps_per_epoch:.2f})")
+    sentences = warnings(config, world.size, num_samples)
+    if precision.warning:
+        sentences.append(precision.warning)
+    return lines + [f"WARNING: {sentence}" for sentence in sentences]

@@ -1,0 +1,119 @@
+"""What a run measures: sums that stay on the device, and one flush that brings them to the host."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmoco.machine.collectives import all_reduce_mean_
+from fastmoco.machine.host import peak_memory_bytes
+from fastmoco.machine.ranks import World
+from fastmoco_kernels import InfoNCE
+
+Record = dict[str, object]
+"""One line of metrics.jsonl: names to numbers, with `kind` saying which kind of line it is."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Throughput between two flushes."""
+
+    steps: int
+    seconds: float
+    step_ms_p50: float
+
+
+class Clock:
+    """Times steps without stalling the device: CUDA events on CUDA, host time on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window now; call it right after a host synchronization."""
+        self._start = time.perf_counter()
+        self._marks: list[float | torch.cuda.Event] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Note the end of a step."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def window(self) -> Window:
+        """The window since `restart`; the device must have been synchronized."""
+        steps = sorted(
+            a.elapsed_time(b)
+            if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event)
+            else (float(b) - float(a)) * 1e3  # type: ignore[arg-type]
+            for a, b in zip(self._marks[:-1], self._marks[1:], strict=True)
+        )
+        p50 = steps[len(steps) // 2] if steps else math.nan
+        return Window(len(steps), time.perf_counter() - self._start, p50)
+
+
+class Metrics:
+    """Loss and pretext accuracy of the steps since the last flush.
+
+    `add` only enqueues work on the device; `flush` is the one host synchronization of the loop.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums = torch.zeros(3, device=world.device)
+        self._count = 0
+
+    def add(self, result: InfoNCE) -> None:
+        """Count one step: its mean loss and the share of queries with the positive on top."""
+        top1, top5 = (result.rank == 0).float().mean(), (result.rank < 5).float().mean()
+        self._sums += torch.stack([result.loss, top1, top5])
+        self._count += 1
+
+    def flush(self) -> Record:
+        """Mean loss, pretext_top1 and pretext_top5 since the last flush, over all ranks."""
+        means: Tensor = self._sums / max(self._count, 1)
+        all_reduce_mean_([means], self._world)
+        loss, top1, top5 = means.tolist()  # the host waits for the device here
+        self._sums.zero_()
+        self._count = 0
+        return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5}
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Most memory held so far: of the device's allocator on CUDA, of the process on the CPU.
+
+    None where the system does not tell (Windows).
+    """
+    cuda = device.type == "cuda"
+    held = torch.cuda.max_memory_allocated(device) if cuda else peak_memory_bytes()
+    return None if held is None else held / 2**30
+
+
+def alarms(record: Record, *, keys_enqueued: int, queue_size: int) -> list[str]:
+    """The two silent failures of MoCo, as sentences; empty while neither shows.
+
+    Both need a queue that has turned over twice: it starts random and the loss first rises.
+    """
+    loss, top1 = float(str(record["loss"])), float(str(record["pretext_top1"]))
+    if keys_enqueued < 2 * queue_size:
+        return []
+    if top1 > 0.999:
+        return [
+            f"pretext accuracy is {100 * top1:.2f} %: batch norm probably tells queries which key "
+            "is theirs, and the features will be poor; check moco.shuffle_bn and moco.bn_group_size"
+        ]
+    if loss > 0.995 * math.log(1 + queue_size):
+        return [
+            f"loss {loss:.3f} is that of a random guess, ln(1+K) = {math.log(1 + queue_size):.3f}: "
+            "the encoder is not learning; check the learning rate and the images (views.png)"
+        ]
+    return []

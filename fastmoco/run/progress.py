@@ -1,0 +1,158 @@
+"""From the steps of the loop to what its user sees: flushes, alarms, records."""
+
+from __future__ import annotations
+
+import math
+
+from fastmoco.config import Config
+from fastmoco.machine.host import load_average, machine_cores
+from fastmoco.machine.ranks import World
+from fastmoco.run.logbook import Logbook, train_line
+from fastmoco.run.metrics import Clock, Metrics, Record, alarms, peak_memory_gib
+from fastmoco_kernels import InfoNCE
+
+# Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
+WARMUP_STEPS = 3
+# A demo that takes longer than this has gone wrong, and its user should not wait to find out.
+LONG_DEMO_S = 30 * 60
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number. The message is one sentence for the user."""
+
+
+class Progress:
+    """Counts steps on the device and turns them into log lines at each flush.
+
+    `add` never waits for the device; `flush` does, once.
+    """
+
+    def __init__(
+        self, config: Config, world: World, log: Logbook, *, start: int, stop: int, per_epoch: int
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._log = log
+        self._stop = stop
+        self._per_epoch = per_epoch
+        self._warm = start + WARMUP_STEPS
+        self._estimate_at = self._warm + WARMUP_STEPS
+        self._metrics = Metrics(world)
+        self._clock = Clock(world.device)
+        self._waited = 0.0
+        self._bad = 0
+
+    def add(self, result: InfoNCE) -> None:
+        """Count one step."""
+        self._metrics.add(result)
+        self._clock.mark()
+        self._log.advance()
+
+    def due(self, done: int) -> bool:
+        """Whether to flush after `done` steps: regularly, after the warm-up, at epoch ends."""
+        regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
+        return regular or done in (self._warm, self._estimate_at, self._stop)
+
+    def flush(self, done: int, lr: float, waited_s: float, bad: int) -> None:
+        """Write down the window since the last flush; the host synchronization of the loop.
+
+        `waited_s` is how long the loop has waited for data in all, in seconds; `bad` how many
+        samples this rank knows to be bad. Raises `DivergedError` if the mean loss is not finite.
+        """
+        values = self._metrics.flush()
+        window = self._clock.window()
+        batch, queue_size = self._config.optim.global_batch_size, self._config.moco.queue_size
+        record: Record = {
+            "kind": "train",
+            "warmup": done <= self._warm,
+            "step": done,
+            "epoch": done / self._per_epoch,
+            **values,
+            "loss_random": math.log(1 + queue_size),
+            "lr": lr,
+            "images_per_second": window.steps * batch / window.seconds,
+            "step_ms_p50": window.step_ms_p50,
+            "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
+            "bad_samples": bad,
+        }
+        if (memory := peak_memory_gib(self._world.device)) is not None:
+            record["peak_memory_gib"] = memory
+        self._waited = waited_s
+        self._log.record(record)
+        if not math.isfinite(float(str(record["loss"]))):
+            raise DivergedError(
+                f"The loss became {record['loss']} before step {done}: lower optim.lr, or train in "
+                f"bf16 instead of fp16; the last good checkpoint is in {self._config.run.dir}."
+            )
+        eta = (self._stop - done) * window.seconds / window.steps
+        note = "  (warm-up)" if record["warmup"] else ""
+        total = self._per_epoch * self._config.optim.epochs
+        self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
+        if self._warm < done <= self._estimate_at:
+            self._estimate(done, eta, float(str(record["data_wait_percent"])))
+        views = 2 if self._config.moco.symmetric else 1
+        if bad > self._bad:
+            self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
+        self._bad = bad
+        for sentence in alarms(record, keys_enqueued=done * batch * views, queue_size=queue_size):
+            self._log.warn(sentence)
+
+    def _estimate(self, done: int, seconds: float, wait_percent: float) -> None:
+        """Say how long the rest will take, while there is still something to change."""
+        self._estimate_at = 0  # once
+        steps = self._stop - done
+        if not steps:
+            return
+        self._log.say(f"duration  about {in_words(seconds)} for the {steps} steps that are left")
+        if self._config.data.source == "demo" and seconds > LONG_DEMO_S:
+            self._log.warn(why_so_long(seconds, wait_percent, load_average(), machine_cores()))
+
+    def restart(self) -> None:
+        """Begin the next window now, so that kNN and checkpoints do not count as training."""
+        self._clock.restart()
+
+    def knn(self, done: int, accuracy: float) -> None:
+        """Record the kNN accuracy of the trunk after `done` steps."""
+        epoch = done / self._per_epoch
+        self._log.record({"kind": "knn", "step": done, "epoch": epoch, "knn_top1": accuracy})
+        self._log.say(f"kNN top-1 {100 * accuracy:.1f} % after epoch {epoch:.2f}")
+
+    def baseline(self, raw_pixel: float | None, untrained: float, chance: float) -> None:
+        """Record the kNN accuracies that training has to beat."""
+        marks = {"raw_pixel": raw_pixel, "untrained": untrained, "chance": chance}
+        self._log.record({"kind": "knn_baseline", **marks})
+        pixels = "not computed" if raw_pixel is None else f"{100 * raw_pixel:.1f} %"
+        self._log.say(
+            f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
+            f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %"
+        )
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: `40 s`, `12 min`, `3 h 05 min`, `2 days 4 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return f"{minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h" if days else f"{hours} h {minutes:02d} min"
+
+
+def why_so_long(seconds: float, wait_percent: float, load: float | None, cores: int) -> str:
+    """Why a demo takes so long and what would make it shorter, in one sentence.
+
+    `load` is the average number of runnable processes of the last minute, this run's threads
+    included; None where the system does not say.
+    """
+    if wait_percent > 50:
+        reason = f"{wait_percent:.0f} % of the time the step waits for images"
+    elif load is not None and load > 2 * cores:
+        reason = f"other processes want the {cores} cores too (load average {load:.0f})"
+    else:
+        reason = f"the step is slow on the {cores} core{'s' * (cores > 1)} that it may use"
+    return (
+        f"The demo will take about {in_words(seconds)} instead of five minutes, because {reason}: "
+        "stop it and run it on an idle or faster machine, or shorten it with --optim.epochs 4."
+    )

@@ -1,0 +1,208 @@
+"""Recipes match the published numbers; every refusal is one clear sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from fastmoco.config import (
+    Config,
+    ConfigError,
+    check,
+    dump,
+    flatten,
+    load,
+    parse,
+    parse_text,
+    warnings,
+)
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return parse(["--config", str(CONFIGS / f"{name}.yaml"), *overrides])
+
+
+# The recipe table of the papers and the official code, restated independently of the YAML files.
+PUBLISHED = {
+    "moco_v1_r50_200ep": {
+        **{"optim.epochs": 200, "optim.schedule": "step", "optim.milestones": (120, 160)},
+        **{"optim.gamma": 0.1, "moco.temperature": 0.07, "model.head": "linear"},
+        **{"augment.recipe": "v1", "augment.jitter_p": 1.0, "augment.hue": 0.4},
+        **{"augment.blur_p": 0.0},
+    },
+    "moco_v2_r50_200ep": {
+        **{"optim.epochs": 200, "optim.schedule": "cosine", "moco.temperature": 0.2},
+        **{"model.head": "mlp", "augment.recipe": "v2", "augment.jitter_p": 0.8},
+        **{"augment.hue": 0.1, "augment.blur_p": 0.5, "augment.blur_min": 0.1},
+        **{"augment.blur_max": 2.0},
+    },
+}
+PUBLISHED["moco_v2_r50_800ep"] = {**PUBLISHED["moco_v2_r50_200ep"], "optim.epochs": 800}
+BOTH = {
+    **{"model.arch": "resnet50", "model.dim": 128, "moco.queue_size": 65536},
+    **{"moco.momentum": 0.999, "optim.global_batch_size": 256, "optim.lr": 0.03},
+    **{"optim.momentum": 0.9, "optim.weight_decay": 1e-4, "optim.lr_scaling": "none"},
+    **{"augment.image_size": 224, "augment.min_area": 0.2, "augment.brightness": 0.4},
+    **{"augment.contrast": 0.4, "augment.saturation": 0.4, "augment.grayscale_p": 0.2},
+    **{"augment.flip_p": 0.5, "moco.bn_group_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_recipes_are_the_published_ones(name: str) -> None:
+    values = flatten(recipe(name))
+    assert {key: values[key] for key in BOTH} == BOTH
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_passes_its_checks(path: Path) -> None:
+    check(parse(["--config", str(path)]), world_size=1)
+
+
+def test_no_arguments_mean_the_demo() -> None:
+    assert parse([]) == recipe("demo")
+
+
+def test_overrides_win_over_the_file_and_numbers_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 1e-4, milestones: [1, 2]}\nmoco: {temperature: 0.5}\n")
+    config = parse(["--config", str(file), "--moco.temperature", "0.1"])
+    assert config.optim.lr == 1e-4
+    assert config.optim.milestones == (1, 2)
+    assert config.moco.temperature == 0.1
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = recipe("moco_v1_r50_200ep", "--optim.lr", "0.0123")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+
+
+def choices_with_on_and_off() -> list[str]:
+    groups = {group: type(value) for group, value in vars(Config()).items()}
+    return [
+        f"{group}.{name}"
+        for group, of in groups.items()
+        for name, kind in get_type_hints(of).items()
+        if {"on", "off"} <= set(get_args(kind))
+    ]
+
+
+def test_there_are_choices_with_on_and_off() -> None:
+    assert "run.compile" in choices_with_on_and_off()
+
+
+@pytest.mark.parametrize("option", choices_with_on_and_off())
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_on_and_off_in_a_file_are_choices_and_not_booleans(
+    option: str, word: str, tmp_path: Path
+) -> None:
+    group, name = option.split(".")
+    file = tmp_path / "mine.yaml"
+    for text in (f"{group}: {{{name}: {word}}}", f"{group}:\n  {name}: '{word}'\n"):
+        file.write_text(text)
+        config = load(file)
+        assert flatten(config)[option] == word
+        file.write_text(dump(config))
+        assert load(file) == parse_text(dump(config)) == config
+    assert flatten(parse([f"--{group}={{{name}: {word}}}"]))[option] == word
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "true", "On"])
+def test_other_words_for_on_and_off_are_refused_as_they_were_written(
+    word: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"run: {{compile: {word}}}")
+    with pytest.raises(ConfigError) as error:
+        load(file)
+    assert str(error.value).startswith('Parser key "run.compile"')
+    assert "'auto', 'on', 'off'" in str(error.value)
+    assert str(error.value).endswith(word)
+
+
+def test_booleans_in_a_file_are_still_booleans_and_words_are_words(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for words, meant in ((("true", "True", "on", "yes"), True), (("false", "OFF", "no"), False)):
+        for word in words:
+            file.write_text(f"moco: {{symmetric: {word}}}\ndata: {{verify: {word}}}\n")
+            assert load(file).moco.symmetric is load(file).data.verify is meant
+    file.write_text("moco: {symmetric: maybe}")
+    with pytest.raises(ConfigError, match=r"moco\.symmetric.*bool.*maybe"):
+        load(file)
+    file.write_text("run: {dir: 2026-11-22}\ndata: {root: off}\n")
+    assert (load(file).run.dir, load(file).data.root) == ("2026-11-22", "off")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--moco.temprature", "0.1"], ["moco.temprature"]),
+        (["--moco.temp", "0.1"], ["moco.temp"]),  # no abbreviations
+        (["--optim.epochs", "ten"], ["optim.epochs", "ten"]),
+        (["--model.arch", "resnet51"], ["model.arch", "resnet51"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_unknown_keys_and_wrong_types(arguments: list[str], mentions: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(arguments)
+    assert all(word in str(error.value) for word in mentions)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_key_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "typo.yaml"
+    file.write_text("optim: {lerning_rate: 0.1}\n")
+    with pytest.raises(ConfigError, match="lerning_rate"):
+        parse(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "mentions"),
+    [
+        (["--optim.global_batch_size", "250"], 8, ["global_batch_size 250", "8 ranks"]),
+        (["--optim.accumulate", "3"], 1, ["accumulate 3"]),
+        (["--moco.bn_group_size", "30"], 1, ["bn_group_size 30", "256"]),
+        (["--moco.queue_size", "128"], 1, ["queue_size 128", "at least 256"]),
+        (["--moco.queue_size", "300", "--moco.symmetric", "true"], 1, ["at least 512"]),
+        (["--moco.temperature", "0"], 1, ["temperature"]),
+        (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
+        (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
+        (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
+        (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
+        (["--optim.global_batch_size", "8"], 8, ["BN group of 1"]),
+    ],
+)
+def test_cross_field_checks(overrides: list[str], world: int, mentions: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(recipe("moco_v2_r50_200ep", *overrides), world)
+    assert all(words in str(error.value) for words in mentions), str(error.value)
+
+
+def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
+    config = recipe("moco_v2_r50_200ep")
+    assert warnings(config, 8, 1_281_167) == []
+    (queue,) = warnings(config, 8, 5000)
+    assert "65536 exceeds the 5000" in queue
+    alone = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "0")
+    (shuffle,) = warnings(alone, 1, 1_281_167)
+    assert "BN group" in shuffle
+    halves = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "128")
+    (leak,) = warnings(halves, 1, 1_281_167)
+    assert "2 BN groups" in leak
+    assert warnings(alone, 8, 1_281_167) == []  # all_to_all leaves the rank's group
+
+
+def test_identity_ignores_where_and_how_fast() -> None:
+    config = recipe("demo")
+    elsewhere = replace(config, run=replace(config.run, dir="x", log_every=7, device="cpu"))
+    hotter = replace(config, moco=replace(config.moco, temperature=0.9))
+    assert elsewhere.identity() == config.identity()
+    assert hotter.identity() != config.identity()

@@ -1,0 +1,124 @@
+"""The doctor's findings, and the preflight that training runs at its start."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from fastmoco.config import Config, ConfigError, parse
+from fastmoco.doctor import __main__ as doctor
+from fastmoco.doctor import findings, speed
+from fastmoco.machine.ranks import World
+from fastmoco.method import build
+from fastmoco_kernels import launch, preflight
+from tests.support.ranks import Ranks
+
+CPU = torch.device("cpu")
+TINY = [
+    *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
+    *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
+]
+
+
+def test_doctor_of_a_synthetic_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "BUDGET_S", 0.1)
+    assert doctor.main([*TINY, "--run.device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("versions", "cpu", "precision", "shuffle", "preflight", "exchange", "step"):
+        assert f"\n{name}" in f"\n{printed}"
+    assert "every op equals its float64 reference" in printed
+
+
+def test_doctor_refuses_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([*TINY, "--moco.bn_group_size", "3"]) == 2
+    assert "bn_group_size" in capsys.readouterr().err
+
+
+def test_preflight_is_silent_when_all_is_well() -> None:
+    assert preflight.short_preflight(CPU) == []
+    assert launch.replaced() == {}
+
+
+def test_wrong_kernel_is_replaced_loudly_on_cuda() -> None:
+    wrong = [
+        preflight.Result("info_nce", "bfloat16", False, "WRONG loss", 0.1),
+        preflight.Result("info_nce", "float16", False, "WRONG loss", 0.1),
+        preflight.Result("ema_", "float32", True, "", 0.1),
+    ]
+    with (
+        mock.patch.object(preflight, "check", return_value=wrong),
+        pytest.warns(RuntimeWarning, match="switched off"),
+    ):
+        (sentence,) = preflight.short_preflight(torch.device("cuda"))
+    assert launch.replaced() == {"info_nce": "bfloat16: WRONG loss"}
+    launch.use_kernel("info_nce")
+    assert sentence.startswith("info_nce is wrong on cuda")
+    with mock.patch.object(preflight, "check", return_value=wrong), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(preflight.short_preflight(CPU)) == 1
+    assert launch.replaced() == {}
+
+
+def exchange(world: World) -> str:
+    return findings.check_exchange(world)[1]
+
+
+def test_exchange_between_two_ranks(two_ranks: Ranks) -> None:
+    for verdict in two_ranks.run(exchange):
+        assert verdict.startswith("every row came home")
+
+
+def test_lost_row_is_found() -> None:
+    with mock.patch.object(findings, "_identity", lambda images: images.flip(0)):
+        _, verdict = findings.check_exchange(World(0, 0, 1, CPU, "none"))
+    assert verdict.startswith("WRONG")
+
+
+@pytest.mark.parametrize(
+    ("side", "batch", "group", "expected"),
+    [
+        (32, 128, 16, (64, 16)),
+        (96, 256, 32, (64, 32)),
+        (224, 256, 32, (8, 8)),
+        (224, 256, 3, (8, 8)),  # 3 does not divide 8
+        (224, 256, 0, (8, 8)),
+        (224, 4, 2, (4, 2)),  # as small as it is
+    ],
+)
+def test_speed_is_measured_with_a_batch_that_a_cpu_can_step_through(
+    side: int, batch: int, group: int, expected: tuple[int, int]
+) -> None:
+    sizes = ["--augment.image_size", str(side), "--optim.global_batch_size", str(batch)]
+    small = speed._small_batch(parse([*sizes, "--moco.bn_group_size", str(group)]))
+    assert (small.optim.global_batch_size, small.moco.bn_group_size) == expected
+
+
+def test_verdict_names_what_limits() -> None:
+    assert "device limits" in speed._verdict(2000.0, 1000.0, torch.device("cuda"))
+    assert "idle 50 %" in speed._verdict(500.0, 1000.0, torch.device("cuda"))
+    assert "share the cores" in speed._verdict(500.0, 1000.0, CPU)
+
+
+def test_torch_compile_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, config = torch.device("cuda"), Config()
+    on = replace(config, run=replace(config.run, compile="on"))
+    assert build.compile_encoders(config, cuda)
+    assert not build.compile_encoders(config, CPU)
+    monkeypatch.setattr(build, "HAS_TRITON", False)
+    assert not build.compile_encoders(config, cuda)
+    assert build.compile_encoders(on, CPU)
+    with pytest.raises(ConfigError, match=r"set run\.compile to off"):
+        build.compile_encoders(on, cuda)
+
+
+def test_cuda_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "HAS_TRITON", False)
+    with mock.patch.object(preflight, "check", return_value=[]):
+        assert preflight.short_preflight(torch.device("cuda")) == [launch.NO_TRITON]
+        assert preflight.short_preflight(CPU) == []

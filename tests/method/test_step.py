@@ -1,0 +1,287 @@
+"""The training step against a float64 MoCo written by hand, for every way to place BN groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, ShuffleBN
+from fastmoco.machine.ranks import World
+from fastmoco.method.build import build_step
+from fastmoco.method.moco import MoCo, build_moco
+from fastmoco.method.shuffle_bn import AllToAllShuffle, LoaderShuffle, Shuffle
+from fastmoco.method.step import Step
+from fastmoco.method.update import set_lr
+from fastmoco.network.batchnorm import SplitBatchNorm2d
+from tests.support.oracle import MEAN, STD, Groups, OracleMoCo, plain_double
+from tests.support.ranks import Ranks
+
+pytestmark = pytest.mark.processor
+
+BATCH, GROUP, STEPS, SIDE = 16, 4, 4, 12
+LR = 0.05
+
+CONFIG = Config(
+    run=RunConfig(precision="fp32", seed=3),
+    model=ModelConfig(dim=8),
+    # 40 is no multiple of 16: the third step wraps around the end of the ring.
+    moco=MocoConfig(queue_size=40, momentum=0.9, temperature=0.2, bn_group_size=GROUP),
+    optim=OptimConfig(global_batch_size=BATCH, lr=LR, weight_decay=1e-3),
+)
+
+
+def tiny_encoder(config: ModelConfig, bn_group_size: int = 0) -> nn.Module:
+    """Two convolutions with BN. Smooth, for at the kink of a ReLU rounding flips gradients."""
+
+    def norm(width: int) -> nn.BatchNorm2d:
+        return SplitBatchNorm2d(width, bn_group_size) if bn_group_size else nn.BatchNorm2d(width)
+
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.SiLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, bias=False), norm(16), nn.SiLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, config.dim)),
+    ).to(memory_format=torch.channels_last)
+
+
+def build_tiny(config: Config, bn_group_size: int) -> MoCo:
+    with mock.patch("fastmoco.method.moco.build_encoder", tiny_encoder):
+        return build_moco(config, bn_group_size, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Views:
+    im_q: Tensor
+    im_k: Tensor
+
+
+def images(step: int) -> Views:
+    """The global batch of a step: noise of another colour for each sample."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (BATCH, SIDE, SIDE, 3)
+    base = torch.randint(0, 128, (BATCH, 1, 1, 3), generator=generator)
+    noise = [torch.randint(0, 128, shape, generator=generator) for _ in range(2)]
+    im_q, im_k = ((base + n).to(torch.uint8) for n in noise)
+    return Views(im_q, im_k)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that the steps of one rank are to get right."""
+
+    losses: list[float]
+    orders: list[list[int]]
+    grads: list[Tensor]
+    q: dict[str, Tensor]
+    k: dict[str, Tensor]
+    queue: Tensor
+    ptr: int
+
+
+def consecutive(rows: list[int]) -> Groups:
+    return [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
+
+
+def key_order(step: Step, micro_step: int, local: int, world_size: int) -> list[int]:
+    """Rows of the micro-batch in the order in which the strategy encodes their keys."""
+    shuffle = step.shuffle
+    if isinstance(shuffle, AllToAllShuffle):
+        return [int(row) for row in shuffle.arrangement(micro_step)]
+    if isinstance(shuffle, LoaderShuffle):
+        return [int(row) for row in shuffle.key_rows(micro_step)]
+    order: list[int] = []
+    for rank in range(world_size):
+        here = replace(step.shuffle.world, rank=rank)  # type: ignore[attr-defined]
+        indices = replace(shuffle, world=here).indices(micro_step)[:local]  # type: ignore[type-var]
+        rows = indices.tolist() or range(local)
+        order += [rank * local + row for row in rows]
+    return order
+
+
+def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None = None) -> Outcome:
+    """Train on this rank for some steps; `shuffle` takes the place of the configured strategy."""
+    moco = build_tiny(config, config.bn_group_size(world.size))
+    step = build_step(config, moco, world, compile_encoders=False)
+    step.shuffle = shuffle or step.shuffle
+    local, micro_batches = config.local_batch_size(world.size), config.optim.accumulate
+    losses, orders = [], []
+    grads: list[Tensor] = []
+
+    def remember(*_: object) -> None:
+        grads[:] = [p.grad.clone() for p in moco.encoder_q.parameters() if p.grad is not None]
+
+    step.optimizer.register_step_pre_hook(remember)
+    for number in range(steps):
+        set_lr(step.optimizer, LR)
+        views, parts, order = images(number), [], []
+        for micro in range(micro_batches):
+            micro_step, first = number * micro_batches + micro, micro * local * world.size
+            rows = first + np.arange(local) + world.rank * local
+            key_rows = rows
+            if step.shuffle.key_rows is not None:
+                key_rows = first + step.shuffle.key_rows(micro_step)[rows - first]
+            parts.append(Views(views.im_q[rows], views.im_k[key_rows]))
+            order += [first + r for r in key_order(step, micro_step, local, world.size)]
+        losses.append(float(step(parts, number).loss))
+        orders.append(order)
+    return Outcome(
+        losses,
+        orders,
+        grads,
+        q={n: t.clone() for n, t in moco.encoder_q.state_dict().items()},
+        k={n: t.clone() for n, t in moco.encoder_k.state_dict().items()},
+        queue=moco.queue.clone(),
+        ptr=int(moco.queue_ptr),
+    )
+
+
+def check_against_oracle(config: Config, ours: list[Outcome], steps: int) -> None:
+    """Every rank's queue, gradients and weights; the mean of their losses and BN statistics."""
+    moco = build_tiny(config, 0)
+    oracle = OracleMoCo(
+        moco.encoder_q,
+        moco.queue,
+        momentum=config.moco.momentum,
+        temperature=config.moco.temperature,
+        sgd_momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+    )
+    everyone = consecutive(list(range(BATCH)))
+    for number in range(steps):
+        views = images(number)
+        key_groups = consecutive(ours[0].orders[number])
+        loss = oracle.step(views.im_q, views.im_k, everyone, key_groups, LR)
+        assert np.mean([rank.losses[number] for rank in ours]) == pytest.approx(loss, rel=2e-5)
+    oracle.update_k()
+    for rank in ours:
+        assert rank.ptr == oracle.ptr
+        close(rank.queue, oracle.queue, 5e-5)
+        for mine, truth in zip(rank.grads, oracle.grads, strict=True):
+            close(mine, truth, 2e-4)
+    for encoder, states in ((oracle.q, [r.q for r in ours]), (oracle.k, [r.k for r in ours])):
+        for name, truth in encoder.named_parameters():
+            for state in states:
+                close(state[name], truth, 5e-5)
+        if config.optim.accumulate > 1:
+            continue  # running statistics move once per micro-batch, the oracle's once per step
+        for name, truth in encoder.named_buffers():
+            if truth.is_floating_point():  # each rank has seen its own groups
+                close(torch.stack([state[name] for state in states]).mean(0), truth, 5e-5)
+
+
+def close(mine: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Largest error relative to the largest value: fp32 rounding of a small network."""
+    error = (mine.double() - truth.detach()).abs().max()
+    assert error <= tolerance * truth.abs().max().clamp_min(1e-3), float(error)
+
+
+def with_strategy(strategy: ShuffleBN, accumulate: int = 1) -> Config:
+    return replace(
+        CONFIG,
+        moco=replace(CONFIG.moco, shuffle_bn=strategy),
+        optim=replace(CONFIG.optim, accumulate=accumulate),
+    )
+
+
+ONE = World(0, 0, 1, torch.device("cpu"), "none")
+
+
+@pytest.mark.parametrize("strategy", ["split", "none", "loader"])
+def test_one_rank_equals_oracle(strategy: ShuffleBN) -> None:
+    config = with_strategy(strategy)
+    check_against_oracle(config, [run_ours(ONE, config, STEPS)], STEPS)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "loader", "split", "none"])
+def test_two_ranks_equal_oracle(two_ranks: Ranks, strategy: ShuffleBN) -> None:
+    config = with_strategy(strategy)
+    check_against_oracle(config, two_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "loader"])
+def test_four_ranks_equal_oracle(four_ranks: Ranks, strategy: ShuffleBN) -> None:
+    config = with_strategy(strategy)
+    check_against_oracle(config, four_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd_ema"])
+def test_accumulation_keeps_the_queue_until_the_step_ends(name: Literal["sgd", "sgd_ema"]) -> None:
+    """Two micro-batches of 8 equal one batch of 16 whose BN groups are those of the parts."""
+    config = with_strategy("split", accumulate=2)
+    config = replace(config, optim=replace(config.optim, name=name))
+    check_against_oracle(config, [run_ours(ONE, config, STEPS)], STEPS)
+
+
+def test_accumulation_on_two_ranks_averages_gradients_once(two_ranks: Ranks) -> None:
+    config = with_strategy("all_to_all", accumulate=2)
+    check_against_oracle(config, two_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+def test_symmetric_loss_contrasts_both_views_and_enqueues_both_keys() -> None:
+    config = with_strategy("none")
+    config = replace(config, moco=replace(config.moco, symmetric=True))
+    moco = build_tiny(config, GROUP)
+    q, k = plain_double(moco.encoder_q), plain_double(moco.encoder_k)
+    queue = moco.queue.double()
+    views = images(0)
+    result = build_step(config, moco, ONE, compile_encoders=False)([views], 0)
+
+    def embed(encoder: nn.Module, pixels: Tensor) -> Tensor:
+        x = ((pixels.double() / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+        out = torch.cat([encoder(group) for group in x.split(GROUP)])
+        return F.normalize(out, dim=1)
+
+    keys = {"k": embed(k, views.im_k).detach(), "q": embed(k, views.im_q).detach()}
+    losses = []
+    for images_, positives in ((views.im_q, keys["k"]), (views.im_k, keys["q"])):
+        features = embed(q, images_)
+        positive = (features * positives).sum(1, keepdim=True)
+        logits = torch.cat([positive, features @ queue.T], 1) / config.moco.temperature
+        losses.append(-torch.log_softmax(logits, 1)[:, 0].mean())
+    loss = torch.stack(losses).mean()
+    assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    close(moco.queue[: 2 * BATCH], torch.cat([keys["k"], keys["q"]]), 1e-5)
+    assert int(moco.queue_ptr) == 2 * BATCH
+    assert result.rank.shape == (2 * BATCH,)
+
+
+def test_encoder_k_starts_as_a_copy_and_never_gets_a_gradient() -> None:
+    moco = build_tiny(CONFIG, GROUP)
+    for pq, pk in zip(*moco.parameter_pairs(), strict=True):
+        assert torch.equal(pq, pk)
+        assert not pk.requires_grad
+    norms = moco.queue.norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+
+
+def test_sync_bn_with_shuffle_is_refused() -> None:
+    moco = build_tiny(CONFIG, 0)
+    moco.encoder_q = nn.SyncBatchNorm.convert_sync_batchnorm(moco.encoder_q)
+    with pytest.raises(ValueError, match="SyncBN"):
+        build_step(with_strategy("split"), moco, ONE, compile_encoders=False)
+    build_step(with_strategy("none"), moco, ONE, compile_encoders=False)
+
+
+@pytest.mark.parametrize("name", ["sgd_ema", "sgd"])
+def test_after_an_overflow_encoder_k_still_follows_encoder_q(
+    name: Literal["sgd_ema", "sgd"],
+) -> None:
+    """Equation 2 knows no gradients: what skips a step of encoder_q is no reason to skip it."""
+    config = replace(CONFIG, optim=replace(CONFIG.optim, name=name))
+    moco = build_tiny(config, GROUP)
+    with torch.no_grad():
+        for q, _ in zip(*moco.parameter_pairs(), strict=True):
+            q.mul_(1.5)
+    before = [[t.clone() for t in tensors] for tensors in moco.parameter_pairs()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    step = replace(build_step(config, moco, ONE, compile_encoders=False), scaler=scaler)
+    step([images(0)], 0)
+    for q, k, q0, k0 in zip(*moco.parameter_pairs(), *before, strict=True):
+        assert torch.equal(q, q0)
+        torch.testing.assert_close(k, 0.9 * k0 + 0.1 * q0)

@@ -1,0 +1,84 @@
+"""What a user is told about the time that a run will take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from fastmoco.config import parse
+from fastmoco.machine.ranks import World
+from fastmoco.run.logbook import Logbook
+from fastmoco.run.metrics import Window
+from fastmoco.run.progress import WARMUP_STEPS, Progress, in_words, why_so_long
+from fastmoco_kernels import InfoNCE
+
+ONE = World(0, 0, 1, torch.device("cpu"), "none")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "1 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (3599, "1 h 00 min"),
+        (3600 * 3 + 301, "3 h 05 min"),
+        (3600 * 52, "2 days 4 h"),
+    ],
+)
+def test_durations_for_people(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("wait", "load", "reason"),
+    [
+        (80.0, 9.0, "80 % of the time the step waits for images"),
+        (10.0, 9.0, "other processes want the 2 cores too (load average 9)"),
+        (10.0, 2.5, "the step is slow on the 2 cores"),
+        (10.0, None, "the step is slow on the 2 cores"),
+    ],
+)
+def test_a_long_demo_says_why(wait: float, load: float | None, reason: str) -> None:
+    sentence = why_so_long(7200, wait, load, 2)
+    assert reason in sentence
+    assert "2 h 00 min instead of five minutes" in sentence
+    assert "--optim.epochs 4" in sentence
+
+
+def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str]:
+    """Lines about time that a run of `stop` steps prints by step 10."""
+    config = parse(["--data.source", source, "--moco.queue_size", "512"])
+    lines: list[str] = []
+    result = InfoNCE(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]))
+    with (
+        Logbook(folder, enabled=True, done=0, total=stop) as log,
+        mock.patch.object(log, "say", lines.append),
+    ):
+        progress = Progress(config, ONE, log, start=0, stop=stop, per_epoch=100)
+        for done in range(1, min(stop, 10) + 1):
+            progress.add(result)
+            if progress.due(done):
+                steps = WARMUP_STEPS
+                window = Window(steps, steps * step_s, 1e3 * step_s)
+                with mock.patch.object(progress._clock, "window", return_value=window):
+                    progress.flush(done, 0.1, 0.0, 0)
+    return [line for line in lines if line.startswith(("duration", "WARNING: The demo"))]
+
+
+def test_the_duration_is_told_once_after_the_warm_up(tmp_path: Path) -> None:
+    assert told(tmp_path, "demo", 0.5) == ["duration  about 8 min for the 994 steps that are left"]
+
+
+def test_only_a_long_demo_is_warned_of(tmp_path: Path) -> None:
+    first, warning = told(tmp_path, "demo", 6.0)
+    assert "1 h 39 min" in first
+    assert "1 h 39 min instead of five minutes" in warning
+    assert len(told(tmp_path, "synthetic", 6.0)) == 1
+
+
+def test_a_run_that_is_over_by_then_estimates_nothing(tmp_path: Path) -> None:
+    assert told(tmp_path, "demo", 6.0, stop=2 * WARMUP_STEPS) == []

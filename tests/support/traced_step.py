@@ -1,0 +1,143 @@
+"""One step of the R50 recipe on fake CUDA tensors among eight fake ranks; prints what it found.
+
+    python -m tests.support.traced_step resnet50 whole|eager
+
+`whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
+one rank without a compiler, in fp16, operation by operation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.config import parse, recipe_path
+from fastmoco.machine.ranks import World
+from fastmoco.method.build import build_step
+from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.moco import build_moco
+from fastmoco.method.update import set_lr
+from tests.support.fake_cuda import (
+    SYNCHRONIZING,
+    Watch,
+    allow_backward_without_driver,
+    cuda_without_device,
+    fake_world,
+    to_fake_cuda_,
+)
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Views:
+    im_q: Tensor
+    im_k: Tensor
+
+
+class Graphs:
+    """A compiler backend that keeps what AOTAutograd hands to it and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def keep(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+    def found(self) -> Found:
+        """Collectives, layouts and copies to the host in all graphs."""
+        nodes = [node for graph in self.graphs for node in graph.graph.nodes]
+        calls = [node for node in nodes if node.op == "call_function"]
+        names = Counter(str(node.target).removesuffix(".default") for node in calls)
+        convolutions = [node for node in calls if "convolution" in str(node.target)]
+        return {
+            "graphs": len(self.graphs),
+            "operations": sum(names.values()),
+            "collectives": {n: c for n, c in names.items() if n.startswith("_c10d")},
+            "fused": sorted(_fused(calls)),
+            "convolutions": len(convolutions),
+            "other_layouts": [str(n) for n in convolutions if not all(map(_is_nhwc, _images(n)))],
+            "host_syncs": [n for n in names if n in SYNCHRONIZING]
+            + [str(n) for n in calls if _leaves_device(n)],
+        }
+
+
+def _fused(calls: list[torch.fx.Node]) -> Iterator[str]:
+    """Our own operations; those that write to their inputs stand inside a functional wrapper."""
+    for node in calls:
+        for target in (node.target, *node.args[:1]):
+            if isinstance(target, torch._ops.OpOverload) and target.namespace == "fastmoco":
+                yield target._opname
+
+
+def _values(node: torch.fx.Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _images(node: torch.fx.Node) -> list[Tensor]:
+    """Four-dimensional inputs and outputs."""
+    every = [v for source in (node, *node.all_input_nodes) for v in _values(source)]
+    return [v for v in every if v.dim() == 4]
+
+
+def _is_nhwc(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _leaves_device(node: torch.fx.Node) -> bool:
+    sources = [v for source in node.all_input_nodes for v in _values(source)]
+    was_there = any(v.device.type == "cuda" for v in sources)
+    return was_there and any(v.device.type == "cpu" for v in _values(node))
+
+
+def main() -> None:
+    arch, how = sys.argv[1:3]
+    allow_backward_without_driver()
+    torch.autograd.set_multithreading_enabled(False)
+    arguments = ["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"]
+    if how == "eager":
+        arguments.append("--run.precision=fp16")  # with its gradient scaler
+    config = parse(arguments)
+    ranks = 8 if how == "whole" else 1
+    world = World(0, 0, ranks, torch.device("cuda", 0), "nccl" if ranks > 1 else "none")
+    moco = build_moco(config, config.bn_group_size(ranks), torch.device("cpu"))
+    graphs, watch = Graphs(), Watch()
+    with cuda_without_device(), FakeTensorMode(allow_non_fake_inputs=True), fake_world(ranks):
+        to_fake_cuda_(moco)
+        step = build_step(config, moco, world, compile_encoders=how == "whole")
+        set_lr(step.optimizer, 0.03)
+        side = config.augment.image_size
+        shape = (config.local_batch_size(ranks), side, side, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device="cuda")
+        if how == "whole":
+            assert isinstance(step, WholeStep)
+            rebuilt = replace(step, backend=aot_autograd(fw_compiler=graphs.keep))
+            order = torch.empty(step.shuffle.indices(0).shape, dtype=torch.int64, device="cuda")
+            rebuilt.run_graph(images, images, order)
+            found = graphs.found()
+            found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+        else:
+            with watch:
+                step([Views(images, images)], 0)
+            found = {
+                "host_syncs": watch.host_syncs,
+                "other_layouts": watch.other_layouts,
+                "operations": sum(watch.counts.values()),
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
