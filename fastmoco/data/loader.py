@@ -10,32 +10,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.backends.choose import build_dali, build_workers, choose_backend
 from fastmoco.data.backends.engine import Engine
 from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.bad_samples import BadSamples
+from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.verify import verify
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Two augmented views of n samples."""
-
-    im_q: Tensor
-    """(n, S, S, 3) uint8 on the device."""
-    im_k: Tensor
-    """(n, S, S, 3) uint8 on the device."""
 
 
 class Loader:
@@ -66,11 +55,11 @@ class Loader:
             if self._next != micro_step:
                 self._engine.start(micro_step)
             self._next = None  # until this micro-batch has arrived
-            views = self._engine.next()
+            batch = self._engine.next()
             self._next = micro_step + 1
-            self.bad_samples.record(views.replaced)
+            self.bad_samples.record(batch.replaced)
             self.wait_s += time.perf_counter() - began
-            yield Batch(views.im_q, views.im_k)
+            yield batch
 
     def close(self) -> None:
         """Ends reader processes; safe to call twice."""

@@ -19,7 +19,8 @@ from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, Opti
 from fastmoco.data.backends import choose as loaders
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.pil import execute, open_rgb
-from fastmoco.data.loader import Batch, build_loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import build_loader
 from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.table import draw_uniforms, view_table
 

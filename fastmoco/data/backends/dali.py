@@ -14,7 +14,7 @@ import torch
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends import dali_graph
 from fastmoco.data.backends.dali_reader import Delivery
-from fastmoco.data.backends.engine import Views
+from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Reader, read_work
@@ -69,7 +69,7 @@ class DaliEngine:
         )
         self._pipe.build()
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
         for _ in range(_REPAIRS):
             try:
@@ -84,13 +84,13 @@ class DaliEngine:
                 return views
         raise RuntimeError(f"DALI failed on micro-batch {self._micro_step} {_REPAIRS} times")
 
-    def _run(self) -> Views:
+    def _run(self) -> Batch:
         assert self._pipe is not None, "start comes first"
         # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         outputs = self._pipe.run(stream)
         im_q, im_k, replaced = dali_graph.to_torch(outputs, self.device)
-        return Views(im_q, im_k, replaced.numpy())
+        return Batch(im_q, im_k, replaced.numpy())
 
     def _repair(self, error: RuntimeError) -> None:
         """Finds what made the pipeline fail; raises the error again if no image did."""

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends.array import Canvas, decode_tensor
-from fastmoco.data.backends.engine import Views
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.data.backends.pil import UInt8, execute
+from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
@@ -139,11 +139,11 @@ class WorkerEngine:
         )
         self._items = iter(loader)
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
         parts = [next(self._items) for _ in range(self.parts)]
         im_q, im_k, replaced = zip(*parts, strict=True)
-        return Views(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
+        return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
 
     def _upload(self, parts: tuple[Tensor, ...]) -> Tensor:
         """One tensor on the device; the copy overlaps with the work of the current stream."""
