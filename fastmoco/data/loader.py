@@ -14,9 +14,8 @@ from collections.abc import Iterator
 import torch
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data.backends.choose import build_dali, build_workers, choose_backend
+from fastmoco.data.backends.choose import build_engine
 from fastmoco.data.backends.engine import Engine
-from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
@@ -30,14 +29,11 @@ from fastmoco.data.sources.verify import verify
 class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
-    def __init__(
-        self, plan: Plan, engine: Engine, bad: BadSamples, *, backend: str, description: str
-    ) -> None:
+    def __init__(self, plan: Plan, engine: Engine, bad: BadSamples) -> None:
         self.plan, self._engine, self.bad_samples = plan, engine, bad
         self.num_samples = plan.order.num_samples
         self.steps_per_epoch = plan.steps_per_epoch
-        self.backend = backend
-        self.description = description
+        self.backend, self.description = engine.backend, engine.description
         """One line: backend, processes, threads and prefetch depth that were chosen."""
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data; host time, without device syncs."""
@@ -99,15 +95,7 @@ def build_loader(
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    if reader is None:
-        engine: Engine = SyntheticEngine(plan, config.augment.image_size, device)
-        return Loader(plan, engine, bad, backend="synthetic", description="synthetic: no reader")
-    backend = choose_backend(config, device)
-    if backend == "dali":
-        engine, description = build_dali(config, plan, reader, device)
-    else:
-        engine, description = build_workers(config, plan, reader, device, backend)
-    return Loader(plan, engine, bad, backend=backend, description=description)
+    return Loader(plan, build_engine(config, plan, reader, device), bad)
 
 
 def make_plan(

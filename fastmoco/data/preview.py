@@ -16,12 +16,13 @@ from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_reader import Delivery
-from fastmoco.data.backends.pil import UInt8, execute, open_rgb
+from fastmoco.data.backends.pil import execute
 from fastmoco.data.backends.synthetic import SyntheticEngine
+from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
 from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.sources.choose import open_source
-from fastmoco.data.table import ViewTable
+from fastmoco.data.table import UInt8, ViewTable
 
 _TITLE = 14
 _GAP = 4
@@ -35,7 +36,7 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     side = config.augment.image_size
     if config.data.source == "synthetic":
         plan = make_plan(config, None, config.data.synthetic_samples)
-        views = SyntheticEngine(plan, side, torch.device("cpu")).next()
+        views = SyntheticEngine(config, plan, torch.device("cpu")).next()
         columns = {"im_q": list(views.im_q[:samples].numpy())}
         columns["im_k"] = list(views.im_k[:samples].numpy())
         return sheet(columns, side).save(path)
@@ -45,12 +46,14 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     rows = slice(0, min(samples, plan.local_batch))
     micro_step = step * config.optim.accumulate
     work = read_work(reader, plan, config.augment, micro_step, rows)
-    columns = {"original": [_fit(open_rgb(one.data), side) for one in work.queries]}
+    columns = {
+        "original": [_fit(decode(one.data, reader.max_pixels), side) for one in work.queries]
+    }
     tables = {"im_q": work.rows_q, "im_k": work.rows_k}
     for name, packed in tables.items():
         table = ViewTable.unpack(packed)
         columns[f"{name} PIL"] = [
-            execute(open_rgb(one.data), table, row, side, config.augment.recipe)
+            execute(decode(one.data, reader.max_pixels), table, row, side, config.augment.recipe)
             for row, one in enumerate(work.queries)
         ]
     if has_dali():

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import AugmentConfig
+from fastmoco.config import Config
 from fastmoco.data.backends import dali_graph
 from fastmoco.data.backends.dali_reader import Delivery
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Reader, read_work
+from fastmoco.machine.host import cores
 
 _REPAIRS = 20
 
@@ -25,20 +26,19 @@ _REPAIRS = 20
 class DaliEngine:
     """Micro-batches from a DALI pipeline, in order, starting anywhere."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        plan: Plan,
-        augment: AugmentConfig,
-        *,
-        readers: int,
-        threads: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
-        self.reader, self.plan, self.augment = reader, plan, augment
-        self.readers, self.threads, self.prefetch = readers, threads, prefetch
-        self.device = device
+    backend = "dali"
+
+    def __init__(self, config: Config, plan: Plan, reader: Reader, device: torch.device) -> None:
+        self.reader, self.plan, self.augment = reader, plan, config.augment
+        self.prefetch, self.device = config.data.prefetch, device
+        # A reader process delivers more than 5,000 samples per second, about what one GPU consumes.
+        self.readers = config.data.workers or (2 if cores() >= 8 else 1)
+        # A GPU decodes itself: threads only parse headers and copy. More than 8 brought nothing.
+        self.threads = config.data.threads or max(1, min(8, cores() - self.readers))
+        self.description = (
+            f"dali on {device.type}: {self.readers} reader processes, {self.threads} threads, "
+            f"{self.prefetch} batches ahead"
+        )
         self._pipe: Any = None
         self._micro_step = 0
 

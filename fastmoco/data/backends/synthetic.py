@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmoco.config import Config
 from fastmoco.data.batch import Batch
 from fastmoco.data.plan import Plan
 
@@ -22,7 +23,11 @@ class SyntheticEngine:
     Row i of the global micro-batch is a function of (seed, i), so ranks agree as on real data.
     """
 
-    def __init__(self, plan: Plan, side: int, device: torch.device) -> None:
+    backend = "synthetic"
+    description = "synthetic: no reader"
+
+    def __init__(self, config: Config, plan: Plan, device: torch.device) -> None:
+        side = config.augment.image_size
         first = plan.rank * plan.local_batch
         self.pool = [
             Batch(
