@@ -80,7 +80,8 @@ def build_loader(
     """The loader that the configuration describes, for one rank.
 
     key_rows(micro_step) permutes the rows of the global micro-batch, identically on every rank, and
-    must be picklable; without it the keys are views of the queries' samples. Raises `ConfigError`.
+    must be picklable; without it the keys are views of the queries' samples. config: from
+    `resolve_folders`, unless `data.source` is synthetic. Raises `ConfigError`.
     """
     synthetic = config.data.source == "synthetic"
     source = None if synthetic else open_source(config)

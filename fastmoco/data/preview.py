@@ -6,6 +6,7 @@ python -m fastmoco.data.preview --config configs/moco_v2_r50_200ep.yaml --out vi
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
 from fastmoco.data.reader import Reader, Work, read_work
-from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import UInt8, ViewTable
 
 _TITLE = 14
@@ -31,6 +32,7 @@ _GAP = 4
 def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
     """Writes a PNG: one row per sample of the step, original, im_q and im_k per executor.
 
+    config: from `resolve_folders`.
     Raises `ConfigError` for unusable data, `OSError` if the picture cannot be written.
     """
     side = config.augment.image_size
@@ -106,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     if own.samples < 1:
         parser.error(f"--samples is {own.samples}, but must be at least 1")
     try:
-        draw_views(parse(rest), own.out, samples=own.samples)
+        config = parse(rest)
+        without_knn = replace(config, knn=replace(config.knn, every=0))  # nobody needs a test set
+        draw_views(resolve_folders(without_knn), own.out, samples=own.samples)
     except (ConfigError, OSError) as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2
