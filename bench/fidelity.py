@@ -26,8 +26,8 @@ from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_rows import programme
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.decode import decode
-from fastmoco.data.preview import sheet
 from fastmoco.data.reader import Reader
+from fastmoco.data.sheet import Column, sheet
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.table import UInt8, ViewTable, draw_uniforms, view_table
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
                 amplified = np.minimum(16 * difference(drawn["PIL"], batch)[0], 255)
                 columns.setdefault(f"{executor} x16", []).append(amplified.astype(np.uint8))
     if options.picture:
-        page = sheet(columns, options.side)
+        page = sheet([Column(title, pictures) for title, pictures in columns.items()], options.side)
         page.convert("P", palette=Image.Palette.ADAPTIVE, colors=255).save(
             options.picture, optimize=True
         )

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Usage
+from fastmoco.config import ConfigError
 from fastmoco.run.metrics import peak_memory_gib
 
 
@@ -145,7 +146,8 @@ class _Process:
         there.close()
 
     def ask(self, what: str, steps: int) -> Any:
-        self._here.send((what, steps))
+        with self._alive():
+            self._here.send((what, steps))
         return self.answer()
 
     def window(self, steps: int, meter: Meter | None) -> Window:
@@ -153,19 +155,30 @@ class _Process:
         if meter is None:
             return Window(*self.ask("run", steps))
         meter.begin()
-        self._here.send(("run", steps))
+        with self._alive():
+            self._here.send(("run", steps))
         while not self._here.poll(SAMPLE_EVERY_S):
             meter.sample()
         return replace(Window(*self.answer()), gpu=meter.end())
 
     def answer(self) -> Any:
-        try:
+        with self._alive():
             value, trace = self._here.recv()
-        except EOFError as error:
-            raise RuntimeError(f"{self.name} died without a word") from error
         if trace:
             raise RuntimeError(f"{self.name} failed:\n{trace}")
         return value
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raise `ConfigError` in the place of what a pipe to a dead process raises."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise ConfigError(
+                f"The process of {self.name} was killed; all contestants are held in memory at "
+                "once, so that is usually too little memory: name fewer in --only, or take a "
+                "smaller optim.global_batch_size."
+            ) from error
 
     def close(self) -> None:
         self._here.close()  # the contestant's next recv ends it

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from fastmoco_kernels import processor
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
@@ -183,6 +185,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "gpu": _gpu(device) if cuda else {},
         "cpu": _cpu_model(),
+        "extension": processor.best(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from bench.measure.terminal import markdown
 
 DOCUMENTS = (
     ROOT / "README.md",
+    ROOT / "docs" / "speed.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "loader.md",
     ROOT / "docs" / "kernels.md",
@@ -96,7 +98,8 @@ def _or_dash(make: Callable[[Row], str], row: Row) -> str:
 def caption(run: Sequence[Row]) -> str:
     """What was run, where and on what, in one line."""
     case, where = run[0]["case"], run[0]["environment"]
-    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    on_cpu = where["device"] == "cpu"
+    device = f"{where['cpu']} ({processor_of(run[0])})" if on_cpu else where["device"]
     threads = run[0].get("threads", where["threads"])
     return (
         f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
@@ -111,6 +114,35 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
     for run in latest(rows):
         lines += [caption(run), "", *markdown(*cells(run)), "", sentence(run), ""]
     return lines[:-1]
+
+
+def processor_of(row: Row) -> str:
+    """The class of processor that a row was measured on, such as `avx2`."""
+    known = row["environment"].get("extension")
+    told = re.search(r"\((avx\w+|amx\w+)\)", row["case"].get("precision_why", ""))
+    # Rows that say neither come from one machine.
+    return str(known or (told[1] if told else "avx512_bf16"))
+
+
+def _speed(rows: Sequence[Row]) -> list[str]:
+    """Our step against the published one, a line per machine class and network."""
+    body: list[tuple[str, ...]] = []
+    on_gpu = False
+    for run in latest(rows):
+        by_name, case = {row["contestant"]: row for row in run}, run[0]["case"]
+        ratio = run[0]["ratios"].get("our step / published step")
+        if ratio is None:
+            continue
+        cpu = run[0]["environment"]["device"] == "cpu"
+        on_gpu |= not cpu
+        place = f"2 cores, {processor_of(run[0])}" if cpu else run[0]["environment"]["device"]
+        network = f"{case['arch'].replace('resnet', 'ResNet-')}, {case['image_size']} px"
+        speeds = [figure(by_name[n]["p50_images_per_second"]) for n in ("official", "step")]
+        body.append((place, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"))
+    headers = ["machine", "network", "ours in", "published, images/s", "ours, images/s", "ratio"]
+    if not on_gpu:
+        body.append(("a CUDA GPU", "ResNet-50, 224 px", "bf16", "-", "-", "not measured yet"))
+    return list(markdown(headers, sorted(body, key=lambda line: line[0])))
 
 
 def sentence(run: Sequence[Row]) -> str:
@@ -308,6 +340,7 @@ def _convolution(rows: Sequence[Row]) -> list[str]:
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
+    "speed": ("throughput.jsonl", _speed),
     "throughput": ("throughput.jsonl", _throughput),
     "ablation": ("ablation.jsonl", _ablation),
     "threads": ("threads.jsonl", _threads),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
@@ -22,11 +22,9 @@ from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
 from fastmoco.data.reader import Reader, Work, read_work
+from fastmoco.data.sheet import Column, captions, sheet
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import UInt8, ViewTable
-
-_TITLE = 14
-_GAP = 4
 
 
 def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
@@ -38,9 +36,9 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     side = config.augment.image_size
     if config.data.source == "synthetic":
         plan = make_plan(config, None, config.data.synthetic_samples)
-        views = SyntheticEngine(config, plan, torch.device("cpu")).next()
-        columns = {"im_q": list(views.im_q[:samples].numpy())}
-        columns["im_k"] = list(views.im_k[:samples].numpy())
+        noise = SyntheticEngine(config, plan, torch.device("cpu")).next()
+        both = {"im_q": noise.im_q, "im_k": noise.im_k}
+        columns = [Column(name, list(views[:samples].numpy())) for name, views in both.items()]
         return sheet(columns, side).save(path)
     source = open_source(config)
     plan = make_plan(config, source, len(source.sizes))
@@ -48,19 +46,19 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     rows = slice(0, min(samples, plan.local_batch))
     micro_step = step * config.optim.accumulate
     work = read_work(reader, plan, config.augment, micro_step, rows)
-    columns = {
-        "original": [_fit(decode(one.data, reader.max_pixels), side) for one in work.queries]
-    }
+    images = [decode(one.data, reader.max_pixels) for one in work.queries]
+    columns = [Column("original", [_fit(image.copy(), side) for image in images])]
     tables = {"im_q": work.rows_q, "im_k": work.rows_k}
     for name, packed in tables.items():
         table = ViewTable.unpack(packed)
-        columns[f"{name} PIL"] = [
-            execute(decode(one.data, reader.max_pixels), table, row, side, config.augment.recipe)
-            for row, one in enumerate(work.queries)
+        views = [
+            execute(image, table, row, side, config.augment.recipe)
+            for row, image in enumerate(images)
         ]
+        columns.append(Column(f"{name}, by PIL", views, captions(table, [i.size for i in images])))
     if has_dali():
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
-            columns[f"{name} DALI"] = list(batch)
+            columns.append(Column(f"{name}, by DALI", list(batch)))
     sheet(columns, side).save(path)
 
 
@@ -78,20 +76,6 @@ def _fit(image: Image.Image, side: int) -> UInt8:
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(square)
-
-
-def sheet(columns: dict[str, list[UInt8]], side: int) -> Image.Image:
-    """A table of square pictures with a title above every column."""
-    rows = max(len(column) for column in columns.values())
-    size = len(columns) * (side + _GAP) - _GAP, _TITLE + rows * (side + _GAP) - _GAP
-    page = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(page)
-    for x, (title, column) in enumerate(columns.items()):
-        pen.text((x * (side + _GAP) + 2, 1), title, fill="black")
-        for y, picture in enumerate(column):
-            place = x * (side + _GAP), _TITLE + y * (side + _GAP)
-            page.paste(Image.fromarray(picture), place)
-    return page
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,6 +45,12 @@ def test_failure_of_a_contestant_is_told() -> None:
         contest([nobody], windows=1, steps=1, warmup=1)
 
 
+def test_a_contestant_that_is_killed_is_one_sentence() -> None:
+    gone = Contestant("gone", "os:_exit", {"status": 9})  # as the system ends who takes its memory
+    with pytest.raises(ConfigError, match=r"process of gone was killed.*name fewer in --only"):
+        contest([gone], windows=1, steps=1, warmup=1)
+
+
 def test_synthetic_data_has_no_loader_to_time() -> None:
     plan, _ = options(TINY)
     assert plan.only == ("step", "encoder", "official", "official_kept")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.preview import main
+from fastmoco.data.sheet import Column, captions, sheet
+from fastmoco.data.table import ViewTable
 
 
 def test_preview_draws_originals_and_both_views(photos: Path, tmp_path: Path) -> None:
@@ -17,14 +20,44 @@ def test_preview_draws_originals_and_both_views(photos: Path, tmp_path: Path) ->
     arguments = ["--data.root", str(photos), "--augment.image_size", "48", "--samples", "4"]
     small = ["--optim.global_batch_size", "16"]
     assert main([*arguments, *small, "--out", str(out)]) == 0
-    page = np.asarray(Image.open(out))
+    page = np.asarray(Image.open(out)).astype(float)
     columns = 5 if has_dali() else 3
-    assert page.shape[1] == columns * 52 - 4
-    assert page.shape[0] > 4 * 48
-    if has_dali():  # both executors drew nearly the same pictures
-        pil, dali = page[14:, 52:100].astype(float), page[14:, 3 * 52 : 3 * 52 + 48].astype(float)
-        assert np.abs(pil - dali).mean() < 2
-        assert pil.std() > 20
+    pitch = 176 + 8  # as wide as the captions; pictures of 48 pixels are drawn twice as large
+    assert page.shape == (8 + 14 + 8 + 4 * (96 + 3 * 14 + 8), columns * pitch + 8, 3)
+
+    def picture(column: int, row: int) -> NDArray[np.float64]:
+        top, left = 30 + row * 146, 8 + column * pitch
+        return page[top : top + 96, left : left + 96]
+
+    for row in range(4):
+        assert np.array_equal(picture(1, row)[::2, ::2], picture(1, row)[1::2, 1::2])
+        assert picture(1, row).std() > 20
+        if has_dali():  # both executors drew nearly the same pictures
+            assert np.abs(picture(1, row) - picture(3, row)).mean() < 2
+
+
+def test_captions_say_what_was_drawn() -> None:
+    table = ViewTable(
+        crop=np.array([[0, 0, 50, 40], [1, 2, 100, 100]]),
+        jitter=np.array([True, False]),
+        order=np.array([[0, 1, 2, 3]] * 2),
+        factors=np.array([[1.25, 0.8, 1.0, -0.05]] * 2, dtype=np.float32),
+        gray=np.array([False, True]),
+        sigma=np.array([0.0, 1.5], dtype=np.float32),
+        flip=np.array([False, True]),
+    )
+    assert captions(table, [(100, 100), (200, 100)]) == [
+        ["20 % of the image", "bri 1.25 con 0.80 sat 1.00 hue -0.05", "neither gray nor blurred"],
+        ["50 % of the image, flipped", "colours as they are", "gray, blur 1.50 px"],
+    ]
+
+
+def test_headings_and_captions_stay_in_their_columns() -> None:
+    black = np.zeros((32, 32, 3), np.uint8)
+    widest = "bri 1.40 con 1.40 sat 1.40 hue +0.10"
+    columns = [Column("im_q, by DALI", [black], [[widest]]), Column("im_k", [black], [[""]])]
+    page = np.asarray(sheet(columns, 32))
+    assert (page[:, 8 + 176 : 8 + 176 + 8] == 255).all()  # the gap between the columns
 
 
 def test_preview_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
