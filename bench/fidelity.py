@@ -24,11 +24,12 @@ from fastmoco.config import AugmentConfig
 from fastmoco.data.backends.array import Canvas, decode_tensor
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_rows import programme
-from fastmoco.data.backends.pil import UInt8, execute, open_rgb
-from fastmoco.data.preview import sheet
+from fastmoco.data.backends.pil import execute
+from fastmoco.data.decode import decode
 from fastmoco.data.reader import Reader
+from fastmoco.data.sheet import Column, sheet
 from fastmoco.data.sources.folder import open_folder
-from fastmoco.data.table import ViewTable, draw_uniforms, view_table
+from fastmoco.data.table import UInt8, ViewTable, draw_uniforms, view_table
 
 NOTHING = AugmentConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
 STILL = replace(NOTHING, jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0)
@@ -51,7 +52,7 @@ _LIMIT = 10**9
 
 def views(data: list[bytes], config: AugmentConfig) -> dict[str, UInt8]:
     """(N, S, S, 3) views of the same rows by every executor; the reference is called `PIL`."""
-    images = [open_rgb(one) for one in data]
+    images = [decode(one, _LIMIT) for one in data]
     sizes = np.array([image.size for image in images], np.int32)
     table = view_table(config, draw_uniforms(0, 0, 0, 0, len(data)), sizes)
     side, canvas = config.image_size, Canvas(config.image_size, config.recipe)
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
                 amplified = np.minimum(16 * difference(drawn["PIL"], batch)[0], 255)
                 columns.setdefault(f"{executor} x16", []).append(amplified.astype(np.uint8))
     if options.picture:
-        page = sheet(columns, options.side)
+        page = sheet([Column(title, pictures) for title, pictures in columns.items()], options.side)
         page.convert("P", palette=Image.Palette.ADAPTIVE, colors=255).save(
             options.picture, optimize=True
         )

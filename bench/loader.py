@@ -44,7 +44,7 @@ from fastmoco.data.backends.pil import execute
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import build_loader, make_plan
 from fastmoco.data.reader import Reader, read_work
-from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import ViewTable
 
 ROWS = RESULTS / "loader.jsonl"
@@ -99,7 +99,7 @@ def ours(config: Config) -> Iterator[Any]:
 def configuration(root: str, backend: str, source: str = "folder") -> Config:
     """MoCo v2 at 224 pixels, two workers or threads, 50 images per batch."""
     readers = 1 if backend == "dali" else PROCESSES
-    return Config(
+    config = Config(
         run=RunConfig(dir=_run_folder()),
         data=DataConfig(
             source=source,  # type: ignore[arg-type]
@@ -110,6 +110,7 @@ def configuration(root: str, backend: str, source: str = "folder") -> Config:
         ),
         optim=OptimConfig(global_batch_size=BATCH),
     )
+    return resolve_folders(config)
 
 
 @cache

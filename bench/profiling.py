@@ -30,7 +30,7 @@ from bench.measure.contest import synchronize
 from bench.measure.harness import RESULTS, write_rows
 from bench.steps.contestants import Fed, fed_step
 from fastmoco.config import Config, check, dump, parse
-from fastmoco.data.loader import Batch
+from fastmoco.data.batch import Batch
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.shuffle_bn import Shuffle

@@ -26,10 +26,9 @@ from bench.measure import terminal
 from bench.measure.case import origin
 from bench.measure.harness import RESULTS, spread, write_rows
 from fastmoco.config import AugmentConfig
-from fastmoco.data.backends.pil import UInt8
 from fastmoco.data.decode import image_size
 from fastmoco.data.sources.folder import open_folder
-from fastmoco.data.table import Int64, draw_uniforms, view_table
+from fastmoco.data.table import Int64, UInt8, draw_uniforms, view_table
 
 ROWS = RESULTS / "scaled_decoding.jsonl"
 SCALES = (8, 4, 2)

@@ -24,7 +24,8 @@ from bench.measure.launches import launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
 from fastmoco.config import Config, parse_text
-from fastmoco.data.loader import Batch, Loader, build_loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import Loader, build_loader
 from fastmoco.machine.host import settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World, start
@@ -173,8 +174,8 @@ def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, 
 def _as_floats(batch: Batch) -> Batch:
     """Images normalized beforehand, as fp32 (N, S, S, 3)."""
     normalize_pixels = NormalizePixels(batch.im_q.device)
-    floats = (normalize_pixels(images).permute(0, 2, 3, 1) for images in (batch.im_q, batch.im_k))
-    return Batch(*floats)
+    im_q, im_k = (normalize_pixels(views).permute(0, 2, 3, 1) for views in (batch.im_q, batch.im_k))
+    return Batch(im_q, im_k)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data.backends.choose import build_dali, build_workers, choose_backend
+from fastmoco.data.backends.choose import build_engine
 from fastmoco.data.backends.engine import Engine
-from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.bad_samples import BadSamples
+from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
@@ -28,27 +26,14 @@ from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.verify import verify
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Two augmented views of n samples."""
-
-    im_q: Tensor
-    """(n, S, S, 3) uint8 on the device."""
-    im_k: Tensor
-    """(n, S, S, 3) uint8 on the device."""
-
-
 class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
-    def __init__(
-        self, plan: Plan, engine: Engine, bad: BadSamples, *, backend: str, description: str
-    ) -> None:
+    def __init__(self, plan: Plan, engine: Engine, bad: BadSamples) -> None:
         self.plan, self._engine, self.bad_samples = plan, engine, bad
         self.num_samples = plan.order.num_samples
         self.steps_per_epoch = plan.steps_per_epoch
-        self.backend = backend
-        self.description = description
+        self.backend, self.description = engine.backend, engine.description
         """One line: backend, processes, threads and prefetch depth that were chosen."""
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data; host time, without device syncs."""
@@ -66,11 +51,11 @@ class Loader:
             if self._next != micro_step:
                 self._engine.start(micro_step)
             self._next = None  # until this micro-batch has arrived
-            views = self._engine.next()
+            batch = self._engine.next()
             self._next = micro_step + 1
-            self.bad_samples.record(views.replaced)
+            self.bad_samples.record(batch.replaced)
             self.wait_s += time.perf_counter() - began
-            yield Batch(views.im_q, views.im_k)
+            yield batch
 
     def close(self) -> None:
         """Ends reader processes; safe to call twice."""
@@ -95,7 +80,8 @@ def build_loader(
     """The loader that the configuration describes, for one rank.
 
     key_rows(micro_step) permutes the rows of the global micro-batch, identically on every rank, and
-    must be picklable; without it the keys are views of the queries' samples. Raises `ConfigError`.
+    must be picklable; without it the keys are views of the queries' samples. config: from
+    `resolve_folders`, unless `data.source` is synthetic. Raises `ConfigError`.
     """
     synthetic = config.data.source == "synthetic"
     source = None if synthetic else open_source(config)
@@ -110,15 +96,7 @@ def build_loader(
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    if reader is None:
-        engine: Engine = SyntheticEngine(plan, config.augment.image_size, device)
-        return Loader(plan, engine, bad, backend="synthetic", description="synthetic: no reader")
-    backend = choose_backend(config, device)
-    if backend == "dali":
-        engine, description = build_dali(config, plan, reader, device)
-    else:
-        engine, description = build_workers(config, plan, reader, device, backend)
-    return Loader(plan, engine, bad, backend=backend, description=description)
+    return Loader(plan, build_engine(config, plan, reader, device), bad)
 
 
 def make_plan(

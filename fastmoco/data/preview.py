@@ -6,6 +6,7 @@ python -m fastmoco.data.preview --config configs/moco_v2_r50_200ep.yaml --out vi
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,26 @@ from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_reader import Delivery
-from fastmoco.data.backends.pil import UInt8, execute, open_rgb
+from fastmoco.data.backends.pil import execute
 from fastmoco.data.backends.synthetic import SyntheticEngine
+from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
 from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.sheet import Column, captions, sheet
-from fastmoco.data.sources.choose import open_source
-from fastmoco.data.table import ViewTable
+from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.table import UInt8, ViewTable
 
 
 def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
     """Writes a PNG: one row per sample of the step, original, im_q and im_k per executor.
 
+    config: from `resolve_folders`.
     Raises `ConfigError` for unusable data, `OSError` if the picture cannot be written.
     """
     side = config.augment.image_size
     if config.data.source == "synthetic":
         plan = make_plan(config, None, config.data.synthetic_samples)
-        noise = SyntheticEngine(plan, side, torch.device("cpu")).next()
+        noise = SyntheticEngine(config, plan, torch.device("cpu")).next()
         both = {"im_q": noise.im_q, "im_k": noise.im_k}
         columns = [Column(name, list(views[:samples].numpy())) for name, views in both.items()]
         return sheet(columns, side).save(path)
@@ -43,7 +46,7 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     rows = slice(0, min(samples, plan.local_batch))
     micro_step = step * config.optim.accumulate
     work = read_work(reader, plan, config.augment, micro_step, rows)
-    images = [open_rgb(one.data) for one in work.queries]
+    images = [decode(one.data, reader.max_pixels) for one in work.queries]
     columns = [Column("original", [_fit(image.copy(), side) for image in images])]
     tables = {"im_q": work.rows_q, "im_k": work.rows_k}
     for name, packed in tables.items():
@@ -89,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     if own.samples < 1:
         parser.error(f"--samples is {own.samples}, but must be at least 1")
     try:
-        draw_views(parse(rest), own.out, samples=own.samples)
+        config = parse(rest)
+        without_knn = replace(config, knn=replace(config.knn, every=0))  # nobody needs a test set
+        draw_views(resolve_folders(without_knn), own.out, samples=own.samples)
     except (ConfigError, OSError) as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2

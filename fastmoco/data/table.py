@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastmoco.config import AugmentConfig
 from fastmoco.data.order import stream_key
 
+UInt8 = NDArray[np.uint8]
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
-from fastmoco.data.loader import Batch, Loader, build_loader
+from fastmoco.data.loader import Loader, build_loader
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources.source import Source
 from fastmoco.doctor.findings import CPU_PIXELS, Line

@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import mean_over_ranks
 from fastmoco.machine.ranks import World
-from fastmoco.method.step import Step, Views
+from fastmoco.method.step import Step
 from fastmoco.method.update import SGDWithEMA
 from fastmoco_kernels import InfoNCE, info_nce_enqueue
 
@@ -46,7 +47,7 @@ class WholeStep(Step):
         )
         self._lr = torch.zeros((), device=self.world.device)
 
-    def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
         """Advance both encoders, the queue and the cursor by one step; see `Step`."""
         return self.run_graph(*self._contrasts(micro_batches, step)[0])
 

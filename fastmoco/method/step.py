@@ -7,30 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import gradient_sync
 from fastmoco.machine.precision import Precision
 from fastmoco.method.moco import MoCo
 from fastmoco.method.shuffle_bn import Shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
-
-
-class Views(Protocol):
-    """Two views of the local samples, uint8 (N, S, S, 3) on the device."""
-
-    @property
-    def im_q(self) -> Tensor:
-        """Views for encoder_q."""
-        ...
-
-    @property
-    def im_k(self) -> Tensor:
-        """Views for encoder_k."""
-        ...
 
 
 @dataclass
@@ -49,7 +35,7 @@ class Step:
     symmetric: bool
     precision: Precision
 
-    def __call__(self, micro_batches: Sequence[Views], step: int) -> InfoNCE:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
         """Advance both encoders, the queue and the cursor by one step.
 
         `micro_batches` are the parts of this rank's batch. They are all contrasted with the queue
@@ -83,17 +69,17 @@ class Step:
         return _merge(results)
 
     def _contrasts(
-        self, micro_batches: Sequence[Views], step: int
+        self, micro_batches: Sequence[Batch], step: int
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(queries' images, keys' images, shuffle indices) of every contrast of the step."""
         contrasts = []
-        for micro, views in enumerate(micro_batches):
+        for micro, batch in enumerate(micro_batches):
             order = self.shuffle.indices(step * len(micro_batches) + micro)
-            if views.im_q.is_cuda:  # from pinned memory the copy does not stall the host
-                order = order.pin_memory().to(views.im_q.device, non_blocking=True)
-            contrasts.append((views.im_q, views.im_k, order))
+            if batch.im_q.is_cuda:  # from pinned memory the copy does not stall the host
+                order = order.pin_memory().to(batch.im_q.device, non_blocking=True)
+            contrasts.append((batch.im_q, batch.im_k, order))
             if self.symmetric:
-                contrasts.append((views.im_k, views.im_q, order))
+                contrasts.append((batch.im_k, batch.im_q, order))
         return contrasts
 
 

@@ -22,7 +22,7 @@ from bench.profiling import (
 )
 from bench.steps.contestants import fed_step
 from fastmoco.config import dump, parse
-from fastmoco.data.loader import Batch
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.step import Step
@@ -84,7 +84,8 @@ def test_a_step_that_is_one_graph_has_one_range() -> None:
     parts: dict[str, Any] = {f.name: getattr(fed.step, f.name) for f in fields(Step)}
     world = World(0, 0, 1, torch.device("cpu"), "none")
     whole = WholeStep(**parts, world=world, backend="eager")
-    views = Batch(*(torch.zeros(8, 32, 32, 3, dtype=torch.uint8) for _ in range(2)))
+    images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    views = Batch(images, images)
     run = with_ranges(whole, lambda: whole([views], 0))
     with torch.profiler.profile(activities=[CPU]) as profiler:
         run()

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.measure.wire import Wire
 from bench.scaling import LINKS, OURS, Size, count, model, seconds
 from bench.steps.published import gather, shuffle_batch, unshuffle_batch
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.update import set_lr
-from tests.method.test_step import BATCH, CONFIG, LR, Views, build_tiny, images
+from tests.method.test_step import BATCH, CONFIG, LR, build_tiny, images
 from tests.support.ranks import Ranks
 
 Counts = dict[str, dict[str, int]]
@@ -54,7 +55,7 @@ def whole_step(world: World) -> dict[str, int]:
     rows = slice(world.rank * local, (world.rank + 1) * local)
     views = images(0)
     with Wire() as wire:
-        step([Views(views.im_q[rows], views.im_k[rows])], 0)
+        step([Batch(views.im_q[rows], views.im_k[rows])], 0)
     return dict(wire.received)
 
 

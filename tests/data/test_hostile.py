@@ -270,9 +270,7 @@ def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
     from fastmoco.data.backends import dali, dali_graph
 
     error: type[Exception] = getattr(torch, kind)
-    engine = dali.DaliEngine(
-        mock.Mock(), mock.Mock(), AugmentConfig(), readers=1, threads=1, prefetch=1, device=CPU
-    )
+    engine = dali.DaliEngine(Config(), mock.Mock(), mock.Mock(), CPU)
     with (
         mock.patch.object(engine, "_run", side_effect=error),
         mock.patch.object(dali, "read_work", side_effect=AssertionError("searches for images")),

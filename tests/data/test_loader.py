@@ -18,10 +18,12 @@ import torch
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.backends import choose as loaders
 from fastmoco.data.backends.choose import has_dali
-from fastmoco.data.backends.pil import execute, open_rgb
-from fastmoco.data.loader import Batch, build_loader
+from fastmoco.data.backends.pil import execute
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import build_loader
 from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.table import draw_uniforms, view_table
+from tests.support.images import open_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

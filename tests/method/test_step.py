@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, ShuffleBN
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import MoCo, build_moco
@@ -55,20 +56,14 @@ def build_tiny(config: Config, bn_group_size: int) -> MoCo:
         return build_moco(config, bn_group_size, torch.device("cpu"))
 
 
-@dataclass(frozen=True)
-class Views:
-    im_q: Tensor
-    im_k: Tensor
-
-
-def images(step: int) -> Views:
+def images(step: int) -> Batch:
     """The global batch of a step: noise of another colour for each sample."""
     generator = torch.Generator().manual_seed(step)
     shape = (BATCH, SIDE, SIDE, 3)
     base = torch.randint(0, 128, (BATCH, 1, 1, 3), generator=generator)
     noise = [torch.randint(0, 128, shape, generator=generator) for _ in range(2)]
     im_q, im_k = ((base + n).to(torch.uint8) for n in noise)
-    return Views(im_q, im_k)
+    return Batch(im_q, im_k)
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None =
             key_rows = rows
             if step.shuffle.key_rows is not None:
                 key_rows = first + step.shuffle.key_rows(micro_step)[rows - first]
-            parts.append(Views(views.im_q[rows], views.im_k[key_rows]))
+            parts.append(Batch(views.im_q[rows], views.im_k[key_rows]))
             order += [first + r for r in key_order(step, micro_step, local, world.size)]
         losses.append(float(step(parts, number).loss))
         orders.append(order)

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import Config
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
@@ -23,7 +24,7 @@ from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.method.update import set_lr
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
-from tests.method.test_step import BATCH, CONFIG, LR, ONE, Views, build_tiny, images
+from tests.method.test_step import BATCH, CONFIG, LR, ONE, build_tiny, images
 from tests.support.fake_cuda import Watch, cuda_without_device
 from tests.support.ranks import Ranks
 from tests.test_layering import ROOT
@@ -116,7 +117,7 @@ def test_cpu_step_reads_nothing_back_between_flushes(accumulate: int) -> None:
     step = build_step(config, build_tiny(config, 4), ONE, compile_encoders=False)
     views, rows = images(0), BATCH // accumulate
     parts = [
-        Views(views.im_q[i : i + rows], views.im_k[i : i + rows]) for i in range(0, BATCH, rows)
+        Batch(views.im_q[i : i + rows], views.im_k[i : i + rows]) for i in range(0, BATCH, rows)
     ]
     # Compiled and checked once per process, when the banner is printed.
     for module in (batch_norm_cpu, convolution_cpu, convolution_fp32_cpu):
@@ -141,7 +142,7 @@ def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[An
     for number in range(4):
         set_lr(step.optimizer, LR / (1 + number))
         views = images(number)
-        losses.append(step([Views(views.im_q[mine], views.im_k[mine])], number).loss)
+        losses.append(step([Batch(views.im_q[mine], views.im_k[mine])], number).loss)
     state = [t.clone() for t in moco.state_dict().values()]
     return [*losses, *state], counters["stats"]["unique_graphs"], len(counters["graph_break"])
 

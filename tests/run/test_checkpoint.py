@@ -11,6 +11,7 @@ import torch
 from torchvision.models import resnet18
 
 from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
@@ -72,7 +73,7 @@ def test_the_official_linear_evaluation_reads_it(tmp_path: Path) -> None:
 def test_resume_restores_everything(tmp_path: Path) -> None:
     first = build(tmp_path, seed=1)
     images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
-    views = type("Views", (), {"im_q": images, "im_k": images})()
+    views = Batch(images, images)
     first([views], 0)
     save(tmp_path, first, 1)
     second = build(tmp_path, seed=2)

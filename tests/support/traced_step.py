@@ -12,7 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import parse, recipe_path
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
@@ -36,12 +37,6 @@ from tests.support.fake_cuda import (
 )
 
 Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Views:
-    im_q: Tensor
-    im_k: Tensor
 
 
 class Graphs:
@@ -130,7 +125,7 @@ def main() -> None:
             found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
         else:
             with watch:
-                step([Views(images, images)], 0)
+                step([Batch(images, images)], 0)
             found = {
                 "host_syncs": watch.host_syncs,
                 "other_layouts": watch.other_layouts,

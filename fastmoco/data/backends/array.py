@@ -22,9 +22,8 @@ from torch import Tensor
 from torchvision import io as torchvision_io
 
 from fastmoco.data.decode import JPEG_START, decode
-from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, ViewTable
+from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, UInt8, ViewTable
 
-UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 _PAD = 2  # the widest box of a blur with sigma up to 3.4 reaches two pixels
 _BOXES = 3
@@ -43,6 +42,10 @@ class Canvas:
         self.mask = np.empty(plane, np.bool_)
         padded = (3, side + 2 * _PAD, side + 2 * _PAD)
         self.blurred, self.sums, self.centre = np.zeros((3, *padded), np.uint16)
+
+    def decode(self, data: bytes, max_pixels: int) -> Tensor:
+        """See `decode_tensor`."""
+        return decode_tensor(data, max_pixels)
 
     def execute(self, image: Tensor, table: ViewTable, row: int) -> UInt8:
         """One view of an RGB image, (3, H, W) uint8 to (S, S, 3) uint8."""

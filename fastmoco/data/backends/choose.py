@@ -1,4 +1,4 @@
-"""Which backend makes the views: `data.backend`."""
+"""Which backend makes the views: `data.backend`. Each one builds itself from the configuration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.backends.engine import Engine
+from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Reader
-from fastmoco.machine.host import cores
 
 # The extra of this project with DALI for the CUDA that torch was built with.
 DALI_EXTRAS = {"12": "dali-cuda12", "13": "dali"}
@@ -58,48 +58,16 @@ def missing_dali(config: Config, device: torch.device) -> str:
     return f"DALI is not installed, so the CPU does what this GPU could: decode, augment; {command}"
 
 
-Built = tuple[Engine, str]
+def build_engine(config: Config, plan: Plan, reader: Reader | None, device: torch.device) -> Engine:
+    """The engine of this run; without a reader it makes noise. Raises `ConfigError`."""
+    if reader is None:
+        return SyntheticEngine(config, plan, device)
+    backend = choose_backend(config, device)
+    # Imported on demand: DALI takes seconds to load, and may not be installed.
+    if backend == "dali":
+        from fastmoco.data.backends.dali import DaliEngine
 
-
-def build_workers(
-    config: Config, plan: Plan, reader: Reader, device: torch.device, backend: str
-) -> Built:
+        return DaliEngine(config, plan, reader, device)
     from fastmoco.data.backends.workers import WorkerEngine
 
-    # On the CPU the encoders need the cores as well.
-    share = cores() if device.type == "cuda" else max(1, cores() // 2)
-    workers = config.data.workers or share
-    prefetch = config.data.prefetch
-    engine = WorkerEngine(
-        reader,
-        plan,
-        config.augment,
-        backend=backend,
-        workers=workers,
-        prefetch=prefetch,
-        device=device,
-    )
-    return engine, f"{backend}: {workers} worker processes, {prefetch} batches ahead"
-
-
-def build_dali(config: Config, plan: Plan, reader: Reader, device: torch.device) -> Built:
-    from fastmoco.data.backends.dali import DaliEngine
-
-    # A reader process delivers more than 5,000 samples per second, about what one GPU consumes.
-    readers = config.data.workers or (2 if cores() >= 8 else 1)
-    # A GPU decodes itself: threads only parse headers and copy. More than 8 brought nothing.
-    threads = config.data.threads or max(1, min(8, cores() - readers))
-    prefetch = config.data.prefetch
-    engine = DaliEngine(
-        reader,
-        plan,
-        config.augment,
-        readers=readers,
-        threads=threads,
-        prefetch=prefetch,
-        device=device,
-    )
-    return engine, (
-        f"dali on {device.type}: {readers} reader processes, {threads} threads, "
-        f"{prefetch} batches ahead"
-    )
+    return WorkerEngine(config, plan, reader, device, backend)

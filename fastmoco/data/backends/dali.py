@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import AugmentConfig
+from fastmoco.config import Config
 from fastmoco.data.backends import dali_graph
 from fastmoco.data.backends.dali_reader import Delivery
-from fastmoco.data.backends.engine import Views
+from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Reader, read_work
+from fastmoco.machine.host import cores
 
 _REPAIRS = 20
 
@@ -25,20 +26,19 @@ _REPAIRS = 20
 class DaliEngine:
     """Micro-batches from a DALI pipeline, in order, starting anywhere."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        plan: Plan,
-        augment: AugmentConfig,
-        *,
-        readers: int,
-        threads: int,
-        prefetch: int,
-        device: torch.device,
-    ) -> None:
-        self.reader, self.plan, self.augment = reader, plan, augment
-        self.readers, self.threads, self.prefetch = readers, threads, prefetch
-        self.device = device
+    backend = "dali"
+
+    def __init__(self, config: Config, plan: Plan, reader: Reader, device: torch.device) -> None:
+        self.reader, self.plan, self.augment = reader, plan, config.augment
+        self.prefetch, self.device = config.data.prefetch, device
+        # A reader process delivers more than 5,000 samples per second, about what one GPU consumes.
+        self.readers = config.data.workers or (2 if cores() >= 8 else 1)
+        # A GPU decodes itself: threads only parse headers and copy. More than 8 brought nothing.
+        self.threads = config.data.threads or max(1, min(8, cores() - self.readers))
+        self.description = (
+            f"dali on {device.type}: {self.readers} reader processes, {self.threads} threads, "
+            f"{self.prefetch} batches ahead"
+        )
         self._pipe: Any = None
         self._micro_step = 0
 
@@ -69,7 +69,7 @@ class DaliEngine:
         )
         self._pipe.build()
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
         for _ in range(_REPAIRS):
             try:
@@ -84,13 +84,13 @@ class DaliEngine:
                 return views
         raise RuntimeError(f"DALI failed on micro-batch {self._micro_step} {_REPAIRS} times")
 
-    def _run(self) -> Views:
+    def _run(self) -> Batch:
         assert self._pipe is not None, "start comes first"
         # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         outputs = self._pipe.run(stream)
         im_q, im_k, replaced = dali_graph.to_torch(outputs, self.device)
-        return Views(im_q, im_k, replaced.numpy())
+        return Batch(im_q, im_k, replaced.numpy())
 
     def _repair(self, error: RuntimeError) -> None:
         """Finds what made the pipeline fail; raises the error again if no image did."""

@@ -5,33 +5,34 @@ n local batch, S side of a view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
-
-from fastmoco.data.table import Int64
+from fastmoco.data.batch import Batch
+from fastmoco.data.table import UInt8, ViewTable
 
 
-@dataclass(frozen=True)
-class Views:
-    """The two views of a micro-batch of n samples, and what was replaced in it."""
+class Executor(Protocol):
+    """Makes one view after another on the CPU, for one thread."""
 
-    im_q: Tensor
-    """(n, S, S, 3) uint8."""
-    im_k: Tensor
-    """(n, S, S, 3) uint8."""
-    replaced: Int64
-    """(n, 2): the query sample asked for and the one delivered."""
+    def decode(self, data: bytes, max_pixels: int) -> Any:
+        """The RGB image that `execute` takes. Raises `BadImage`."""
+
+    def execute(self, image: Any, table: ViewTable, row: int) -> UInt8:
+        """One view of an image, (S, S, 3) uint8."""
 
 
 class Engine(Protocol):
     """An executor of the table that makes micro-batches ahead of time."""
 
+    backend: str
+    """Its name: `dali`, `array`, `pil` or `synthetic`."""
+    description: str
+    """One line: backend, processes, threads and prefetch depth that were chosen."""
+
     def start(self, micro_step: int) -> None:
         """Begin at this micro-batch, dropping whatever is on its way."""
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         """The next micro-batch, on the device."""
 
     def close(self) -> None:

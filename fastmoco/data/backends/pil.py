@@ -1,4 +1,4 @@
-"""PIL executes rows of the table as the official pipeline does: the oracle, and the fallback.
+"""PIL executes rows of the table as the official pipeline does: the oracle, and `data.backend` pil.
 
 Every operation is torchvision's on PIL images, hence uint8 after every one of them. Blur is PIL's
 GaussianBlur with radius sigma, as in the official v2 pipeline (an approximation by box filters).
@@ -8,19 +8,16 @@ S side of a view.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
 
-from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewTable
-
-UInt8 = NDArray[np.uint8]
+from fastmoco.data.decode import decode
+from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, SATURATION, UInt8, ViewTable
 
 # Its annotations name tensors only, although it takes PIL images and is the reference on them.
 F: Any = functional
@@ -31,12 +28,6 @@ COLOUR: dict[int, Callable[[Image.Image, float], Image.Image]] = {
     SATURATION: F.adjust_saturation,
     HUE: F.adjust_hue,
 }
-
-
-def open_rgb(data: bytes) -> Image.Image:
-    """Decoded RGB image."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
 
 
 def crop(image: Image.Image, table: ViewTable, row: int, side: int) -> Image.Image:
@@ -82,3 +73,18 @@ def execute(image: Image.Image, table: ViewTable, row: int, side: int, recipe: s
     for operation in (*colour, blur, flip):
         view = operation(view, table, row)
     return np.asarray(view)
+
+
+class PilExecutor:
+    """The reference as `data.backend` pil: views of one size, by one recipe."""
+
+    def __init__(self, side: int, recipe: str) -> None:
+        self.side, self.recipe = side, recipe
+
+    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+        """See `fastmoco.data.decode.decode`."""
+        return decode(data, max_pixels)
+
+    def execute(self, image: Image.Image, table: ViewTable, row: int) -> UInt8:
+        """See `execute`."""
+        return execute(image, table, row, self.side, self.recipe)

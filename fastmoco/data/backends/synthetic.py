@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoco.data.backends.engine import Views
+from fastmoco.config import Config
+from fastmoco.data.batch import Batch
 from fastmoco.data.plan import Plan
 
 _SYNTHETIC_BATCHES = 4
@@ -22,13 +23,16 @@ class SyntheticEngine:
     Row i of the global micro-batch is a function of (seed, i), so ranks agree as on real data.
     """
 
-    def __init__(self, plan: Plan, side: int, device: torch.device) -> None:
+    backend = "synthetic"
+    description = "synthetic: no reader"
+
+    def __init__(self, config: Config, plan: Plan, device: torch.device) -> None:
+        side = config.augment.image_size
         first = plan.rank * plan.local_batch
         self.pool = [
-            Views(
+            Batch(
                 im_q=_noise(plan, side, first, 2 * number).to(device),
                 im_k=_noise(plan, side, first, 2 * number + 1).to(device),
-                replaced=np.zeros((0, 2), np.int64),
             )
             for number in range(_SYNTHETIC_BATCHES)
         ]
@@ -37,7 +41,7 @@ class SyntheticEngine:
     def start(self, micro_step: int) -> None:
         self.micro_step = micro_step
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         self.micro_step += 1
         return self.pool[(self.micro_step - 1) % _SYNTHETIC_BATCHES]
 

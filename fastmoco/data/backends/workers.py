@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastmoco.config import AugmentConfig
-from fastmoco.data.backends.array import Canvas, decode_tensor
-from fastmoco.data.backends.engine import Views
+from fastmoco.config import AugmentConfig, Config
+from fastmoco.data.backends.array import Canvas
+from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.lifetime import outlast_the_trainer
-from fastmoco.data.backends.pil import UInt8, execute
-from fastmoco.data.decode import BadImage, decode
+from fastmoco.data.backends.pil import PilExecutor
+from fastmoco.data.batch import Batch
+from fastmoco.data.decode import BadImage
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
-from fastmoco.data.table import Int64, ViewTable
+from fastmoco.data.table import Int64, UInt8, ViewTable
+from fastmoco.machine.host import cores
 
 # Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
 # a copy; joining parts costs the main process 0.7 ms per sample of 224 pixels.
 _PART = 64
+
+EXECUTORS: dict[str, Callable[[int, str], Executor]] = {"array": Canvas, "pil": PilExecutor}
+"""Who makes the views, by `data.backend`; takes their side and the recipe."""
 
 
 class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
@@ -42,7 +47,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
     ) -> None:
         self.reader, self.plan, self.augment, self.parts = reader, plan, augment, parts
         self.backend = backend
-        self._canvas: Canvas | None = None
+        self._executor: Executor | None = None
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Int64]:
         micro_step, part = divmod(item, self.parts)
@@ -54,7 +59,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
 
     def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Any]]:
         """Reads and decodes; starts over without the samples that PIL does not decode."""
-        limit = self.reader.max_pixels
+        executor, limit = self._own_executor(), self.reader.max_pixels
         while True:
             work = read_work(self.reader, self.plan, self.augment, micro_step, rows)
             images: dict[int, Any] = {}
@@ -63,8 +68,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
                 if one.sample in images or one.sample in bad:
                     continue
                 try:
-                    by_pil = self.backend == "pil"
-                    images[one.sample] = (decode if by_pil else decode_tensor)(one.data, limit)
+                    images[one.sample] = executor.decode(one.data, limit)
                 except BadImage as error:
                     bad[one.sample] = str(error)
             if not bad:
@@ -74,15 +78,17 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
     def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Any]) -> UInt8:
         side, table = self.augment.image_size, ViewTable.unpack(rows)
         views = np.empty((len(encoded), side, side, 3), dtype=np.uint8)
-        if self.backend == "pil":
-            for row, one in enumerate(encoded):
-                views[row] = execute(images[one.sample], table, row, side, self.augment.recipe)
-            return views
-        if self._canvas is None:  # in the worker, once
-            self._canvas = Canvas(side, self.augment.recipe)
+        executor = self._own_executor()
         for row, one in enumerate(encoded):
-            views[row] = self._canvas.execute(images[one.sample], table, row)
+            views[row] = executor.execute(images[one.sample], table, row)
         return views
+
+    def _own_executor(self) -> Executor:
+        """Made in the worker, once: its scratch memory belongs to one process."""
+        if self._executor is None:
+            make = EXECUTORS[self.backend]
+            self._executor = make(self.augment.image_size, self.augment.recipe)
+        return self._executor
 
 
 class _From(Sampler[int]):
@@ -104,20 +110,21 @@ class WorkerEngine:
 
     def __init__(
         self,
-        reader: Reader,
+        config: Config,
         plan: Plan,
-        augment: AugmentConfig,
-        *,
-        backend: str,
-        workers: int,
-        prefetch: int,
+        reader: Reader,
         device: torch.device,
+        backend: str,
     ) -> None:
+        self.backend, self.device = backend, device
+        # On the CPU the encoders need the cores as well.
+        share = cores() if device.type == "cuda" else max(1, cores() // 2)
+        self.workers, prefetch = config.data.workers or share, config.data.prefetch
+        self.description = f"{backend}: {self.workers} worker processes, {prefetch} batches ahead"
         self.parts = -(-plan.local_batch // _PART)
-        self.dataset = Parts(reader, plan, augment, self.parts, backend)
-        self.workers, self.device = workers, device
+        self.dataset = Parts(reader, plan, config.augment, self.parts, backend)
         # Parts in flight per worker, so that `prefetch` whole micro-batches are on their way.
-        self.ahead = max(2, -(-prefetch * self.parts // workers))
+        self.ahead = max(2, -(-prefetch * self.parts // self.workers))
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)
@@ -139,11 +146,11 @@ class WorkerEngine:
         )
         self._items = iter(loader)
 
-    def next(self) -> Views:
+    def next(self) -> Batch:
         """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
         parts = [next(self._items) for _ in range(self.parts)]
         im_q, im_k, replaced = zip(*parts, strict=True)
-        return Views(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
+        return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
 
     def _upload(self, parts: tuple[Tensor, ...]) -> Tensor:
         """One tensor on the device; the copy overlaps with the work of the current stream."""

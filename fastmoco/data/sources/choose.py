@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.sources.image_list import open_list
-from fastmoco.data.sources.index import require_readable
 from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.source import Source
 
+OPEN: dict[str, Callable[[str, int], Source]] = {
+    "folder": open_folder,
+    "list": open_list,
+    "shards": open_shards,
+}
+
 
 def open_source(config: Config) -> Source:
-    """The source that `config.data` describes. Raises `ConfigError`."""
+    """The source of a configuration that `resolve_folders` has returned. Raises `ConfigError`."""
     data = config.data
-    if data.source == "demo":
-        # Imported on demand: rendering is needed on the first use only.
-        from fastmoco.data.sources.demo import ensure_demo
-
-        rendered = ensure_demo()
-        return open_folder(str(rendered.train), data.max_pixels)
-    if data.source == "folder":
-        train = Path(data.root) / "train"
-        root = str(train) if data.root and train.is_dir() else data.root
-        return open_folder(root, data.max_pixels)
-    if data.source == "list":
-        return open_list(data.root, data.max_pixels)
-    if data.source == "shards":
-        shards = open_shards(data.root, data.max_pixels)
-        require_readable(shards.index, f"data.root {data.root}")
-        return shards
-    raise ConfigError(f"data.source {data.source} has no files to read.")
+    if data.source not in OPEN:
+        raise ConfigError(f"data.source {data.source} has no files to read.")
+    return OPEN[data.source](data.root, data.max_pixels)
 
 
 def resolve_folders(config: Config) -> Config:
-    """The same run with every folder spelled out.
+    """The same run with every folder spelled out: the only place that does so, once per run.
 
     `data.root` becomes its `train` subfolder where there is one (the ImageNet convention), the kNN
     bank defaults to the training images and the kNN test set to `test` or `val` beside `train`.
@@ -45,6 +37,7 @@ def resolve_folders(config: Config) -> Config:
     Raises `ConfigError` if the kNN monitor is on and no labelled test folder is found.
     """
     if config.data.source == "demo":
+        # Imported on demand: rendering is needed on the first use only.
         from fastmoco.data.sources.demo import ensure_demo
 
         demo = ensure_demo()

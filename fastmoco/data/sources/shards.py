@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
 from fastmoco.data.decode import BadImage, image_size
-from fastmoco.data.sources.index import Index, Indexed, load_index, save_index
+from fastmoco.data.sources.index import Index, Indexed, load_index, require_readable, save_index
 from fastmoco.data.sources.measure import EXTENSIONS, HEAD, in_order, in_parallel, progress
 from fastmoco.machine.cache import cache_folder, exclusive
 
@@ -91,6 +91,7 @@ def open_shards(root: str, max_pixels: int) -> ShardSource:
             index = _join(shards, max_pixels)
             with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
                 index = save_index(index, cached)
+    require_readable(index, f"data.root {root}")
     return ShardSource(index)
 
 

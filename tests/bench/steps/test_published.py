@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +15,7 @@ from torchvision.models import resnet18
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import layers_off
 from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
@@ -32,12 +32,6 @@ CONFIG = Config(
     moco=MocoConfig(queue_size=2 * BATCH, momentum=0.9, bn_group_size=0),
     optim=OptimConfig(global_batch_size=BATCH, lr=0.01),
 )
-
-
-@dataclass(frozen=True)
-class Views:
-    im_q: Tensor
-    im_k: Tensor
 
 
 def compare(world: World) -> dict[str, list[float]]:
@@ -75,7 +69,7 @@ def compare(world: World) -> dict[str, list[float]]:
         # Rounding grows ten- to a hundredfold in every step, by flips at the kinks of ReLU. So both
         # have oneDNN's convolutions; how far ours are from float64 is shown in tests/kernels.
         with layers_off(("convolutions",)):
-            result = ours([Views(im_q, im_k)], number)
+            result = ours([Batch(im_q, im_k)], number)
         apart["loss"].append(abs(float(result.loss) - loss) / loss)
         apart["top1"].append(abs(100 * float((result.rank == 0).float().mean()) - top1))
         apart["queue"].append(distance(moco.queue, theirs.moco.queue.T))

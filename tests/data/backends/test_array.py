@@ -14,8 +14,9 @@ from PIL import Image, ImageFilter
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends import array
 from fastmoco.data.backends.array import Canvas, box_radius, decode_tensor
-from fastmoco.data.backends.pil import execute, open_rgb
+from fastmoco.data.backends.pil import execute
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
+from tests.support.images import open_rgb
 
 NOTHING = AugmentConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
 STILL = replace(NOTHING, jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0)

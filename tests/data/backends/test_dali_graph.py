@@ -13,8 +13,9 @@ import pytest
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends.dali_rows import programme
-from fastmoco.data.backends.pil import execute, open_rgb
+from fastmoco.data.backends.pil import execute
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
+from tests.support.images import open_rgb
 
 pipeline = pytest.importorskip("fastmoco.data.backends.dali_graph", reason="DALI is not installed")
 backend = pytest.importorskip("nvidia.dali.backend")

@@ -20,6 +20,7 @@ from fastmoco.data.decode import BadImage, decode, is_complete_jpeg, jpeg_header
 from fastmoco.data.loader import build_loader
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources import folder as folder_module
+from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.folder import open_folder, scan_folder
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.index import Index, load_index, save_index
@@ -78,6 +79,18 @@ def test_folder_list_csv_and_shards_give_the_same_batches(photos: Path, tmp_path
         found = first_batches(tmp_path, source=source, root=str(root))
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), root
     table.unlink()
+
+
+def test_the_train_folder_is_looked_for_once(photos: Path, tmp_path: Path) -> None:
+    """A class called train below the train folder is a class, not a data set."""
+    files = files_of(photos)
+    for number, folder in enumerate(["train", "train/train", "train/test"]):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{number}.jpg").write_bytes(files[number].read_bytes())
+    config = resolve_folders(Config(data=DataConfig(root=str(tmp_path))))
+    source = open_source(config)
+    names = [Path(source.name(sample)).name for sample in range(len(source.sizes))]
+    assert names == ["0.jpg", "2.jpg", "1.jpg"]
 
 
 def test_shards_are_named_and_refused_clearly(photos: Path, tmp_path: Path) -> None:
