@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -44,6 +45,9 @@ class InThisProcess:
 def main() -> int:
     """Exit code of the program."""
     module, *arguments = sys.argv[2:]
+    found = find_spec(module)
+    if found and found.submodule_search_locations:  # as `python -m` does with a package
+        module += ".__main__"
     with (
         mock.patch.object(contest, "_Process", InThisProcess),
         mock.patch.object(speed, "BUDGET_S", 0.1),
