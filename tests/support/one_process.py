@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -45,14 +44,14 @@ class InThisProcess:
 def main() -> int:
     """Exit code of the program."""
     module, *arguments = sys.argv[2:]
-    found = find_spec(module)
-    if found and found.submodule_search_locations:  # as `python -m` does with a package
-        module += ".__main__"
     with (
         mock.patch.object(contest, "_Process", InThisProcess),
         mock.patch.object(speed, "BUDGET_S", 0.1),
     ):
-        return int(import_module(module).main(arguments))
+        program = import_module(module)
+        if not hasattr(program, "main"):  # a package, of which `python -m` runs this
+            program = import_module(f"{module}.__main__")
+        return int(program.main(arguments))
 
 
 if __name__ == "__main__":
