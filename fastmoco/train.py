@@ -1,7 +1,6 @@
 """Pre-train an encoder with Momentum Contrast: `torchrun -m fastmoco.train --config FILE`.
 
-Build everything once, run the loop, close. The algorithm of the paper is
-`fastmoco.method.step.Step`.
+Build everything once, run the loop, close. The algorithm: `fastmoco.method.step.Step`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
-from fastmoco.machine import collectives, ranks
-from fastmoco.machine.collectives import CollectiveError
-from fastmoco.machine.host import settle
-from fastmoco.machine.ranks import World
+from fastmoco.machine import collectives, host, ranks
 from fastmoco.method.agreement import DisagreementError, require_agreement, require_one_precision
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.moco import build_moco
@@ -46,7 +42,7 @@ if TYPE_CHECKING:
 class Run:
     """One training run on this rank: built once, trained once."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: ranks.World) -> None:
         check(config, world.size)
         self.config = config = resolve_folders(config)
         self.world = world
@@ -140,18 +136,17 @@ class Run:
 
     def _announce(self, log: Logbook) -> None:
         """Print every resolved choice, and draw what the encoders are about to see."""
-        log.say(settle(self.world.device))
-        for line in start_lines(
+        log.say(host.settle(self.world.device))
+        choices = start_lines(
             self.config,
             self.world,
             num_samples=self.loader.num_samples,
             steps_per_epoch=self.per_epoch,
             loader=self.loader.description,
             done=self.done,
-        ):
+        )
+        for line in [*choices, *self.notes]:
             log.say(line)
-        for note in self.notes:
-            log.say(note)
         if lost := missing_dali(self.config, self.world.device):
             log.warn(lost)
         if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
@@ -161,7 +156,7 @@ class Run:
             draw_views(self.config, self.folder / "views.png")
 
 
-def join_world(config: Config) -> World:
+def join_world(config: Config) -> ranks.World:
     """This rank among all. Raises `ConfigError` for a device that is not there."""
     try:
         return ranks.start(config.run.device, config.run.timeout_s)
@@ -178,9 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
         config = parse(arguments)
         Run(config, join_world(config)).train()
-    except (ConfigError, DivergedError, DisagreementError, CollectiveError) as error:
+    except (ConfigError, DivergedError, DisagreementError, collectives.CollectiveError) as error:
         # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
-        if first or isinstance(error, CollectiveError):
+        if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

@@ -173,3 +173,10 @@ def test_no_folder_holds_more_files_than_a_reader_can_overlook() -> None:
     counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
     for folder, count in counts.items():
         assert count <= (20 if folder.name == "fastmoco_kernels" else 12), folder
+
+
+def test_files_stay_as_short_as_a_reader_can_take_in() -> None:
+    for path in FILES:
+        limit = 250 if path.is_relative_to(ROOT / "kernels") else 400
+        limit = 200 if path == ROOT / "fastmoco" / "train.py" else limit
+        assert len(path.read_text().splitlines()) <= limit, path

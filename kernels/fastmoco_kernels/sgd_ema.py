@@ -7,8 +7,7 @@
 params, grads, momentum_buffers, ema_params: L float32 tensors each; lr: one float32 on the device.
 Updating the key encoder here equals updating it before the next key forward, because nothing
 changes p in between. It replaces `torch.optim.SGD.step()` followed by `ema_`: 28 bytes per
-parameter instead of 32, one launch. A buffer of zeros makes the first step that of
-`torch.optim.SGD`.
+parameter instead of 32, one launch. A buffer of zeros makes the first step that of SGD.
 """
 
 from __future__ import annotations

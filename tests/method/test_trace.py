@@ -119,7 +119,7 @@ def test_cpu_step_reads_nothing_back_between_flushes(accumulate: int) -> None:
     parts = [
         Batch(views.im_q[i : i + rows], views.im_k[i : i + rows]) for i in range(0, BATCH, rows)
     ]
-    # Compiled and checked once per process, when the banner is printed.
+    # Compiled and checked once per process, when the choices are printed.
     for module in (batch_norm_cpu, convolution_cpu, convolution_fp32_cpu):
         module.reason()
     with Watch() as watch:
