@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -89,13 +90,14 @@ def test_copies_between_host_and_device_wait_unless_asynchronous_from_pinned_mem
         host.pin_memory().to("cuda", non_blocking=True)
         there + there
         assert watch.host_syncs == []
-        for copy in (
+        copies: list[Callable[[], torch.Tensor]] = [
             lambda: host.to("cuda", non_blocking=True),
             lambda: host.pin_memory().to("cuda"),
             lambda: there.copy_(host),
             lambda: there.cpu(),
             lambda: host.copy_(there),
-        ):
+        ]
+        for copy in copies:
             before = len(watch.host_syncs)
             copy()
             assert len(watch.host_syncs) == before + 1
