@@ -47,12 +47,13 @@ FACTORIES = {
     "end_to_end": "bench.steps.contestants:end_to_end",
     "encoder": "bench.steps.contestants:bare_encoder",
     "official": "bench.steps.contestants:official_step",
-    "official_kept": "bench.steps.contestants:official_step_with_kept_memory",
+    "official_kept": "bench.steps.contestants:official_step",
 }
 
 # The published code leaves libgomp's waiting as it is; `fastmoco` does not.
 PUBLISHED = {"GOMP_SPINCOUNT": LIBGOMP_SPIN_COUNT}
 ENVIRONMENTS = {"official": PUBLISHED, "official_kept": PUBLISHED}
+ARGUMENTS = {"official_kept": {"kept_memory": True}}
 
 FED = ("loader", "end_to_end")
 
@@ -121,7 +122,7 @@ def summary(result: Result, images: int) -> Row:
         "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
         "page_faults_per_step": round(sum(w.page_faults for w in result.windows) / steps),
         "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
-        **nvml.summary([w.gpu for w in result.windows if w.gpu], seconds, steps * images),
+        **nvml.summary([s for w in result.windows for s in w.gpu], seconds, steps * images),
         **result.facts,
     }
 
@@ -146,7 +147,12 @@ def measure(
     """Run the contest of `plan`; `meter` reads the GPU meanwhile, `between` follows each turn."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
     contestants = [
-        Contestant(name, FACTORIES[name], {"config": text}, ENVIRONMENTS.get(name, {}))
+        Contestant(
+            name,
+            FACTORIES[name],
+            {"config": text, **ARGUMENTS.get(name, {})},
+            ENVIRONMENTS.get(name, {}),
+        )
         for name in plan.only
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +118,12 @@ class Bench:
         self._after()
 
 
-def _started(config: str) -> tuple[Config, World]:
-    """The configuration and this process as Python starts it."""
+def _built(config: str, settled: bool = True) -> tuple[Config, World]:
+    """The configuration and this process, `settled` as `fastmoco.train` settles it or not."""
     parsed = parse_text(config)
-    return parsed, start(parsed.run.device, parsed.run.timeout_s)
-
-
-def _built(config: str) -> tuple[Config, World]:
-    """The configuration and this process, settled as `fastmoco.train` settles it."""
-    parsed, world = _started(config)
-    settle(world.device)
+    world = start(parsed.run.device, parsed.run.timeout_s)
+    if settled:
+        settle(world.device)
     return parsed, world
 
 
@@ -142,14 +138,12 @@ def loader_alone(config: str) -> Bench:
     parsed, world = _built(config)
     loader = build_loader(parsed, device=world.device)
     batches = loader.batches(0, FOREVER)
-    accumulate = parsed.optim.accumulate
+    accumulate, facts = parsed.optim.accumulate, {"loader": loader.description}
 
     def step() -> None:
         list(islice(batches, accumulate))
 
-    return Bench(
-        world.device, step, loader=loader, facts={"loader": loader.description}, count=False
-    )
+    return Bench(world.device, step, loader=loader, facts=facts, count=False)
 
 
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
@@ -164,7 +158,7 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
     """Our step, and a function that runs it once on the next synthetic images."""
-    parsed, world = _started(config) if "kept_memory" in without else _built(config)
+    parsed, world = _built(config, settled="kept_memory" not in without)
     step, batches = _ours(parsed, world), _synthetic(parsed, world)
     if "uint8_input" in without:
         batches = cycle([_as_floats(batch) for batch in islice(batches, 2)])
@@ -186,14 +180,6 @@ class Fed:
     run: Run
     device: torch.device
     loader: Loader
-
-    def wait_s(self) -> float:
-        """Seconds so far in which the step waited for data."""
-        return self.loader.wait_s
-
-    def close(self) -> None:
-        """End the loader's processes."""
-        self.loader.close()
 
 
 def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> Fed:
@@ -221,15 +207,9 @@ def _ours(config: Config, world: World) -> Step:
     return build_step(config, moco, world, compile_encoders=compiled)
 
 
-def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Callable[[], object]:
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        step(list(islice(batches, accumulate)), number)
-        number += 1
-
-    return run
+def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Run:
+    numbers = count()
+    return lambda: step(list(islice(batches, accumulate)), next(numbers))
 
 
 def bare_encoder(config: str) -> Bench:
@@ -271,17 +251,12 @@ class _Logits(Embed):
         return logits.float()
 
 
-def official_step(config: str) -> Bench:
-    """The published step (`published.py`) on fp32 images that are on the device already."""
-    return _official(*_started(config))
+def official_step(config: str, kept_memory: bool = False) -> Bench:
+    """The published step (`published.py`) on fp32 images that are on the device already.
 
-
-def official_step_with_kept_memory(config: str) -> Bench:
-    """The same with our step's allocator setting, which the published code does not make."""
-    return _official(*_built(config))
-
-
-def _official(parsed: Config, world: World) -> Bench:
+    `kept_memory` gives it our step's allocator setting, which the published code does not make.
+    """
+    parsed, world = _built(config, settled=kept_memory)
     folder = tempfile.TemporaryDirectory()
     if world.size == 1:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -302,15 +277,8 @@ def _official(parsed: Config, world: World) -> Bench:
     )
     normalize_pixels = NormalizePixels(world.device)
     pool = [
-        tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
+        [normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k)]
         for batch in islice(_synthetic(parsed, world), 2)
     ]
-    turn = 0
-
-    def run() -> None:
-        nonlocal turn
-        im_q, im_k = pool[turn % len(pool)]
-        step(im_q, im_k)
-        turn += 1
-
-    return Bench(world.device, run, after=folder.cleanup)
+    turns = cycle(pool)
+    return Bench(world.device, lambda: step(*next(turns)), after=folder.cleanup)
