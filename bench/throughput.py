@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,20 @@ from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
 
 PROFILE = Path("runs/profile")
 
-FACTORIES = {
-    "loader": "bench.steps.contestants:loader_alone",
-    "step": "bench.steps.contestants:our_step",
-    "end_to_end": "bench.steps.contestants:end_to_end",
-    "encoder": "bench.steps.contestants:bare_encoder",
-    "official": "bench.steps.contestants:official_step",
-    "official_kept": "bench.steps.contestants:official_step",
-}
-
 # The published code leaves libgomp's waiting as it is; `fastmoco` does not.
 PUBLISHED = {"GOMP_SPINCOUNT": LIBGOMP_SPIN_COUNT}
-ENVIRONMENTS = {"official": PUBLISHED, "official_kept": PUBLISHED}
-ARGUMENTS = {"official_kept": {"kept_memory": True}}
-
+STEPS = "bench.steps.contestants"
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("loader", f"{STEPS}:loader_alone"),
+        Contestant("step", f"{STEPS}:our_step"),
+        Contestant("end_to_end", f"{STEPS}:end_to_end"),
+        Contestant("encoder", f"{STEPS}:bare_encoder"),
+        Contestant("official", f"{STEPS}:official_step", {}, PUBLISHED),
+        Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
+    )
+}
 FED = ("loader", "end_to_end")
 
 
@@ -97,7 +98,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     # Who is not named must make sense here: CUDA tensors do not come from malloc.
     pointless = {"official_kept"} if device.type == "cuda" and not own.only else set()
     synthetic = set(FED) if config.data.source == "synthetic" else set()
-    named = chosen(own.only, list(FACTORIES))
+    named = chosen(own.only, list(CONTESTANTS))
     only = [name for name in named if name not in pointless | synthetic]
     if not only:
         raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
@@ -146,16 +147,8 @@ def measure(
 ) -> dict[str, Result]:
     """Run the contest of `plan`; `meter` reads the GPU meanwhile, `between` follows each turn."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
-    contestants = [
-        Contestant(
-            name,
-            FACTORIES[name],
-            {"config": text, **ARGUMENTS.get(name, {})},
-            ENVIRONMENTS.get(name, {}),
-        )
-        for name in plan.only
-    ]
-
+    named = [CONTESTANTS[name] for name in plan.only]
+    contestants = [replace(one, arguments={**one.arguments, "config": text}) for one in named]
     shown = progress(plan.windows)
 
     def turned(done: int) -> None:
