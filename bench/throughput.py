@@ -35,7 +35,7 @@ from bench.measure.program import (
     steps_of,
 )
 from bench.measure.rows import Row, append_rows, case_of, device_of, origin, quantiles
-from bench.pages.tables import caption, figure
+from bench.pages.tables import caption, cell, figure
 from fastmoco.config import Config, ConfigError, dump, flatten
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
@@ -203,7 +203,7 @@ def _or_dash(make: Callable[[Row], str], row: Row) -> str:
 def sentence(run: Sequence[Row]) -> str:
     """The ratios of a contest and how it was run."""
     ratios = run[0]["ratios"]
-    found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
+    found = [f"{title}: **{cell(values, run[0]['n'])}**" for title, values in ratios.items()]
     waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
     found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
     if "product_gflops" in run[0]:

@@ -121,15 +121,13 @@ def contest(
     steps: int,
     warmup: int,
     limit_s: float = math.inf,
-    lead: int = 0,
     meter: Meter | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
-    `lead` untimed steps go before each window: who is fed by a loader must first use up what was
-    prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
-    seconds no further turn begins.
+    Who is fed by a loader runs by itself, for loaders work ahead while others have their turn.
+    `meter` reads the GPU during the windows. After `limit_s` seconds no further turn begins.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -138,13 +136,7 @@ def contest(
     with _processes(contestants) as running:
         for process in running:
             process.ask("run", warmup)
-
-        def window(process: _Process) -> Window:
-            if lead:
-                process.ask("run", lead)
-            return process.window(steps, meter)
-
-        work = {process.name: partial(window, process) for process in running}
+        work = {process.name: partial(process.window, steps, meter) for process in running}
         found = in_turns(work, windows, limit_s=limit_s, after=progress)
         return {p.name: Result(found[p.name], p.ask("facts", 0)) for p in running}
 

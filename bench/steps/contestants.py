@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -55,67 +55,60 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass
 class Bench:
     """A `bench.measure.contest.Machine` around a function that does one step."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        step: Callable[[], object],
-        *,
-        loader: Loader | None = None,
-        facts: dict[str, Any] | None = None,
-        count: bool = True,
-        compiled: bool = False,
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.device = device
-        self._step = step
-        self._loader = loader
-        self._facts = facts or {}
-        self._count = count
-        self._after = after
-        self.compiled = compiled
+    device: torch.device
+    step: Callable[[], object]
+    loader: Loader | None = None
+    known: dict[str, Any] = field(default_factory=dict)
+    """Facts from the beginning."""
+    count: bool = True
+    """Whether operations of a step are counted."""
+    compiled: bool = False
+    after: Callable[[], None] = lambda: None
+    """What is left to do at the end."""
 
     @property
     def wait_s(self) -> float:
         """Seconds so far in which the step waited for the loader."""
-        return self._loader.wait_s if self._loader else 0.0
+        return self.loader.wait_s if self.loader else 0.0
 
     def run(self, steps: int) -> None:
         """Do `steps` steps."""
         for _ in range(steps):
-            self._step()
+            self.step()
 
     def facts(self) -> dict[str, Any]:
         """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes.
 
         Of a compiled step only what the driver sees is counted, so nothing on the CPU.
         """
-        known = {"threads": torch.get_num_threads(), **self._facts}
-        if self._count and not self.compiled:
+        known = {"threads": torch.get_num_threads(), **self.known}
+        if self.count and not self.compiled:
             with Counter() as counter:
-                self._step()
+                self.step()
             known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
             if self.device.type == "cpu":
                 known["gflop_per_step"] = self._gflop()
-        if self._count:
-            known |= launches_of(self._step, self.device)
+        if self.count:
+            known |= launches_of(self.step, self.device)
         return known
 
     def _gflop(self) -> float:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
         with layers_off(), FlopCounterMode(display=False) as counter:
-            self._step()
+            self.step()
         return round(float(counter.get_total_flops()) / 1e9, 3)
 
     def close(self) -> None:
         """End the loader's processes and the process group; then what was left to do."""
-        if self._loader:
-            self._loader.close()
+        if self.loader:
+            self.loader.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._after()
+        self.after()
 
 
 def _built(config: str, settled: bool = True) -> tuple[Config, World]:
@@ -143,7 +136,7 @@ def loader_alone(config: str) -> Bench:
     def step() -> None:
         list(islice(batches, accumulate))
 
-    return Bench(world.device, step, loader=loader, facts=facts, count=False)
+    return Bench(world.device, step, loader=loader, known=facts, count=False)
 
 
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
@@ -198,7 +191,7 @@ def end_to_end(config: str) -> Bench:
     """The step of `fastmoco.train` fed by its loader."""
     fed = fed_step(config)
     facts = {"loader": fed.loader.description}
-    return Bench(fed.device, fed.run, loader=fed.loader, facts=facts, count=False)
+    return Bench(fed.device, fed.run, loader=fed.loader, known=facts, count=False)
 
 
 def _ours(config: Config, world: World) -> Step:
