@@ -5,7 +5,7 @@
 # this machine, as one Markdown file, gpu_report.md, to paste into an issue; traces in runs/profile.
 # From a clean tree the rows are also appended to bench/results. A part that fails says so and the
 # next one runs. Without options: moco_v2_r50_200ep on synthetic images; give --data.root to measure
-# the loader as well. Neither DALI, NVML nor rich needs to be installed.
+# the loader as well. Neither DALI nor NVML needs to be installed.
 #
 #   PYTHON=python3.12   which interpreter
 #   REPORT=file.md      where to write
