@@ -30,16 +30,16 @@ parts=()
 small_batch=32
 publish=()
 [ -n "$(git status --porcelain -- . ':!bench/results' 2>&1)" ] || publish=(--publish)
-kernels+=(${publish[@]+--save})
+kernels+=(${publish[@]+"${publish[@]}"})
 if [ -n "${REHEARSE:-}" ]; then
   options+=(--run.device cpu --run.precision fp32 --model.arch resnet18 --model.width 0.25
     --augment.image_size 32 --optim.global_batch_size 8 --moco.bn_group_size 4 --moco.queue_size 64)
   machine=(uname -a)
   tests=(tests/bench/measure/test_launches.py)
-  kernels=(--device cpu --only ema --rounds 1)
+  kernels=(--device cpu --only ema --windows 1)
   few=(--windows 1)
   contestants=(--only step,official)
-  parts=(--parts waterfall)
+  parts=(--only waterfall)
   small_batch=4
   publish=()
 fi

@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, timed in turns: A B C, A B C, ...
+"""The one way to measure: contestants take turns, A B C, B C A, ..., and one works at a time.
 
-A process of its own gives every contestant its own peak memory, threads and allocator, and nothing
-of one can speed up or slow down another; taking turns makes a noisy machine noisy for all of them.
-Only one contestant works at a time.
+Taking turns makes a noisy machine noisy for all of them. `in_turns` does only that. `contest` gives
+every contestant a process of its own, and with it its own peak memory, threads and allocator.
+`race` is for single operations in this process, whose outputs are compared with an oracle first.
 """
 
 from __future__ import annotations
@@ -15,16 +15,43 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Usage
+from bench.measure.rows import spread
 from fastmoco.config import ConfigError
 from fastmoco.run.metrics import peak_memory_gib
+
+T = TypeVar("T")
+
+
+def in_turns(
+    work: Mapping[str, Callable[[], T]],
+    windows: int,
+    *,
+    limit_s: float = math.inf,
+    after: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[T]]:
+    """What each function returned in `windows` turns; `after` follows each with their number.
+
+    After `limit_s` seconds no further turn begins: every contestant has had as many as the others.
+    """
+    names, began = list(work), time.perf_counter()
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for done in range(windows):
+        shift = done % len(names)  # nobody always runs in the wake of the same one
+        for name in [*names[shift:], *names[:shift]]:
+            found[name].append(work[name]())
+        after(done + 1)
+        if time.perf_counter() - began > limit_s:
+            break
+    return found
 
 
 class Machine(Protocol):
@@ -101,7 +128,7 @@ def contest(
 
     `lead` untimed steps go before each window: who is fed by a loader must first use up what was
     prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
-    seconds no further turn begins; every contestant has had as many as the others.
+    seconds no further turn begins.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -110,20 +137,15 @@ def contest(
     with _processes(contestants) as running:
         for process in running:
             process.ask("run", warmup)
-        results = {process.name: Result([], {}) for process in running}
-        began = time.perf_counter()
-        for done in range(windows):
-            turn = done % len(running)  # nobody always runs in the wake of the same one
-            for process in [*running[turn:], *running[:turn]]:
-                if lead:
-                    process.ask("run", lead)
-                results[process.name].windows.append(process.window(steps, meter))
-            progress(done + 1)
-            if time.perf_counter() - began > limit_s:
-                break
-        for process in running:
-            results[process.name].facts = process.ask("facts", 0)
-    return results
+
+        def window(process: _Process) -> Window:
+            if lead:
+                process.ask("run", lead)
+            return process.window(steps, meter)
+
+        work = {process.name: partial(window, process) for process in running}
+        found = in_turns(work, windows, limit_s=limit_s, after=progress)
+        return {p.name: Result(found[p.name], p.ask("facts", 0)) for p in running}
 
 
 class _Process:
@@ -251,3 +273,83 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute something in this process."""
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[Any], float]
+    """Distance of an output of `run` from the oracle."""
+    allowed: float
+    """Largest `error` with which it is admitted to the timing."""
+
+
+Race = tuple[str, dict[str, Any], list[Way]]
+"""Name of an operation, its case, and the ways to compute it."""
+
+
+def race(
+    ways: Sequence[Way],
+    device: torch.device,
+    windows: int = 20,
+    warmup: int = 3,
+    limit_s: float = 120.0,
+) -> dict[str, dict[str, Any]]:
+    """Check every way, then time single calls in turns. Fields of a row by name.
+
+    `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`.
+    Raises `ValueError` when an output is further from its oracle than allowed.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        for _ in range(warmup):
+            output = way.run()
+        error = way.error(output)
+        if not error <= way.allowed:
+            raise ValueError(f"{way.name}: error {error:.2e} > {way.allowed:.0e}")
+        del output
+        facts[way.name] = {"error": error, "peak_extra_bytes": peak_extra_bytes(way.run, device)}
+    work = {way.name: partial(_milliseconds, way.run, device) for way in ways}
+    found = in_turns(work, windows, limit_s=limit_s)
+    return {name: _times(times) | facts[name] for name, times in found.items()}
+
+
+def _times(milliseconds: Sequence[float]) -> dict[str, Any]:
+    found = spread(milliseconds)
+    return {f"{name}_ms": found[name] for name in ("p20", "p50", "p80")} | {"n": found["n"]}
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes of tensors alive at once during one call, beyond those alive before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    alive = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak

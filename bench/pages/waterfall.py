@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bench.ablation import EVERYTHING, PLAIN
-from bench.measure.harness import RESULTS, ROOT
-from bench.pages.tables import Row, caption, latest, read_rows
+from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
+from bench.pages.tables import caption
 
 PICTURE = ROOT / "docs" / "ablation.png"
 GRAY, BLUE, GREEN, RED, INK = "#8a929e", "#3564c4", "#3f9b6b", "#c4483c", "#2b2f36"
@@ -77,15 +77,15 @@ def _panel(axes: Any, run: Sequence[Row]) -> None:
     axes.set_xlim(0, whole * 1.18)
     axes.set_xlabel("milliseconds per step: median over turns, lines from p20 to p80", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    head = caption(run).removesuffix(":").replace(" (commit", f", {run[0]['n']} turns\n(commit")
+    head = caption(run[0]).replace(" (commit", f", {run[0]['n']} turns\n(commit")
     axes.set_title(head, fontsize=9, loc="left")
 
 
 def published() -> tuple[list[list[Row]], str]:
-    """The latest waterfall of every case, and a digest of these rows."""
+    """The latest waterfall of every case, and a digest of what is drawn of it."""
     runs = latest(read_rows(RESULTS / "ablation.jsonl"))
     runs = [run for run in runs if run[0]["case"]["part"] == "waterfall"]
-    text = json.dumps(runs, sort_keys=True)
+    text = json.dumps([[caption(run[0]), bars(run)] for run in runs])
     return runs, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

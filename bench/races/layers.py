@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, relu
 from torch.nn.grad import conv2d_weight
 
-from bench.measure.harness import Contender, Race
+from bench.measure.contest import Race, Way
 from fastmoco.machine.host import keep_freed_memory
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu, reference
 from fastmoco_kernels import direct_convolution_cpu as direct
@@ -110,12 +110,12 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
         leaves[0], leaves[1] if added else None, w, b, m, v, True, 0.1, 1e-5, 1, True
     )
     truth = [t.to(device) for t in (y.detach(), *torch.autograd.grad(y, leaves, upstream.double()))]
-    contenders = [Contender("official", step(official), error, 2e-2)]
-    contenders += [Contender("compiled", step(torch.compile(official)), error, 2e-2)]
+    ways = [Way("official", step(official), error, 2e-2)]
+    ways += [Way("compiled", step(torch.compile(official)), error, 2e-2)]
     if supports(tensors[0], tensors[1], (weight, bias, mean, var), 1):
-        contenders.append(Contender("fastmoco", step(fused), error, 2e-2))
+        ways.append(Way("fastmoco", step(fused), error, 2e-2))
     case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
-    return "batch_norm", case, contenders
+    return "batch_norm", case, ways
 
 
 def weight_gradient_race(n: int, c: int, side: int, o: int, k: int, stride: int) -> Race:
@@ -147,12 +147,12 @@ def weight_gradient_race(n: int, c: int, side: int, o: int, k: int, stride: int)
     def error(dw: Tensor) -> float:
         return float((dw.double() - truth).abs().mean() / truth.abs().mean())
 
-    contenders = [
-        Contender("official", official, error, 5e-3),
-        Contender("fastmoco", fused, error, 1e-5),
+    ways = [
+        Way("official", official, error, 5e-3),
+        Way("fastmoco", fused, error, 1e-5),
     ]
     case = {"n": n, "c": c, "side": side, "o": o, "k": k, "stride": stride, "device": "cpu"}
-    return "weight_gradient", case, contenders
+    return "weight_gradient", case, ways
 
 
 def convolution_race(part: str, n: int, c: int, side: int, o: int, k: int, stride: int) -> Race:
@@ -194,16 +194,16 @@ def convolution_race(part: str, n: int, c: int, side: int, o: int, k: int, strid
     def error(got: Tensor) -> float:
         return float((got.double() - truth).norm() / truth.norm())
 
-    ways = {"official": aten, "direct": products}
+    found = {"official": aten, "direct": products}
     if k == 3 and stride == 1:
-        ways["winograd"] = tiles
+        found["winograd"] = tiles
 
     def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
         return lambda: way(*next(turn))
 
-    contenders = [Contender(name, run(way), error, 1e-5) for name, way in ways.items()]
+    ways = [Way(name, run(way), error, 1e-5) for name, way in found.items()]
     case = {"part": part, "n": n, "c": c, "side": side, "o": o, "k": k, "stride": stride}
-    return "convolution", case | {"device": "cpu"}, contenders
+    return "convolution", case | {"device": "cpu"}, ways
 
 
 def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:

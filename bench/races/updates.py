@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure.harness import Contender, Race
+from bench.measure.contest import Race, Way
 from fastmoco_kernels import ema_, sgd_ema_
 
 MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
@@ -49,7 +49,7 @@ def ema_race(device: torch.device) -> Race:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(target * MOMENTUM + source * (1.0 - MOMENTUM))
 
-    def contender(name: str, update: Callable[[Any], None], parameters: bool = False) -> Contender:
+    def way(name: str, update: Callable[[Any], None], parameters: bool = False) -> Way:
         plain = _draw(shapes, 2, device)
         targets: list[Any] = (
             [torch.nn.Parameter(t, requires_grad=False) for t in plain] if parameters else plain
@@ -60,7 +60,7 @@ def ema_race(device: torch.device) -> Race:
                 update(targets)
             return targets
 
-        return Contender(name, run, lambda out: error(out), 1e-5)
+        return Way(name, run, lambda out: error(out), 1e-5)
 
     def error(targets: list[Tensor], calls: int = 3) -> float:
         start = _draw(shapes[:3], 2, device)
@@ -70,14 +70,14 @@ def ema_race(device: torch.device) -> Race:
             worst = max(worst, float((targets[at].double() - want).abs().max()))
         return worst
 
-    contenders = [
-        contender("official", official, parameters=True),
-        contender("official compiled", compiled),
-        contender("foreach mul, add", two_passes),
-        contender("timm: foreach lerp", lambda t: torch._foreach_lerp_(t, sources, 1 - MOMENTUM)),
-        contender("fastmoco", lambda t: ema_(t, sources, MOMENTUM)),
+    ways = [
+        way("official", official, parameters=True),
+        way("official compiled", compiled),
+        way("foreach mul, add", two_passes),
+        way("timm: foreach lerp", lambda t: torch._foreach_lerp_(t, sources, 1 - MOMENTUM)),
+        way("fastmoco", lambda t: ema_(t, sources, MOMENTUM)),
     ]
-    return "ema", {"model": "resnet50 mlp", "device": device.type}, contenders
+    return "ema", {"model": "resnet50 mlp", "device": device.type}, ways
 
 
 def sgd_ema_race(device: torch.device) -> Race:
@@ -124,12 +124,12 @@ def sgd_ema_race(device: torch.device) -> Race:
     def error(got: list[Tensor]) -> float:
         return max(float((g.double() - w).abs().max()) for g, w in zip(got, want, strict=True))
 
-    contenders = [
-        Contender("official", stepper(True), error, 1e-5),
-        Contender("foreach SGD, ema_", stepper(False), error, 1e-5),
-        Contender("fastmoco", fused, error, 1e-5),
+    ways = [
+        Way("official", stepper(True), error, 1e-5),
+        Way("foreach SGD, ema_", stepper(False), error, 1e-5),
+        Way("fastmoco", fused, error, 1e-5),
     ]
-    return "sgd_ema", {"model": "resnet50 mlp", "device": device.type}, contenders
+    return "sgd_ema", {"model": "resnet50 mlp", "device": device.type}, ways
 
 
 def _sgd_then_ema(

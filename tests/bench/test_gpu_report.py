@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import ablation, throughput
-from bench.measure.harness import ROOT
+from bench.measure.rows import ROOT
 from fastmoco.doctor import __main__ as doctor
 
 ABSENT = ["--config", "configs/absent.yaml"]
