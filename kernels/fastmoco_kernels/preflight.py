@@ -1,4 +1,4 @@
-"""Does every op compute on this device what its reference computes? A few seconds before a run.
+"""Does every op compute on this device what its reference computes? Checked before a run.
 
     results = preflight.check(torch.device("cuda"))
     for result in results:
@@ -133,7 +133,9 @@ def _run(op: str, case: str, body: Callable[[], str]) -> Result:
 
 
 def short_preflight(device: torch.device) -> list[str]:
-    """Compare every fused op with its float64 reference on `device`, in a few seconds.
+    """Compare every fused op with its float64 reference on `device`.
+
+    Kernels that are not cached are compiled first, which on CUDA takes most of the time.
 
     On CUDA an op that is wrong runs by its reference from now on. Returns one sentence for each
     such op, to be shown as a warning; an empty list when all are right.
