@@ -23,7 +23,7 @@ def norm_choice(device: torch.device, compiled: bool) -> str:
     if compiled:
         return "fused by torch.compile"
     if device.type != "cpu":
-        return "by cuDNN (run.compile off)"
+        return "by PyTorch, in bf16 without cuDNN (run.compile off)"
     return f"by ATen ({why})" if (why := reason()) else "fused with ReLU for this CPU"
 
 

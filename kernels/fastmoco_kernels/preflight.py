@@ -1,4 +1,4 @@
-"""Does every op compute on this device what its reference computes? A few seconds before a run.
+"""Does every op compute on this device what its reference computes? Checked before a run.
 
     results = preflight.check(torch.device("cuda"))
     for result in results:
@@ -135,7 +135,8 @@ def _run(op: str, case: str, body: Callable[[], str]) -> Result:
 def wrong_ops(device: torch.device) -> dict[str, str]:
     """Every op that differs from its float64 reference on `device`, with the first case of it.
 
-    Takes a few seconds and changes nothing. On CUDA without triton every op is in it.
+    Changes nothing. Kernels that are not cached are compiled first, which on CUDA takes most of
+    the time. On CUDA without triton every op is in it.
     """
     failed: dict[str, str] = {}
     if device.type == "cuda" and not HAS_TRITON:
@@ -147,7 +148,7 @@ def wrong_ops(device: torch.device) -> dict[str, str]:
 
 
 def short_preflight(device: torch.device) -> list[str]:
-    """Compare every fused op with its float64 reference on `device`, in a few seconds.
+    """Compare every fused op with its float64 reference on `device`.
 
     On CUDA an op that is wrong runs by its reference from now on, in this process. Returns one
     sentence for each such op, to be shown as a warning; an empty list when all are right.
