@@ -1,4 +1,7 @@
-"""Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU, one eager oracle each."""
+"""Fused operations of MoCo: Triton kernels for CUDA, ATen or C++ for the CPU.
+
+`reference` computes each of them eagerly; the references of convolutions are torch's own.
+"""
 
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqueue
