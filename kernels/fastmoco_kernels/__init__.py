@@ -1,6 +1,7 @@
-"""Fused operations of MoCo: Triton kernels for CUDA, ATen or C++ for the CPU.
+"""Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU.
 
-`reference` computes each of them eagerly; the references of convolutions are torch's own.
+`reference` is what the loss, the queue and the updates are compared with; batch norm and
+convolutions of the CPU are compared with torch's own.
 """
 
 from fastmoco_kernels.ema import ema_
