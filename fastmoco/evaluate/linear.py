@@ -20,7 +20,7 @@ from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import choose_labels, hold_out
 from fastmoco.evaluate.linear_cached import Schedule, sweep
-from fastmoco.evaluate.linear_protocol import Protocol
+from fastmoco.evaluate.linear_protocol import Protocol, TrunkChangedError
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.cache import cache_folder
 
@@ -35,7 +35,7 @@ def parser() -> CommandParser:
     add("--cached", action="store_true", help="sweep on stored features of fixed crops")
     add("--crops", type=int, default=0, help="cached: fixed random crops per image; 0: the centre")
     add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
-    add("--lr", type=float, default=30.0, help="full protocol: learning rate")
+    add("--lr", type=float, help="full protocol: learning rate; default 30")
     add("--epochs", type=int, default=100)
     add("--milestones", type=int, nargs="*", help="epochs that divide lr by 10; default 60%%, 80%%")
     add("--batch_size", type=int, default=256, help="over all ranks")
@@ -52,7 +52,11 @@ def schedule_of(given: argparse.Namespace) -> Schedule:
     for name, low in (("epochs", 1), ("batch_size", 1), ("image_size", 8), ("crops", 0)):
         if getattr(given, name) < low:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
-    if not 0 < given.lr < float("inf"):
+    if given.cached and given.lr is not None:
+        raise ConfigError("--cached trains many learning rates at once: leave out --lr.")
+    if given.crops and not given.cached:
+        raise ConfigError("--crops is for --cached; the full protocol draws new crops each epoch.")
+    if given.lr is not None and not 0 < given.lr < float("inf"):
         raise ConfigError(f"--lr is {given.lr}, but must be greater than 0.")
     scaled = (given.epochs * 6 // 10, given.epochs * 8 // 10)
     steps = scaled if given.milestones is None else tuple(given.milestones)
@@ -116,7 +120,14 @@ def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> d
     schedule = schedule_of(given)
     train, test = both_folders(given)
     protocol = Protocol(
-        trunk, train, test, schedule, lr=given.lr, out=given.out, world=world, workers=given.workers
+        trunk,
+        train,
+        test,
+        schedule,
+        lr=30.0 if given.lr is None else given.lr,
+        out=given.out,
+        world=world,
+        workers=given.workers,
     )
     return protocol.run()
 
@@ -142,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with (given.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps({**result, "seed": given.seed}) + "\n")
             print(f"linear top-1 {100 * float(str(result['val_top1'])):.2f} %, in {given.out}")
-    except (ConfigError, collectives.CollectiveError, OSError) as error:
+    except (ConfigError, OSError, collectives.CollectiveError, TrunkChangedError) as error:
         if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, collectives.CollectiveError) else 2
+        return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
         return 130
     finally:

@@ -28,6 +28,10 @@ from fastmoco.machine.ranks import World
 from fastmoco.weights import files
 
 
+class TrunkChangedError(RuntimeError):
+    """The frozen trunk is not what it was: the accuracy would mean nothing."""
+
+
 class Protocol:
     """One linear layer on the frozen trunk: lr 30, momentum 0.9, no weight decay, steps 60 and 80.
 
@@ -72,7 +76,9 @@ class Protocol:
                 record = self._train_epoch(loader)
                 self.epoch += 1
                 if self.trunk.fingerprint() != self.before:
-                    raise RuntimeError("the frozen trunk has changed while its classifier learned")
+                    raise TrunkChangedError(
+                        "the frozen trunk has changed while its classifier learned"
+                    )
                 top1, top5 = self.validate()
                 self.best = max(self.best, top1)
                 record |= {"val_top1": top1, "val_top5": top5, "best_top1": self.best}

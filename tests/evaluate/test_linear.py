@@ -17,7 +17,7 @@ from fastmoco.evaluate import linear
 from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.linear_cached import Schedule, train_sweep
-from fastmoco.evaluate.linear_protocol import Protocol
+from fastmoco.evaluate.linear_protocol import Protocol, TrunkChangedError
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
 from tests.support.ranks import Ranks
@@ -95,7 +95,7 @@ def test_a_trunk_that_changes_ends_the_run(place: Path, monkeypatch: pytest.Monk
         return step(features, labels)
 
     monkeypatch.setattr(one, "step", touching)
-    with pytest.raises(RuntimeError, match="has changed"):
+    with pytest.raises(TrunkChangedError, match="has changed"):
         one.run()
 
 
@@ -146,6 +146,9 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(
     for arguments, part in (
         ([*root, "--labels", "9-per-class"], "has only 8"),
         ([*root, "--epochs", "0"], "--epochs is 0"),
+        ([*root, "--lr", "-1"], "--lr is -1"),
+        ([*root, "--lr", "1", "--cached"], "leave out --lr"),
+        ([*root, "--crops", "2"], "--crops is for --cached"),
         (["--checkpoint", "nowhere", "--data.root", "x"], "nowhere does not exist"),
         ([*root[:2], "--data.root", str(place / "train")], "needs a folder train"),
     ):
