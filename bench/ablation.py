@@ -1,41 +1,31 @@
 """What each improvement is worth: `python -m bench.ablation --config FILE [dotted overrides]`.
 
-    --parts A,B      some of: switches, waterfall, data (these three by default), compile
-    --windows N      timed windows of each variant (20)
-    --publish        append rows to bench/results/ablation.jsonl; refused for a dirty tree
-
 `switches` is our step with one improvement switched off at a time. `waterfall` goes from the
 published step to ours: first the same algorithm as this program runs it with everything off, then
-one improvement after another, so gains add up and depend on the order. `data` is the step fed by
-the loader, with the other executor of the views (not for synthetic data). `compile` is the
-opposite of what `run.compile` means here, which takes minutes to compile on the CPU. Every variant
-is a process of its own, and those of a part take turns (`bench.measure.contest`).
+one improvement after another, so gains add up and depend on the order. --only takes one of them.
+Every variant is a process of its own, and those of a part take turns (`bench.measure.contest`).
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.measure import nvml, terminal
-from bench.measure.case import case_of, device_of, origin
+from bench.measure import nvml
 from bench.measure.contest import Contestant, Result, contest
-from bench.measure.harness import RESULTS, percentiles, write_rows
+from bench.measure.program import chosen, command, complain, configured, parser, progress, steps_of
+from bench.measure.rows import Row, append_rows, case_of, device_of, origin, quantiles
 from bench.steps.switches import Switch, switches
 from bench.throughput import summary
-from fastmoco.config import Config, ConfigError, check, dump, parse
-from fastmoco.data.backends.choose import has_dali
-from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.config import Config, dump, parse
 from fastmoco.method.build import compile_encoders
 
-ROWS = RESULTS / "ablation.jsonl"
 EVERYTHING = "nothing"
 PUBLISHED, PLAIN = "published step", "this program, all off"
-PARTS = ("switches", "waterfall", "data", "compile")
+PARTS = ("switches", "waterfall")
 
 
 @dataclass(frozen=True)
@@ -47,49 +37,28 @@ class Variant:
     factory: str = "our_step"
 
 
-def improvements(config: Config) -> list[str]:
-    """Names of the switches, in the order of the waterfall."""
-    return [switch.name for switch in _chosen(config)]
-
-
-def _chosen(config: Config) -> list[Switch]:
+def improvements(config: Config) -> list[Switch]:
+    """What can be switched off here, in the order of the waterfall."""
     device = device_of(config)
     return switches(config, device.type == "cuda", compile_encoders(config, device))
 
 
 def variants(part: str, config: Config) -> dict[str, Variant]:
     """The variants of a part by name; the one that others are relative to is `EVERYTHING`."""
-    device, chosen = device_of(config), _chosen(config)
-    cuda, compiled = device.type == "cuda", compile_encoders(config, device)
-    ours = {EVERYTHING: Variant()}
+    found, ours = improvements(config), {EVERYTHING: Variant()}
     if part == "switches":
         return ours | {
-            f"{s.name} ({s.instead} instead)": Variant(s.overrides, s.without) for s in chosen
+            f"{s.name} ({s.instead} instead)": Variant(s.overrides, s.without) for s in found
         }
-    if part == "waterfall":
-        names = [PLAIN, *(s.name for s in chosen[:-1])]
-        steps = {
-            name: Variant(
-                tuple(word for s in chosen[done:] for word in s.overrides),
-                tuple(word for s in chosen[done:] for word in s.without),
-            )
-            for done, name in enumerate(names)
-        }
-        return {PUBLISHED: Variant(factory="official_step"), **steps} | ours
-    if part == "data":
-        backend = config.data.backend
-        now = ("dali" if cuda and has_dali() else "array") if backend == "auto" else backend
-        other = "array" if now == "dali" else "dali"
-        return {
-            EVERYTHING: Variant(factory="end_to_end"),
-            f"{now} loader ({other} instead)": Variant(
-                ("--data.backend", other), factory="end_to_end"
-            ),
-        }
-    name = "run.compile off (on instead)"
-    if compiled:
-        name = "run.compile on (off instead)"
-    return ours | {name: Variant(("--run.compile", "off" if compiled else "on"))}
+    names = [PLAIN, *(s.name for s in found[:-1])]
+    steps = {
+        name: Variant(
+            tuple(word for s in found[done:] for word in s.overrides),
+            tuple(word for s in found[done:] for word in s.without),
+        )
+        for done, name in enumerate(names)
+    }
+    return {PUBLISHED: Variant(factory="official_step"), **steps} | ours
 
 
 def relative(results: Mapping[str, Result], name: str) -> tuple[list[float], float]:
@@ -97,10 +66,10 @@ def relative(results: Mapping[str, Result], name: str) -> tuple[list[float], flo
     mine, whole = results[name].windows, results[EVERYTHING].windows
     turns = [a.seconds / b.seconds for a, b in zip(mine, whole, strict=True)]
     busy = sum(w.cpu_seconds for w in mine) / sum(w.cpu_seconds for w in whole)
-    return percentiles(turns), round(busy, 4)
+    return quantiles(turns), round(busy, 4)
 
 
-def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[Row]:
     """One row per variant, in the order of the part."""
     rows = []
     for name, result in results.items():
@@ -112,70 +81,43 @@ def rows_of(results: Mapping[str, Result], shared: Mapping[str, Any]) -> list[di
                 "contestant": name,
                 "relative": times,
                 "relative_cpu": busy,
-                "step_ms": percentiles(step_ms, 3),
+                "step_ms": quantiles(step_ms, 3),
                 **summary(result, shared["case"]["batch"]),
             }
         )
     return rows
 
 
-def run_part(part: str, arguments: Sequence[str], windows: int) -> dict[str, Result]:
+def run_part(part: str, arguments: Sequence[str], windows: int, steps: int) -> dict[str, Result]:
     """The contest of one part; `arguments` give the configuration."""
     config = parse(arguments)
-    device = device_of(config)
-    steps = 10 if device.type == "cuda" else 1
     contestants = []
     for name, variant in variants(part, config).items():
-        changed = parse([*arguments, *variant.overrides])
-        if part == "data":
-            changed = resolve_folders(changed)
-        given: dict[str, Any] = {"config": dump(changed)}
+        given: dict[str, Any] = {"config": dump(parse([*arguments, *variant.overrides]))}
         if variant.without:
             given["without"] = variant.without
         contestants.append(Contestant(name, f"bench.steps.contestants:{variant.factory}", given))
     return contest(
         contestants,
         windows=windows,
-        steps=max(steps, 4) if part == "data" else steps,
+        steps=steps,
         warmup=max(2, steps),
-        lead=config.data.prefetch + 2 if part == "data" else 0,
-        meter=nvml.build_meter(device, partial(terminal.complain, "ablation")),
-        progress=lambda done: terminal.progress(done, windows),
+        meter=nvml.build_meter(device_of(config), partial(complain, "ablation")),
+        progress=progress(windows),
     )
 
 
-def parts_of(named: str, config: Config) -> list[str]:
-    """The parts to run. Raises `ConfigError` for one that does not exist or cannot run."""
-    synthetic = config.data.source == "synthetic"
-    if not named:
-        fed = not synthetic and has_dali()
-        return ["switches", "waterfall", *(["data"] if fed else [])]
-    chosen = named.split(",")
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise ConfigError(f"--parts knows {', '.join(PARTS)}, not {', '.join(unknown)}.")
-    if "data" in chosen and (synthetic or not has_dali()):
-        raise ConfigError("--parts data needs images (data.source) and DALI.")
-    return chosen
-
-
-@terminal.command("ablation")
+@command("ablation")
 def main(arguments: Sequence[str]) -> None:
-    """Print a table per part; with --publish also append its rows."""
-    parser = argparse.ArgumentParser("bench.ablation", description=__doc__, add_help=False)
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--parts", default="")
-    parser.add_argument("--publish", action="store_true")
-    own, rest = parser.parse_known_args(arguments)
-    config = parse(rest)
-    check(config, 1)
-    parts = parts_of(own.parts, config)
-    where = origin(device_of(config), own.publish)
+    """Print a table per part."""
+    own, config, rest = configured(parser("ablation", __doc__), arguments)
+    parts, device = chosen(own.only, PARTS), device_of(config)
+    where = origin(device, own.publish)
     for part in parts:
-        results = run_part(part, rest, own.windows)
+        results = run_part(part, rest, own.windows, steps_of(own.steps, device))
         shared: dict[str, Any] = {"benchmark": "ablation", "case": case_of(config) | {"part": part}}
         if part == "waterfall":
-            shared["order"] = improvements(config)
+            shared["order"] = [switch.name for switch in improvements(config)]
         rows = rows_of(results, shared)
         print(f"{part}: p50 (p20 - p80) over {own.windows} turns")
         for row in rows:
@@ -186,7 +128,7 @@ def main(arguments: Sequence[str]) -> None:
                 flush=True,
             )
         if own.publish:
-            write_rows(ROWS, ({**row, "environment": where} for row in rows))
+            append_rows("ablation", rows, where)
 
 
 if __name__ == "__main__":

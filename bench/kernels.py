@@ -1,27 +1,25 @@
 """Op by op: the fused ops beside the official formulation, torch.compile of it and other libraries.
 
-    python -m bench.kernels [--device cuda] [--only ema] [--rounds 20] [--threads 2] [--save]
-                            [--profile DIR]
+    python -m bench.kernels [--device cuda] [--only ema] [--threads 2] [--publish] [--profile DIR]
 
-Prints a table per case; --save appends rows to bench/results/kernels.jsonl and is refused for a
-dirty tree. `official` is what the published MoCo code does: einsum, cat, division, cross entropy on
-a clone of the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD.
-It takes no top-5, which the official step does and the fused op includes. The layers of the
-encoder are in `bench.races.layers`. N local batch, C dimension, K queue length.
+`official` is what the published MoCo code does: einsum, cat, division, cross entropy on a clone of
+the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD. It takes
+no top-5, which the official step does and the fused op includes. The layers of the encoder are in
+`bench.races.layers`. N local batch, C dimension, K queue length.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.measure import terminal
-from bench.measure.case import origin
-from bench.measure.harness import RESULTS, Contender, Race, append_rows, race, table
+from bench.measure.contest import Race, Way, race
+from bench.measure.program import chosen, command, parser
+from bench.measure.rows import append_rows, origin
 from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.updates import ema_race, sgd_ema_race
@@ -49,51 +47,54 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     }
 
 
-def profile(contenders: list[Contender], folder: Path, name: str, device: torch.device) -> None:
-    """A trace per contender for chrome://tracing; its ten costliest operations on the screen."""
+def profile(ways: Sequence[Way], folder: Path, name: str, device: torch.device) -> None:
+    """A trace of each way for chrome://tracing; its ten costliest operations on the screen."""
     folder.mkdir(parents=True, exist_ok=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    for contender in contenders:
-        contender.run()
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            contender.run()
-        profiler.export_chrome_trace(str(folder / f"{name}-{contender.name.split(':')[0]}.json"))
-        print(f"\n{name}: {contender.name}")
+    key = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    for way in ways:
+        way.run()
+        with torch.profiler.profile(profile_memory=True) as profiler:  # of every device there is
+            way.run()
+        profiler.export_chrome_trace(str(folder / f"{name}-{way.name.split(':')[0]}.json"))
+        print(f"\n{name}: {way.name}")
         print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=40))
 
 
-@terminal.command("kernels")
+def table(timings: dict[str, dict[str, Any]]) -> str:
+    """The timings as text, with the speed-up of the medians over the first way."""
+    base = next(iter(timings.values()))["p50_ms"]
+    lines = [f"{'':24s} {'p20':>9s} {'p50':>9s} {'p80':>9s} ms   speed-up  extra MiB"]
+    for name, found in timings.items():
+        times = " ".join(f"{found[f'p{p}_ms']:9.3f}" for p in (20, 50, 80))
+        gain, extra = base / found["p50_ms"], found["peak_extra_bytes"] / 2**20
+        lines.append(f"{name:24s} {times}      {gain:8.2f}  {extra:9.2f}")
+    return "\n".join(lines)
+
+
+@command("kernels")
 def main(arguments: Sequence[str]) -> None:
-    """Race what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", metavar="OP")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--save", action="store_true")
-    parser.add_argument("--profile", type=Path, metavar="DIR")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    """Race what was asked for and print a table per case."""
+    options = parser("kernels", __doc__, steps=False)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--profile", type=Path, metavar="DIR", help="write traces, time nothing")
+    own = options.parse_args(arguments)
+    device = torch.device(own.device)
     known = races(device)
-    if options.only not in (None, *known):
-        parser.error(f"--only knows {', '.join(known)} here, not {options.only}")
-    torch.set_num_threads(options.threads)
-    where = origin(device, options.save)
-    for op, builders in known.items():
-        if options.only not in (None, op):
+    builders = [build for op in chosen(own.only, list(known)) for build in known[op]]
+    torch.set_num_threads(own.threads)
+    where = origin(device, own.publish)
+    for build in builders:
+        name, case, ways = build()
+        if own.profile:
+            profile(ways, own.profile, name, device)
             continue
-        for build in builders:
-            name, case, contenders = build()
-            if options.profile:
-                profile(contenders, options.profile, name, device)
-                continue
-            timings = race(contenders, device, options.rounds)
-            print(f"\n{name} {case}\n{table(timings, 'official')}", flush=True)
-            if options.save:
-                append_rows(RESULTS / "kernels.jsonl", name, case, timings, where)
+        timings = race(ways, device, own.windows)
+        print(f"\n{name} {case}\n{table(timings)}", flush=True)
+        if own.publish:
+            shared = {"benchmark": name, "case": case}
+            rows = ({**shared, "contestant": way, **found} for way, found in timings.items())
+            append_rows("kernels", rows, where)
 
 
 if __name__ == "__main__":

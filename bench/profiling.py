@@ -1,43 +1,38 @@
 """Where the time of a step goes: `python -m bench.profiling --config FILE`.
 
 Runs the step fed by its loader under torch.profiler; `bench.throughput --profile` does the same
-after its table. Into `--out` (runs/profile) go `trace.json` for Perfetto or chrome://tracing and
-`operations.txt`, the costliest operations; printed and, with `--publish`, kept as a row are the
+after its table. Into --out (runs/profile) go `trace.json` for Perfetto or chrome://tracing and
+`operations.txt`, the costliest operations; printed are the
 shares of convolution, batch norm, elementwise, loss, update and data. Phases are ranges with
 stable names: `fastmoco.data`, `fastmoco.keys`, `fastmoco.queries`, `fastmoco.loss`,
 `fastmoco.update`, and `fastmoco.graph` for all but the first where the step is one compiled graph.
-With `--nvtx` they are emitted for Nsight instead:
-
-    nsys profile -c cudaProfilerApi python -m bench.profiling --config FILE --nvtx
+For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profiling --config FILE`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
-import torch
+from torch import get_num_threads
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.measure import terminal
-from bench.measure.case import case_of, device_of, origin
 from bench.measure.contest import synchronize
-from bench.measure.harness import RESULTS, write_rows
-from bench.steps.contestants import Fed, fed_step
-from fastmoco.config import Config, check, dump, parse
+from bench.measure.program import command, configured, parser
+from bench.measure.rows import Row, append_rows, case_of, device_of, origin
+from bench.steps.contestants import fed_step
+from fastmoco.config import Config, dump
 from fastmoco.data.batch import Batch
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.method.compiled_step import WholeStep
-from fastmoco.method.shuffle_bn import Shuffle
 from fastmoco.method.step import Step
 from fastmoco_kernels import info_nce_enqueue
 
-ROWS = RESULTS / "profile.jsonl"
 DATA = "fastmoco.data"
 # The first part with a word in an operation's name, or in that of a range around it, owns its time.
 PARTS = {
@@ -76,32 +71,23 @@ def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     if isinstance(step, WholeStep):  # one graph: no range fits inside
         step.run_graph = ranged("fastmoco.graph", step.run_graph)  # type: ignore[method-assign]
         return run
-    step.shuffle = cast(Shuffle, _Keys(step.shuffle))
     step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
     step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
     if step.ema is not None:
         step.ema = ranged("fastmoco.update", step.ema)
-    loss = ranged("fastmoco.loss", info_nce_enqueue)
+    keys = type(step.shuffle)  # a call is looked up in the class
+    places = {
+        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss", info_nce_enqueue),
+        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys", keys.__call__),
+    }
 
     def named() -> None:
-        with mock.patch(f"{type(step).__module__}.info_nce_enqueue", loss):
+        with ExitStack() as patches:
+            for place, function in places.items():
+                patches.enter_context(mock.patch(place, function))
             run()
 
     return named
-
-
-class _Keys:
-    """A shuffle whose call is a range."""
-
-    def __init__(self, shuffle: Any) -> None:
-        self._shuffle = shuffle
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shuffle, name)
-
-    def __call__(self, *arguments: Any) -> Any:
-        with record_function("fastmoco.keys"):
-            return self._shuffle(*arguments)
 
 
 def part_of(event: Any) -> str:
@@ -139,7 +125,7 @@ def shares(events: Sequence[Any], cuda: bool) -> dict[str, float]:
     return {part: 100 * value / everything for part, value in found if value}
 
 
-def profile_step(config: Config, out: Path, number: int) -> dict[str, Any]:
+def profile_step(config: Config, out: Path, number: int) -> Row:
     """Profile `number` steps after three, write trace and table into `out`, return a row's fields.
 
     `shares` in percent, `step_ms` of wall time under the profiler, `data_wait_percent` of it.
@@ -147,16 +133,19 @@ def profile_step(config: Config, out: Path, number: int) -> dict[str, Any]:
     fed = fed_step(dump(config), ranged_batches)
     cuda = fed.device.type == "cuda"
     try:
-        run = _warm(fed)
-        waited, began = fed.wait_s(), time.perf_counter()
+        run = with_ranges(fed.step, fed.run)
+        for _ in range(3):
+            run()
+        synchronize(fed.device)
+        waited, began = fed.loader.wait_s, time.perf_counter()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as profiler:
             for _ in range(number):
                 run()
             synchronize(fed.device)
-        seconds, waited = time.perf_counter() - began, fed.wait_s() - waited
+        seconds, waited = time.perf_counter() - began, fed.loader.wait_s - waited
     finally:
-        fed.close()
+        fed.loader.close()
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -168,32 +157,11 @@ def profile_step(config: Config, out: Path, number: int) -> dict[str, Any]:
         "step_ms": round(1e3 * seconds / number, 2),
         "data_wait_percent": round(100 * waited / seconds, 2),
         "steps": number,
-        "threads": torch.get_num_threads(),
+        "threads": get_num_threads(),
     }
 
 
-def _warm(fed: Fed) -> Callable[[], object]:
-    run = with_ranges(fed.step, fed.run)
-    for _ in range(3):
-        run()
-    synchronize(fed.device)
-    return run
-
-
-def emit_nvtx(config: Config, number: int) -> None:
-    """Run `number` steps with their ranges and operations as NVTX ranges, for Nsight."""
-    fed = fed_step(dump(config), ranged_batches)
-    try:
-        run = _warm(fed)
-        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
-            for _ in range(number):
-                run()
-            synchronize(fed.device)
-    finally:
-        fed.close()
-
-
-def report(row: dict[str, Any], out: Path) -> None:
+def report(row: Row, out: Path) -> None:
     """Print the costliest operations and the shares."""
     lines = (out / "operations.txt").read_text().splitlines()
     print("\n".join(lines))
@@ -205,27 +173,18 @@ def report(row: dict[str, Any], out: Path) -> None:
     )
 
 
-@terminal.command("profiling")
+@command("profiling")
 def main(arguments: Sequence[str]) -> None:
-    """Print the shares; with --publish also append them as a row."""
-    parser = argparse.ArgumentParser("bench.profiling", description=__doc__, add_help=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/profile"))
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--nvtx", action="store_true")
-    parser.add_argument("--publish", action="store_true")
-    own, rest = parser.parse_known_args(arguments)
-    config = parse(rest)
-    check(config, 1)
+    """Print the shares."""
+    made = parser("profiling", __doc__, only=False, windows=False)
+    made.add_argument("--out", type=Path, default=Path("runs/profile"))
+    own, config, _ = configured(made, arguments)
     where = origin(device_of(config), own.publish)
     config = config if config.data.source == "synthetic" else resolve_folders(config)
-    if own.nvtx:
-        emit_nvtx(config, own.steps)
-        return
-    row = profile_step(config, own.out, own.steps)
+    row = profile_step(config, own.out, own.steps or 5)
     report(row, own.out)
     if own.publish:
-        shared = {"benchmark": "profile", "case": case_of(config), "environment": where}
-        write_rows(ROWS, [{**shared, **row}])
+        append_rows("profile", [{"benchmark": "profile", "case": case_of(config), **row}], where)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bytes and modelled time of the collectives of one step, by strategy, for 1 to 1024 ranks.
 
-    python -m bench.scaling [--save]
+    python -m bench.scaling
 
 Bytes of our strategies are counted from the calls that `fastmoco.method.shuffle_bn` makes in a
 process group of W ranks of which one exists; tests compare them and the formulas of the published
@@ -11,7 +11,6 @@ N local batch, W ranks, S image side, C feature dimension, K queue length.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.measure import terminal
-from bench.measure.case import origin
-from bench.measure.harness import RESULTS, write_rows
+from bench.measure.program import command, markdown, parser
+from bench.measure.rows import Row, append_rows, origin
 from bench.measure.wire import Wire
 from fastmoco.config import ShuffleBN
 from fastmoco.machine.ranks import World
@@ -140,7 +138,7 @@ def imagined(ranks: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def rows(size: Size) -> Iterator[dict[str, object]]:
+def rows(size: Size) -> Iterator[Row]:
     """One row per strategy and number of ranks; raises ValueError if count and model differ."""
     for ranks in RANKS:
         for strategy in (*OURS, "official"):
@@ -155,7 +153,7 @@ def rows(size: Size) -> Iterator[dict[str, object]]:
             yield {
                 "benchmark": "scaling",
                 "case": {**asdict(size), "ranks": ranks},
-                "contender": strategy,
+                "contestant": strategy,
                 "received_bytes": received,
                 "link": link,
                 "link_assumption": LINKS[link].assumption,
@@ -163,27 +161,27 @@ def rows(size: Size) -> Iterator[dict[str, object]]:
             }
 
 
-@terminal.command("scaling")
+@command("scaling")
 def main(arguments: Sequence[str]) -> None:
-    """Print the table; with --save also append the rows to bench/results/scaling.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--save", action="store_true", help="append rows to the results")
-    save = parser.parse_args(arguments).save
-    where = origin(torch.device("cpu"), save)
-    print("| ranks | strategy | images MB | keys MB | state MB | gradients MB | link | ms |")
-    print("|---:|---|---:|---:|---:|---:|---|---:|")
-    lines = []
-    for row in rows(Size()):
-        received: dict[str, int] = row["received_bytes"]  # type: ignore[assignment]
-        case: dict[str, int] = row["case"]  # type: ignore[assignment]
-        cells = " | ".join(f"{value / 1e6:.3f}" for value in received.values())
-        print(
-            f"| {case['ranks']} | {row['contender']} | {cells} | {row['link']} | "
-            f"{row['modelled_ms']} |"
-        )
-        lines.append(row | {"environment": where})
-    if save:
-        write_rows(RESULTS / "scaling.jsonl", lines)
+    """Print the table."""
+    made = parser("scaling", __doc__, only=False, windows=False, steps=False)
+    publish = made.parse_args(arguments).publish
+    where = origin(torch.device("cpu"), publish)
+    found = list(rows(Size()))
+    purposes = list(found[0]["received_bytes"])
+    headers = ["ranks, strategy", *(f"{name} MB" for name in purposes), "link", "ms"]
+    body = [
+        [
+            f"{row['case']['ranks']}, {row['contestant']}",
+            *(f"{value / 1e6:.3f}" for value in row["received_bytes"].values()),
+            row["link"],
+            str(row["modelled_ms"]),
+        ]
+        for row in found
+    ]
+    print("\n".join(markdown(headers, body)))
+    if publish:
+        append_rows("scaling", found, where)
 
 
 if __name__ == "__main__":

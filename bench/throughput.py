@@ -7,13 +7,7 @@ worth much to it; then the loader alone, and the step fed by the loader. Every w
 device synchronization; p20, p50 and p80 are over windows. Nothing but the device that torch finds
 differs between CPU and CUDA.
 
-    --quick            few short windows, no row: a first look in a minute or two
-    --windows N        timed windows of each contestant (20)
-    --window-steps N   steps of a window (1 on the CPU, 10 on CUDA)
-    --limit-s S        begin no further window after that many seconds
-    --only A,B         some of: loader, step, end_to_end, encoder, official, official_kept
-    --profile          then write a trace, the costliest operations and shares to runs/profile
-    --publish          append rows to bench/results/throughput.jsonl; refused for a dirty tree
+--only takes some of loader, step, end_to_end, encoder, official, official_kept.
 """
 
 from __future__ import annotations
@@ -22,96 +16,102 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import profiling
-from bench.measure import nvml, product, terminal
-from bench.measure.case import case_of, device_of, origin
+from bench.measure import nvml, product
 from bench.measure.contest import Contestant, Result, contest
-from bench.measure.harness import RESULTS, percentiles, write_rows
-from bench.pages import tables
-from fastmoco.config import Config, ConfigError, check, dump, flatten, parse
+from bench.measure.program import (
+    chosen,
+    command,
+    complain,
+    configured,
+    parser,
+    progress,
+    show,
+    steps_of,
+)
+from bench.measure.rows import Row, append_rows, case_of, device_of, origin, quantiles
+from bench.pages.tables import caption, cell, figure
+from fastmoco.config import Config, ConfigError, dump, flatten
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
 
-ROWS = RESULTS / "throughput.jsonl"
 PROFILE = Path("runs/profile")
-
-FACTORIES = {
-    "loader": "bench.steps.contestants:loader_alone",
-    "step": "bench.steps.contestants:our_step",
-    "end_to_end": "bench.steps.contestants:end_to_end",
-    "encoder": "bench.steps.contestants:bare_encoder",
-    "official": "bench.steps.contestants:official_step",
-    "official_kept": "bench.steps.contestants:official_step_with_kept_memory",
-}
 
 # The published code leaves libgomp's waiting as it is; `fastmoco` does not.
 PUBLISHED = {"GOMP_SPINCOUNT": LIBGOMP_SPIN_COUNT}
-ENVIRONMENTS = {"official": PUBLISHED, "official_kept": PUBLISHED}
-
+STEPS = "bench.steps.contestants"
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("loader", f"{STEPS}:loader_alone"),
+        Contestant("step", f"{STEPS}:our_step"),
+        Contestant("end_to_end", f"{STEPS}:end_to_end"),
+        Contestant("encoder", f"{STEPS}:bare_encoder"),
+        Contestant("official", f"{STEPS}:official_step", {}, PUBLISHED),
+        Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
+    )
+}
 FED = ("loader", "end_to_end")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured."""
+# Header of a column and what stands in it; a row without the field has a dash.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "images/s p50": lambda row: figure(row["p50_images_per_second"]),
+    "p20 - p80": lambda row: " - ".join(figure(row[f"p{p}_images_per_second"]) for p in (20, 80)),
+    "share of the fp32 product rate": lambda row: f"{row['product_share_percent']:.0f} %",
+    "CPU s per step": lambda row: f"{row['cpu_s_per_step']:.3f}",
+    "peak memory": lambda row: f"{row['peak_memory_gib']:.2f} GiB",
+    "host syncs per step": lambda row: str(row["host_syncs"]),
+    "kernel launches per step": lambda row: str(row["kernel_launches"]),
+    "power": lambda row: f"{row['power_w']:.0f} W",
+    "SM clock": lambda row: f"{row['sm_clock_mhz']:.0f} MHz",
+    "kWh per million images": lambda row: f"{row['kwh_per_million_images']:.3g}",
+}
+TITLES = {
+    "loader": "loader alone",
+    "step": "our step",
+    "end_to_end": "our step, fed by the loader",
+    "encoder": "bare encoder: forward, backward, one more forward",
+    "official": "published step",
+    "official_kept": "published step, freed memory kept as in ours",
+}
 
-    only: tuple[str, ...]
-    windows: int
-    window_steps: int
-    limit_s: float
-    quick: bool
-    publish: bool
-    profile: bool
 
+def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The benchmark's own options, `only` as a list, and the configuration of the run.
 
-def options(arguments: Sequence[str]) -> tuple[Plan, Config]:
-    """The benchmark's own options and, from the rest, the configuration of the run.
-
-    Raises `ConfigError` as `fastmoco.config.parse` does, and for unknown contestants.
+    Raises `ConfigError` for a configuration that cannot run and for unknown contestants.
     """
-    parser = argparse.ArgumentParser("bench.throughput", description=__doc__, add_help=False)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--windows", type=int, default=0)
-    parser.add_argument("--window-steps", type=int, default=0)
-    parser.add_argument("--limit-s", type=float, default=math.inf)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--publish", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    own, rest = parser.parse_known_args(arguments)
-    config = parse(rest)
-    check(config, 1)
-    cuda = device_of(config).type == "cuda"
+    made = parser("throughput", __doc__)
+    made.add_argument("--quick", action="store_true", help="5 windows, 90 s of turns at most")
+    made.add_argument("--limit-s", type=float, default=math.inf, help="then begin no window")
+    made.add_argument(
+        "--profile", action="store_true", help=f"then write a trace and shares to {PROFILE}"
+    )
+    own, config, _ = configured(made, arguments)
+    device = device_of(config)
     # Who is not named must make sense here: CUDA tensors do not come from malloc.
-    sensible = [name for name in FACTORIES if not (cuda and name == "official_kept")]
-    only = tuple(own.only.split(",")) if own.only else tuple(sensible)
-    if config.data.source == "synthetic":
-        only = tuple(name for name in only if name not in FED)
-    unknown = sorted(set(only) - set(FACTORIES))
-    if unknown:
-        raise ConfigError(f"--only knows {', '.join(FACTORIES)}, not {', '.join(unknown)}.")
+    pointless = {"official_kept"} if device.type == "cuda" and not own.only else set()
+    synthetic = set(FED) if config.data.source == "synthetic" else set()
+    named = chosen(own.only, list(CONTESTANTS))
+    only = [name for name in named if name not in pointless | synthetic]
     if not only:
         raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
-    plan = Plan(
-        only=only,
-        windows=own.windows or (5 if own.quick else 20),
-        window_steps=own.window_steps or (10 if cuda else 1),
-        limit_s=min(own.limit_s, 90.0) if own.quick else own.limit_s,
-        quick=own.quick,
-        publish=own.publish,
-        profile=own.profile,
-    )
-    return plan, config
+    own.only, own.steps = only, steps_of(own.steps, device)
+    if own.quick:
+        own.windows, own.limit_s = min(own.windows, 5), min(own.limit_s, 90.0)
+    return own, config
 
 
-def summary(result: Result, images: int) -> dict[str, Any]:
+def summary(result: Result, images: int) -> Row:
     """Percentiles and facts of one contestant, as they stand in a row."""
     speeds = result.images_per_second(images)
-    p20, p50, p80 = percentiles(speeds, 3)
+    p20, p50, p80 = quantiles(speeds, 3)
     seconds = sum(w.seconds for w in result.windows)
     steps = sum(w.steps for w in result.windows)
     return {
@@ -123,7 +123,7 @@ def summary(result: Result, images: int) -> dict[str, Any]:
         "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
         "page_faults_per_step": round(sum(w.page_faults for w in result.windows) / steps),
         "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
-        **nvml.summary([w.gpu for w in result.windows if w.gpu], seconds, steps * images),
+        **nvml.summary([s for w in result.windows for s in w.gpu], seconds, steps * images),
         **result.facts,
     }
 
@@ -136,33 +136,29 @@ def ratio(results: dict[str, Result], mine: str, other: str) -> list[float] | No
     if mine not in results or other not in results:
         return None
     turns = zip(results[mine].windows, results[other].windows, strict=True)
-    return percentiles([(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns])
+    return quantiles([(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns])
 
 
 def measure(
-    plan: Plan,
+    plan: argparse.Namespace,
     config: Config,
     meter: nvml.Meter | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Result]:
     """Run the contest of `plan`; `meter` reads the GPU meanwhile, `between` follows each turn."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
-    contestants = [
-        Contestant(name, FACTORIES[name], {"config": text}, ENVIRONMENTS.get(name, {}))
-        for name in plan.only
-    ]
-
-    def progress(done: int) -> None:
-        terminal.progress(done, plan.windows)
+    named = [CONTESTANTS[name] for name in plan.only]
+    contestants = [replace(one, arguments={**one.arguments, "config": text}) for one in named]
+    shown = progress(plan.windows)
 
     def turned(done: int) -> None:
         between()
-        progress(done)
+        shown(done)
 
     limits: dict[str, Any] = {
         "windows": plan.windows,
-        "steps": plan.window_steps,
-        "warmup": max(2, plan.window_steps),
+        "steps": plan.steps,
+        "warmup": max(2, plan.steps),
         "limit_s": plan.limit_s,
         "meter": meter,
         "progress": turned,
@@ -171,8 +167,8 @@ def measure(
     # A loader works ahead while others have their turn, so whoever it feeds runs by itself.
     for contestant in contestants:
         if contestant.name in FED:
-            warmup = plan.window_steps + config.data.prefetch + 2
-            ahead = limits | {"warmup": warmup, "progress": progress}
+            warmup = plan.steps + config.data.prefetch + 2
+            ahead = limits | {"warmup": warmup, "progress": shown}
             results |= contest([contestant], **ahead)
     return {name: results[name] for name in plan.only}
 
@@ -188,34 +184,58 @@ def ratios_of(results: dict[str, Result]) -> dict[str, list[float]]:
     return {title: value for title, value in found.items() if value}
 
 
-@terminal.command("throughput")
+def cells(run: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers, the first empty, and one line per contestant; columns that nobody fills are out."""
+    lines = [[_or_dash(make, row) for make in COLUMNS.values()] for row in run]
+    filled = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
+    titles = [TITLES[row["contestant"]] for row in run]
+    body = [[title, *(line[i] for i in filled)] for title, line in zip(titles, lines, strict=True)]
+    return ["", *(list(COLUMNS)[i] for i in filled)], body
+
+
+def _or_dash(make: Callable[[Row], str], row: Row) -> str:
+    try:
+        return make(row)
+    except KeyError:
+        return "-"
+
+
+def sentence(run: Sequence[Row]) -> str:
+    """The ratios of a contest and how it was run."""
+    ratios = run[0]["ratios"]
+    found = [f"{title}: **{cell(values, run[0]['n'])}**" for title, values in ratios.items()]
+    waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
+    found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
+    if "product_gflops" in run[0]:
+        found += [f"a product of fp32 matrices: **{run[0]['product_gflops'][1]:.0f} GFLOP/s**"]
+    how = f"{run[0]['n']} windows of each, in turns; what the loader feeds ran apart."
+    return f"{'; '.join(found)}. {how}" if found else how
+
+
+@command("throughput")
 def main(arguments: Sequence[str]) -> None:
     """Print the table and whatever else was asked for."""
     plan, config = options(arguments)
     device = device_of(config)
     where = origin(device, plan.publish)
-    meter = nvml.build_meter(device, partial(terminal.complain, "throughput"))
+    meter = nvml.build_meter(device, partial(complain, "throughput"))
     rate = product.Rate()
     results = measure(plan, config, meter, rate.measure if device.type == "cpu" else rate.skip)
-    rows = rows_of(config, results, where, rate)
-    terminal.show(tables.caption(rows), *tables.cells(rows), tables.sentence(rows))
+    rows = rows_of(config, results, rate)
+    show(f"{caption({**rows[0], 'environment': where})}:", *cells(rows), sentence(rows))
     if plan.publish:
-        write_rows(ROWS, rows)
-        print(f"{len(rows)} rows appended to {ROWS.name}")
+        append_rows("throughput", rows, where)
     if plan.profile:
-        profiling.report(profiling.profile_step(config, PROFILE, plan.window_steps + 1), PROFILE)
+        profiling.report(profiling.profile_step(config, PROFILE, plan.steps + 1), PROFILE)
 
 
-def rows_of(
-    config: Config, results: dict[str, Result], where: dict[str, Any], rate: product.Rate
-) -> list[dict[str, Any]]:
-    """One row per contestant; rows of one contest share environment, ratios and product rate."""
+def rows_of(config: Config, results: dict[str, Result], rate: product.Rate) -> list[Row]:
+    """One row per contestant; rows of one contest share ratios and product rate."""
     shared = {
         "benchmark": "throughput",
         "case": case_of(config),
         "ratios": ratios_of(results),
         "config": flatten(config),
-        "environment": where,
         **rate.summary(),
     }
     images = config.optim.global_batch_size

@@ -57,9 +57,7 @@ def train(config: Config) -> Trained:
 
 def last_metrics(metrics_jsonl: Path) -> dict[str, float]:
     """The last value of every metric in the record of a run."""
-    return {
-        name: value
-        for record in read_metrics(metrics_jsonl)
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    last: dict[str, float] = {}
+    for record in read_metrics(metrics_jsonl):
+        last |= {"step": record.step, "epoch": record.epoch, **record.values}
+    return last

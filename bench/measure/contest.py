@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, timed in turns: A B C, A B C, ...
+"""The one way to measure: contestants take turns, A B C, B C A, ..., and one works at a time.
 
-A process of its own gives every contestant its own peak memory, threads and allocator, and nothing
-of one can speed up or slow down another; taking turns makes a noisy machine noisy for all of them.
-Only one contestant works at a time.
+Taking turns makes a noisy machine noisy for all of them. `in_turns` does only that. `contest` gives
+every contestant a process of its own, and with it its own peak memory, threads and allocator.
+`race` is for single operations in this process, whose outputs are compared with an oracle first.
 """
 
 from __future__ import annotations
@@ -15,16 +15,44 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from unittest import mock
 
 import torch
 
-from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Usage
+from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Sample
+from bench.measure.rows import spread
 from fastmoco.config import ConfigError
 from fastmoco.run.metrics import peak_memory_gib
+
+T = TypeVar("T")
+
+
+def in_turns(
+    work: Mapping[str, Callable[[], T]],
+    windows: int,
+    *,
+    limit_s: float = math.inf,
+    after: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[T]]:
+    """What each function returned in `windows` turns; `after` follows each with their number.
+
+    After `limit_s` seconds no further turn begins: every contestant has had as many as the others.
+    """
+    names, began = list(work), time.perf_counter()
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for done in range(windows):
+        shift = done % len(names)  # nobody always runs in the wake of the same one
+        for name in [*names[shift:], *names[:shift]]:
+            found[name].append(work[name]())
+        after(done + 1)
+        if time.perf_counter() - began > limit_s:
+            break
+    return found
 
 
 class Machine(Protocol):
@@ -70,8 +98,8 @@ class Window:
     """Seconds in which the step waited for the loader."""
     page_faults: int = 0
     """Pages of memory that the kernel had to map, and zero, for the contestant."""
-    gpu: Usage | None = None
-    """What NVML read meanwhile."""
+    gpu: Sequence[Sample] = ()
+    """What was read of the GPU meanwhile."""
 
 
 @dataclass
@@ -93,15 +121,13 @@ def contest(
     steps: int,
     warmup: int,
     limit_s: float = math.inf,
-    lead: int = 0,
     meter: Meter | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
-    `lead` untimed steps go before each window: who is fed by a loader must first use up what was
-    prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
-    seconds no further turn begins; every contestant has had as many as the others.
+    Who is fed by a loader runs by itself, for loaders work ahead while others have their turn.
+    `meter` reads the GPU during the windows. After `limit_s` seconds no further turn begins.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -110,20 +136,9 @@ def contest(
     with _processes(contestants) as running:
         for process in running:
             process.ask("run", warmup)
-        results = {process.name: Result([], {}) for process in running}
-        began = time.perf_counter()
-        for done in range(windows):
-            turn = done % len(running)  # nobody always runs in the wake of the same one
-            for process in [*running[turn:], *running[:turn]]:
-                if lead:
-                    process.ask("run", lead)
-                results[process.name].windows.append(process.window(steps, meter))
-            progress(done + 1)
-            if time.perf_counter() - began > limit_s:
-                break
-        for process in running:
-            results[process.name].facts = process.ask("facts", 0)
-    return results
+        work = {process.name: partial(process.window, steps, meter) for process in running}
+        found = in_turns(work, windows, limit_s=limit_s, after=progress)
+        return {p.name: Result(found[p.name], p.ask("facts", 0)) for p in running}
 
 
 class _Process:
@@ -133,16 +148,8 @@ class _Process:
         self._here, there = context.Pipe()
         # A contestant may have children of its own (loader workers), so it is no daemon.
         self.process = context.Process(target=_serve, args=(there, contestant))
-        before = {name: os.environ.get(name) for name in contestant.environment}
-        os.environ.update(contestant.environment)
-        try:
+        with mock.patch.dict(os.environ, contestant.environment):
             self.process.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
         there.close()
 
     def ask(self, what: str, steps: int) -> Any:
@@ -152,14 +159,15 @@ class _Process:
 
     def window(self, steps: int, meter: Meter | None) -> Window:
         """Ask for `steps` steps and read the meter while they run."""
-        if meter is None:
-            return Window(*self.ask("run", steps))
-        meter.begin()
         with self._alive():
             self._here.send(("run", steps))
-        while not self._here.poll(SAMPLE_EVERY_S):
-            meter.sample()
-        return replace(Window(*self.answer()), gpu=meter.end())
+        samples: list[Sample] = []
+        while meter and not self._here.poll(SAMPLE_EVERY_S):
+            samples.append(meter())
+        answer = self.answer()
+        if meter:  # a short window has a sample, too
+            samples.append(meter())
+        return replace(Window(*answer), gpu=samples)
 
     def answer(self) -> Any:
         with self._alive():
@@ -223,12 +231,14 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
 
 def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]:
     """Fields of a `Window`."""
-    waited, faults = machine.wait_s, page_faults()
-    began, busy = time.perf_counter(), processor_seconds()
+    waited, used = machine.wait_s, resource.getrusage(resource.RUSAGE_SELF)
+    began = time.perf_counter()
     machine.run(steps)
     synchronize(machine.device)
-    seconds, busy = time.perf_counter() - began, processor_seconds() - busy
-    return steps, seconds, busy, machine.wait_s - waited, page_faults() - faults
+    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    busy = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    # Minor faults: pages that were mapped without reading a disk.
+    return steps, seconds, busy, machine.wait_s - waited, now.ru_minflt - used.ru_minflt
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
@@ -236,18 +246,87 @@ def _facts(machine: Machine) -> dict[str, Any]:
     return {"peak_memory_gib": peak and round(peak, 3), **machine.facts()}
 
 
-def processor_seconds() -> float:
-    """Seconds that the threads of this process have kept a processor busy."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def page_faults() -> int:
-    """Pages that were mapped for this process since it began, without reading a disk."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute something in this process."""
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[Any], float]
+    """Distance of an output of `run` from the oracle."""
+    allowed: float
+    """Largest `error` with which it is admitted to the timing."""
+
+
+Race = tuple[str, dict[str, Any], list[Way]]
+"""Name of an operation, its case, and the ways to compute it."""
+
+
+def race(
+    ways: Sequence[Way],
+    device: torch.device,
+    windows: int = 20,
+    warmup: int = 3,
+    limit_s: float = 120.0,
+) -> dict[str, dict[str, Any]]:
+    """Check every way, then time single calls in turns. Fields of a row by name.
+
+    `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`.
+    Raises `ValueError` when an output is further from its oracle than allowed.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        for _ in range(warmup):
+            output = way.run()
+        error = way.error(output)
+        if not error <= way.allowed:
+            raise ValueError(f"{way.name}: error {error:.2e} > {way.allowed:.0e}")
+        del output
+        facts[way.name] = {"error": error, "peak_extra_bytes": peak_extra_bytes(way.run, device)}
+    work = {way.name: partial(_milliseconds, way.run, device) for way in ways}
+    found = in_turns(work, windows, limit_s=limit_s)
+    return {name: _times(times) | facts[name] for name, times in found.items()}
+
+
+def _times(milliseconds: Sequence[float]) -> dict[str, Any]:
+    found = spread(milliseconds)
+    return {f"{name}_ms": found[name] for name in ("p20", "p50", "p80")} | {"n": found["n"]}
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes of tensors alive at once during one call, beyond those alive before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    alive = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak

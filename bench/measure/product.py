@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.measure.harness import percentiles
+from bench.measure.rows import quantiles
 
 SIDE = 2048
 
@@ -35,7 +35,7 @@ class Rate:
 
     def summary(self) -> dict[str, Any]:
         """Field of a row: p20, p50, p80 in GFLOP/s; nothing if nothing was measured."""
-        return {"product_gflops": percentiles(self._rates, 1)} if self._rates else {}
+        return {"product_gflops": quantiles(self._rates, 1)} if self._rates else {}
 
     def share(self, row: dict[str, Any], images: int) -> dict[str, Any]:
         """Field of a row whose steps of `images` images have known FLOPs: their share in percent.
@@ -45,4 +45,4 @@ class Rate:
         if not self._rates or "gflop_per_step" not in row:
             return {}
         gflops = row["gflop_per_step"] * row["p50_images_per_second"] / images
-        return {"product_share_percent": round(100 * gflops / percentiles(self._rates, 1)[1], 1)}
+        return {"product_share_percent": round(100 * gflops / quantiles(self._rates, 1)[1], 1)}

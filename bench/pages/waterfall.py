@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bench.ablation import EVERYTHING, PLAIN
-from bench.measure.harness import RESULTS, ROOT
-from bench.pages.tables import Row, caption, latest, read_rows
+from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
+from bench.pages.tables import caption
 
 PICTURE = ROOT / "docs" / "ablation.png"
 GRAY, BLUE, GREEN, RED, INK = "#8a929e", "#3564c4", "#3f9b6b", "#c4483c", "#2b2f36"
@@ -54,38 +54,33 @@ def draw(runs: Sequence[Sequence[Row]], path: Path, digest: str) -> None:
 
 def _panel(axes: Any, run: Sequence[Row]) -> None:
     found = bars(run)
+    labels, lefts, rights, colours = zip(*found, strict=True)
+    whole, places = max(rights), range(len(found))
+    widths = [max(right - left, whole / 400) for _, left, right, _ in found]
+    axes.barh(places, widths, left=lefts, color=colours, height=0.72)
     spread = {row["contestant"]: row["step_ms"] for row in run}
     states = [next(iter(spread)), PLAIN, *run[0]["order"][:-1], EVERYTHING, EVERYTHING]
-    whole = max(right for _, _, right, _ in found)
-    ours = found[-1][2]
     for place, (_, left, right, colour) in enumerate(found):
-        axes.barh(place, max(right - left, whole / 400), left=left, color=colour, height=0.72)
-        total = left == 0.0
         low, _, high = spread[states[place]]
         axes.plot([low, high], [place, place], color=INK, linewidth=1.4, alpha=0.6)
-        sign = "" if total else "-" if colour == GREEN else "+"
-        change = f"{sign}{right - left:.0f} ms"
-        times = f"   {right / ours:.2f} x ours" if total and place == 0 else ""
-        axes.text(
-            max(right, high) + whole / 90, place, change + times, va="center", fontsize=9, color=INK
-        )
-        if place + 1 < len(found):  # the level at which the next bar begins
-            level = right if place == 0 or colour == RED else left
-            axes.plot([level, level], [place, place + 1], color=INK, linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(found)), [label for label, *_ in found], fontsize=9)
+        sign = "" if left == 0 else "-" if colour == GREEN else "+"
+        text = f"{sign}{right - left:.0f} ms"
+        text += f"   {right / rights[-1]:.2f} x ours" if place == 0 else ""
+        axes.text(max(right, high) + whole / 90, place, text, va="center", fontsize=9, color=INK)
+    axes.set_yticks(places, labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, whole * 1.18)
     axes.set_xlabel("milliseconds per step: median over turns, lines from p20 to p80", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    head = caption(run).removesuffix(":").replace(" (commit", f", {run[0]['n']} turns\n(commit")
+    head = caption(run[0]).replace(" (commit", f", {run[0]['n']} turns\n(commit")
     axes.set_title(head, fontsize=9, loc="left")
 
 
 def published() -> tuple[list[list[Row]], str]:
-    """The latest waterfall of every case, and a digest of these rows."""
+    """The latest waterfall of every case, and a digest of what is drawn of it."""
     runs = latest(read_rows(RESULTS / "ablation.jsonl"))
     runs = [run for run in runs if run[0]["case"]["part"] == "waterfall"]
-    text = json.dumps(runs, sort_keys=True)
+    text = json.dumps([[caption(run[0]), bars(run)] for run in runs])
     return runs, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

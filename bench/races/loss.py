@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bench.measure.harness import Contender, Race
+from bench.measure.contest import Race, Way
 from fastmoco_kernels import info_nce, info_nce_enqueue
 
 
@@ -64,9 +64,9 @@ def loss_race(n: int, c: int, k: int, dtype: torch.dtype, device: torch.device) 
         "official compiled": torch.compile(official_loss),
         "fastmoco": fused,
     }
-    contenders = [Contender(name, step(f), error, allowed) for name, f in functions.items()]
+    ways = [Way(name, step(f), error, allowed) for name, f in functions.items()]
     case = {"N": n, "C": c, "K": k, "dtype": str(dtype)[6:], "device": device.type}
-    return "info_nce", case, contenders
+    return "info_nce", case, ways
 
 
 def enqueue_race(n: int, c: int, k: int, device: torch.device) -> Race:
@@ -96,8 +96,8 @@ def enqueue_race(n: int, c: int, k: int, device: torch.device) -> Race:
     def error(ring: Tensor) -> float:
         return float((ring[:n] - q).abs().max())
 
-    contenders = [
-        Contender("official", official_step, error, 0.0),
-        Contender("fastmoco", fused_step, error, 0.0),
+    ways = [
+        Way("official", official_step, error, 0.0),
+        Way("fastmoco", fused_step, error, 0.0),
     ]
-    return "info_nce_enqueue", case, contenders
+    return "info_nce_enqueue", case, ways

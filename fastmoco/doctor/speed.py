@@ -91,7 +91,8 @@ def _best_threads(config: Config, world: World) -> str:
     """The step fed by the loader, with all compute threads and with one core left to the loader.
 
     OpenMP threads meet after every operation and wait spinning: a thread that shares its core with
-    a loader process holds up all others (`python -m bench.threads`).
+    a loader process holds up all others (rows of
+    bench/results/threads.jsonl).
     """
     everyone = torch.get_num_threads()
     micro = config.optim.global_batch_size // config.optim.accumulate

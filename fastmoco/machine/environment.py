@@ -18,8 +18,9 @@ _CAPPED = {
     }
 }
 # Turns of the loop in which a thread of GNU OpenMP waits for the others before it sleeps. libgomp's
-# own count lasts some milliseconds: beside other busy processes the waiting threads then
-# take the time that the thread they wait for needs (rows of bench/results/threads.jsonl).
+# own count lasts some milliseconds: beside three busy processes on two cores a step then takes 1.8
+# times as long as with this one. With 1000 it takes 0.7 of it there, but 1.06 on idle cores, which
+# is where people train (rows of bench/results/threads.jsonl).
 SPIN_COUNT = "10000"
 LIBGOMP_SPIN_COUNT = "300000"
 """What libgomp takes where neither variable is set."""

@@ -108,7 +108,7 @@ def choose_threads() -> None:
 
     Two hardware threads of a core share its multipliers, so one of them is enough.
     No core is set aside for loader workers: the step fed by them is faster with all threads, or
-    as fast where the loader limits (`python -m bench.threads --fed`). torchrun's own default
+    as fast where the loader limits (rows of bench/results/threads.jsonl). torchrun's own default
     for several ranks, one thread each, does not count as said.
     """
     if not _threads_are_given():

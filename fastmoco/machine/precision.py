@@ -44,13 +44,13 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if asked == "auto":
         if fast:
             return Precision("bf16", f"auto: this processor has {extension}")
-        return Precision("fp32", f"auto: this processor ({extension}) only emulates bf16")
+        return Precision("fp32", f"auto: with {extension} bf16 is only emulated")
     if asked == "fp32" or (asked == "bf16" and fast):
         return Precision(asked, "run.precision")
     return Precision(
         asked,
         "run.precision",
-        f"run.precision {asked} is emulated on this processor ({extension}), and takes about "
+        f"run.precision {asked} is emulated with {extension}, and takes about "
         f"{_EMULATED} times as long as fp32 there: use auto or fp32.",
     )
 

@@ -65,7 +65,7 @@ class Step:
         self.scaler.update()
         if self.ema is not None:
             self.ema()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.moco.encoder_q.zero_grad(set_to_none=True)  # some of apex's optimizers take no options
         return _merge(results)
 
     def _contrasts(

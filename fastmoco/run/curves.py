@@ -77,11 +77,11 @@ def _knn(axes: Axes, records: list[Record]) -> bool:
     axes.set_title("kNN accuracy on held-out images (%)")
     found = _curve(axes, records, "knn", "knn_top1", GREEN, "trained encoder", 100)
     for record in records:
-        if record.get("kind") == "knn_baseline":
+        if record.kind == "knn_baseline":
             names = (("untrained", "untrained encoder", "--"), ("raw_pixel", "raw pixels", "-."))
             for name, label, style in (*names, ("chance", "chance", ":")):
-                if record.get(name) is not None:
-                    value = 100 * float(record[name])
+                if name in record.values:
+                    value = 100 * record.values[name]
                     _level(axes, value, f"{label}: {value:.1f}", style)
                     found = True
             break
@@ -137,13 +137,12 @@ def draw_curves(metrics_jsonl: Path, out: Path) -> None:
     rows = (len(drawn) + columns - 1) // columns
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), dpi=130, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.2, h_pad=0.15)  # type: ignore[union-attr, call-arg]
-    end = max((float(r["epoch"]) for r in records if r.get("epoch") is not None), default=1.0)
+    end = max((r.epoch for r in records), default=0.0) or 1.0
     for place, panel in enumerate(drawn, 1):
         axes = figure.add_subplot(rows, columns, place)
         panel(axes, records)
         _dress(axes, end)
-    last = [r for r in records if "step" in r]
-    where = f", step {last[-1]['step']}" if last else ""
+    where = f", step {records[-1].step}"
     figure.suptitle(
         f"{metrics_jsonl.parent.name}{where}", color=FAINT, fontsize=9, x=0.01, ha="left"
     )
@@ -166,7 +165,7 @@ def _dress(axes: Axes, end: float) -> None:
     axes.set_xlabel("epoch", color=FAINT, fontsize=9)
     axes.grid(axis="y", color="#e8eaee", lw=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlim(0, end * 1.02 or 1.0)
+    axes.set_xlim(0, end * 1.02)
     axes.tick_params(colors=FAINT, labelsize=8, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +9,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastmoco.run.metrics import Record
+from fastmoco.run.record import Record
 
 
 class Logbook:
@@ -64,28 +63,28 @@ class Logbook:
         """Print a sentence that somebody should act on."""
         self.say(f"WARNING: {text}")
 
-    def record(self, record: Record) -> None:
-        """Append one record to metrics.jsonl and its numbers to TensorBoard."""
+    def record(self, record: Record, text: str) -> None:
+        """Append one record to metrics.jsonl and its numbers to TensorBoard; `text` says it."""
         if not self._enabled:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(record.line() + "\n")
         self._file.flush()
-        step = int(str(record.get("step", 0)))
-        for name, value in record.items():
-            if isinstance(value, float) and name != "epoch":
-                self._board.add_scalar(name, value, step)
+        for name, value in record.values.items():
+            self._board.add_scalar(name, value, record.step)
+        self.say(text)
 
 
 def train_line(record: Record, steps: int, epochs: int, eta_s: float) -> str:
     """The console line of one flush."""
     minutes, seconds = divmod(int(eta_s), 60)
     hours, minutes = divmod(minutes, 60)
-    memory = f"{record['peak_memory_gib']:.2f} GiB  " if "peak_memory_gib" in record else ""
+    value = record.values
+    memory = f"{value['peak_memory_gib']:.2f} GiB  " if "peak_memory_gib" in value else ""
     return (
-        f"step {record['step']}/{steps}  epoch {record['epoch']:.2f}/{epochs}  "
-        f"loss {record['loss']:.3f} (random {record['loss_random']:.2f})  "
-        f"pretext {100 * float(str(record['pretext_top1'])):.1f} %  lr {record['lr']:.4g}  "
-        f"{record['images_per_second']:.1f} images/s  {record['step_ms_p50']:.0f} ms/step  "
-        f"wait {record['data_wait_percent']:.1f} %  {memory}"
-        f"eta {hours}:{minutes:02d}:{seconds:02d}"
+        f"step {record.step}/{steps}  epoch {record.epoch:.2f}/{epochs}  "
+        f"loss {value['loss']:.3f} (random {value['loss_random']:.2f})  "
+        f"pretext {100 * value['pretext_top1']:.1f} %  lr {value['lr']:.4g}  "
+        f"{value['images_per_second']:.1f} images/s  {value['step_ms_p50']:.0f} ms/step  "
+        f"wait {value['data_wait_percent']:.1f} %  {memory}"
+        f"eta {hours}:{minutes:02d}:{seconds:02d}{'  (warm-up)' * record.warmup}"
     )

@@ -14,9 +14,6 @@ from fastmoco.machine.host import peak_memory_bytes
 from fastmoco.machine.ranks import World
 from fastmoco_kernels import InfoNCE
 
-Record = dict[str, object]
-"""One line of metrics.jsonl: names to numbers, with `kind` saying which kind of line it is."""
-
 
 @dataclass(frozen=True)
 class Window:
@@ -78,8 +75,8 @@ class Metrics:
         self._sums += torch.stack([result.loss, top1, top5])
         self._count += 1
 
-    def flush(self) -> Record:
-        """Mean loss, pretext_top1 and pretext_top5 since the last flush, over all ranks."""
+    def flush(self) -> dict[str, float]:
+        """Mean `loss`, `pretext_top1` and `pretext_top5` since the last flush, over all ranks."""
         means: Tensor = self._sums / max(self._count, 1)
         all_reduce_mean_([means], self._world)
         loss, top1, top5 = means.tolist()  # the host waits for the device here
@@ -96,24 +93,3 @@ def peak_memory_gib(device: torch.device) -> float | None:
     cuda = device.type == "cuda"
     held = torch.cuda.max_memory_allocated(device) if cuda else peak_memory_bytes()
     return None if held is None else held / 2**30
-
-
-def alarms(record: Record, *, keys_enqueued: int, queue_size: int) -> list[str]:
-    """The two silent failures of MoCo, as sentences; empty while neither shows.
-
-    Both need a queue that has turned over twice: it starts random and the loss first rises.
-    """
-    loss, top1 = float(str(record["loss"])), float(str(record["pretext_top1"]))
-    if keys_enqueued < 2 * queue_size:
-        return []
-    if top1 > 0.999:
-        return [
-            f"pretext accuracy is {100 * top1:.2f} %: batch norm probably tells queries which key "
-            "is theirs, and the features will be poor; check moco.shuffle_bn and moco.bn_group_size"
-        ]
-    if loss > 0.995 * math.log(1 + queue_size):
-        return [
-            f"loss {loss:.3f} is that of a random guess, ln(1+K) = {math.log(1 + queue_size):.3f}: "
-            "the encoder is not learning; check the learning rate and the images (views.png)"
-        ]
-    return []

@@ -7,8 +7,10 @@ import math
 from fastmoco.config import Config
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
+from fastmoco.run.alarms import alarms
 from fastmoco.run.logbook import Logbook, train_line
-from fastmoco.run.metrics import Clock, Metrics, Record, alarms, peak_memory_gib
+from fastmoco.run.metrics import Clock, Metrics, peak_memory_gib
+from fastmoco.run.record import Record
 from fastmoco_kernels import InfoNCE
 
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
@@ -62,12 +64,7 @@ class Progress:
         values = self._metrics.flush()
         window = self._clock.window()
         batch, queue_size = self._config.optim.global_batch_size, self._config.moco.queue_size
-        record: Record = {
-            "kind": "train",
-            "warmup": done <= self._warm,
-            "step": done,
-            "epoch": done / self._per_epoch,
-            **values,
+        values |= {
             "loss_random": math.log(1 + queue_size),
             "lr": lr,
             "images_per_second": window.steps * batch / window.seconds,
@@ -76,25 +73,24 @@ class Progress:
             "bad_samples": bad,
         }
         if (memory := peak_memory_gib(self._world.device)) is not None:
-            record["peak_memory_gib"] = memory
+            values["peak_memory_gib"] = memory
         self._waited = waited_s
-        self._log.record(record)
-        if not math.isfinite(float(str(record["loss"]))):
+        record = Record("train", values, done, done / self._per_epoch, done <= self._warm)
+        eta = (self._stop - done) * window.seconds / window.steps
+        epochs = self._config.optim.epochs
+        self._log.record(record, train_line(record, self._per_epoch * epochs, epochs, eta))
+        if not math.isfinite(values["loss"]):
             raise DivergedError(
-                f"The loss became {record['loss']} before step {done}: lower optim.lr, or train in "
+                f"The loss became {values['loss']} before step {done}: lower optim.lr, or train in "
                 f"bf16 instead of fp16; the last good checkpoint is in {self._config.run.dir}."
             )
-        eta = (self._stop - done) * window.seconds / window.steps
-        note = "  (warm-up)" if record["warmup"] else ""
-        total = self._per_epoch * self._config.optim.epochs
-        self._log.say(train_line(record, total, self._config.optim.epochs, eta) + note)
         if self._warm < done <= self._estimate_at:
-            self._estimate(done, eta, float(str(record["data_wait_percent"])))
+            self._estimate(done, eta, values["data_wait_percent"])
         views = 2 if self._config.moco.symmetric else 1
         if bad > self._bad:
             self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
         self._bad = bad
-        for sentence in alarms(record, keys_enqueued=done * batch * views, queue_size=queue_size):
+        for sentence in alarms(values, keys_enqueued=done * batch * views, queue_size=queue_size):
             self._log.warn(sentence)
 
     def _estimate(self, done: int, seconds: float, wait_percent: float) -> None:
@@ -113,18 +109,20 @@ class Progress:
 
     def knn(self, done: int, accuracy: float) -> None:
         """Record the kNN accuracy of the trunk after `done` steps."""
-        epoch = done / self._per_epoch
-        self._log.record({"kind": "knn", "step": done, "epoch": epoch, "knn_top1": accuracy})
-        self._log.say(f"kNN top-1 {100 * accuracy:.1f} % after epoch {epoch:.2f}")
+        record = Record("knn", {"knn_top1": accuracy}, done, done / self._per_epoch)
+        text = f"kNN top-1 {100 * accuracy:.1f} % after epoch {record.epoch:.2f}"
+        self._log.record(record, text)
 
     def baseline(self, raw_pixel: float | None, untrained: float, chance: float) -> None:
         """Record the kNN accuracies that training has to beat."""
-        marks = {"raw_pixel": raw_pixel, "untrained": untrained, "chance": chance}
-        self._log.record({"kind": "knn_baseline", **marks})
+        marks = {"untrained": untrained, "chance": chance}
+        if raw_pixel is not None:
+            marks["raw_pixel"] = raw_pixel
         pixels = "not computed" if raw_pixel is None else f"{100 * raw_pixel:.1f} %"
-        self._log.say(
+        self._log.record(
+            Record("knn_baseline", marks),
             f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
-            f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %"
+            f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %",
         )
 
 

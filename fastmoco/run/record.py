@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastmoco.config import ConfigError
 
-Record = dict[str, Any]
+
+@dataclass(frozen=True)
+class Record:
+    """One line of `metrics.jsonl`. In the file the values stand beside the other fields."""
+
+    kind: str
+    """`train`: means since the record before; `knn`; `knn_baseline`: what training has to beat."""
+    values: dict[str, float]
+    """Metrics by name. A metric that was not computed is not in it."""
+    step: int = 0
+    """Steps done in all."""
+    epoch: float = 0.0
+    """Epochs done in all."""
+    warmup: bool = False
+    """Whether its steps compiled and filled caches, so that their speed says nothing."""
+
+    def line(self) -> str:
+        """The record as a JSON object on one line, without a line break."""
+        place = {"kind": self.kind, "warmup": self.warmup, "step": self.step, "epoch": self.epoch}
+        return json.dumps({**place, **self.values})
+
+
+def parse_line(line: str) -> Record | None:
+    """The record that a line holds; None for half a line, or one that is no record.
+
+    Numbers are metrics. What is neither (null: not computed) is left out.
+    """
+    try:
+        fields = json.loads(line)
+        kind, step = fields["kind"], fields.get("step", 0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    epoch = fields.get("epoch", 0.0)
+    if not isinstance(kind, str) or not isinstance(step, int) or not _is_number(epoch):
+        return None
+    place = ("kind", "step", "epoch", "warmup")
+    values = {n: v for n, v in fields.items() if n not in place and _is_number(v)}
+    return Record(kind, values, int(step), float(epoch), fields.get("warmup") is True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[Record]:
-    """The records of a run in order, each a JSON object with a `kind`.
+    """The records of a run in order.
 
     A line that does not parse is skipped: a killed run, or one that is still writing, leaves half
     a line at the end, and a resumed run continues after it.
@@ -23,14 +65,7 @@ def read_metrics(metrics_jsonl: Path) -> list[Record]:
         lines = metrics_jsonl.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ConfigError(f"Cannot read the metrics {metrics_jsonl}: {error}.") from error
-    records: list[Record] = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    records = [record for line in lines if (record := parse_line(line)) is not None]
     if not records:
         raise ConfigError(f"{metrics_jsonl} holds no metrics yet.")
     return records
@@ -48,12 +83,11 @@ def series(records: list[Record], kind: str, name: str) -> tuple[list[float], li
     """
     points: list[tuple[int, float, float]] = []
     for record in records:
-        slow_start = record.get("warmup") and name in THROUGHPUT
-        if record.get("kind") == kind and record.get(name) is not None and not slow_start:
-            step = int(record["step"])
-            while points and points[-1][0] >= step:
+        slow_start = record.warmup and name in THROUGHPUT
+        if record.kind == kind and name in record.values and not slow_start:
+            while points and points[-1][0] >= record.step:
                 points.pop()
-            points.append((step, float(record["epoch"]), float(record[name])))
+            points.append((record.step, record.epoch, record.values[name]))
     return [epoch for _, epoch, _ in points], [value for _, _, value in points]
 
 
@@ -64,30 +98,29 @@ def knn_summary(metrics_jsonl: Path) -> str:
     """
     records = read_metrics(metrics_jsonl)
     trained = series(records, "knn", "knn_top1")[1]
-    if not trained:
-        return "kNN was not evaluated (knn.every is 0)"
-    marks = [record for record in records if record.get("kind") == "knn_baseline"][-1:]
+    marks = [record.values for record in records if record.kind == "knn_baseline"][-1:]
+    if not trained and not marks:
+        return "kNN was not evaluated"
+    labels = {"chance": "chance", "raw_pixel": "raw pixels", "untrained": "untrained encoder"}
     parts = [
-        f"{label} {100 * float(mark[name]):.1f} %"
+        f"{label} {100 * mark[name]:.1f} %"
         for mark in marks
-        for name, label in (
-            ("chance", "chance"),
-            ("raw_pixel", "raw pixels"),
-            ("untrained", "untrained encoder"),
-        )
-        if mark.get(name) is not None
+        for name, label in labels.items()
+        if name in mark
     ]
-    return "kNN top-1: " + ", ".join([*parts, f"trained encoder {100 * trained[-1]:.1f} %"])
+    last = f"{100 * trained[-1]:.1f} %" if trained else "not evaluated yet"
+    return "kNN top-1: " + ", ".join([*parts, f"trained encoder {last}"])
 
 
 def train_summary(metrics_jsonl: Path) -> str:
     """Where training stands, in one line. Raises `ConfigError` as `knn_summary` does."""
     records = read_metrics(metrics_jsonl)
-    last = next((r for r in reversed(records) if r.get("kind") == "train"), None)
+    last = next((r for r in reversed(records) if r.kind == "train"), None)
     if last is None:
         return "no step was logged yet"
+    numbers = {name: last.values.get(name, math.nan) for name in ("loss", "loss_random")}
     return (
-        f"step {last['step']}, epoch {float(last['epoch']):.2f}: "
-        f"loss {float(last['loss']):.3f} (random {float(last['loss_random']):.2f}), "
-        f"pretext {100 * float(last['pretext_top1']):.1f} %"
+        f"step {last.step}, epoch {last.epoch:.2f}: "
+        f"loss {numbers['loss']:.3f} (random {numbers['loss_random']:.2f}), "
+        f"pretext {100 * last.values.get('pretext_top1', math.nan):.1f} %"
     )

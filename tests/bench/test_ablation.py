@@ -8,11 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, parts_of, rows_of, variants
+from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, main, rows_of, variants
 from bench.measure.contest import Result, Window
 from bench.steps.contestants import numbered_step
 from bench.steps.switches import WITHOUT, switch_off, switches
-from fastmoco.config import Config, ConfigError, dump, parse
+from fastmoco.config import Config, dump, parse
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
 
@@ -147,19 +147,12 @@ def test_variants_that_change_nothing_here_are_left_out() -> None:
     for absent in ("fp32 (", "fused update", "torch.compile"):
         assert absent not in names
     on_cuda = mock.patch("bench.ablation.device_of", return_value=torch.device("cuda"))
-    with on_cuda, mock.patch("bench.ablation.has_dali", return_value=True):
+    with on_cuda:
         names = " ".join(variants("switches", parse([*TINY, "--run.precision", "bf16"])))
         assert "torch.compile (eager" in names
         assert "malloc" not in names
-        (other,) = list(variants("data", config).values())[1:]
-        assert other.overrides == ("--data.backend", "array")
-    (other,) = list(variants("data", config).values())[1:]
-    assert other.overrides == ("--data.backend", "dali")
 
 
-def test_parts_that_cannot_run_are_refused() -> None:
-    assert parts_of("", parse(TINY)) == ["switches", "waterfall"]
-    with pytest.raises(ConfigError, match="nonsense"):
-        parts_of("nonsense", parse(TINY))
-    with pytest.raises(ConfigError, match="needs images"):
-        parts_of("data", parse(TINY))
+def test_a_part_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--only", "nonsense"]) == 2
+    assert "--only knows switches, waterfall, not nonsense" in capsys.readouterr().err

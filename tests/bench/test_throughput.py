@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.measure.contest import Contestant, contest
 from bench.measure.product import Rate
-from bench.steps.contestants import official_step, official_step_with_kept_memory
+from bench.steps.contestants import official_step
 from bench.throughput import main, measure, options, ratios_of, summary
 from fastmoco.config import ConfigError, dump, parse
 
@@ -53,7 +53,7 @@ def test_a_contestant_that_is_killed_is_one_sentence() -> None:
 
 def test_synthetic_data_has_no_loader_to_time() -> None:
     plan, _ = options(TINY)
-    assert plan.only == ("step", "encoder", "official", "official_kept")
+    assert plan.only == ["step", "encoder", "official", "official_kept"]
 
 
 def test_who_is_fed_may_run_alone_on_images_but_not_on_synthetic_data(
@@ -77,14 +77,14 @@ def test_who_is_fed_may_run_alone_on_images_but_not_on_synthetic_data(
 def test_allocator_of_the_host_is_no_matter_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.throughput.device_of", lambda config: torch.device("cuda"))
     plan, _ = options(TINY)
-    assert plan.only == ("step", "encoder", "official")
-    assert plan.window_steps == 10
+    assert plan.only == ["step", "encoder", "official"]
+    assert plan.steps == 10
 
 
 def test_allocator_setting_is_given_to_the_published_step_where_it_is_said() -> None:
-    for factory, expected in ((official_step, 0), (official_step_with_kept_memory, 1)):
+    for kept, expected in ((False, 0), (True, 1)):
         with mock.patch("bench.steps.contestants.settle") as settle:
-            factory(dump(parse(TINY))).close()
+            official_step(dump(parse(TINY)), kept_memory=kept).close()
         assert settle.call_count == expected
 
 

@@ -174,6 +174,7 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         (["--moco.queue_size", "300", "--moco.symmetric", "true"], 1, ["at least 512"]),
         (["--moco.temperature", "0"], 1, ["temperature"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
+        (["--optim.warmup_epochs", "200"], 1, ["warmup_epochs 200", "epochs 200"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
         (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
@@ -203,6 +204,7 @@ def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
 def test_identity_ignores_where_and_how_fast() -> None:
     config = recipe("demo")
     elsewhere = replace(config, run=replace(config.run, dir="x", log_every=7, device="cpu"))
+    limits = replace(config, data=replace(config.data, max_bad_share=0.5, verify=True))
     hotter = replace(config, moco=replace(config.moco, temperature=0.9))
-    assert elsewhere.identity() == config.identity()
+    assert limits.identity() == elsewhere.identity() == config.identity()
     assert hotter.identity() != config.identity()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastmoco.config import ConfigError
 from fastmoco.run.curves import draw_curves, main
-from fastmoco.run.record import knn_summary, read_metrics, series
+from fastmoco.run.record import Record, knn_summary, parse_line, read_metrics, series
 
 
 def train_line(step: int, **change: Any) -> dict[str, Any]:
@@ -58,28 +58,34 @@ def colour_count(path: Path, colour: str) -> int:
     return int((np.abs(pixels(path).astype(int) - wanted).max(axis=2) < 8).sum())
 
 
+def parsed(lines: list[dict[str, Any]]) -> list[Record]:
+    records = [parse_line(json.dumps(line)) for line in lines]
+    assert None not in records
+    return [record for record in records if record]
+
+
 GREEN = "#2c9a6b"  # the kNN curve
 
 
 def test_half_a_line_is_skipped_at_the_end_and_after_a_resume(tmp_path: Path) -> None:
     path = write(tmp_path, [train_line(10)], '{"kind": "train", "st')
-    assert [r["step"] for r in read_metrics(path)] == [10]
+    assert [r.step for r in read_metrics(path)] == [10]
     path.write_text(path.read_text() + "\n" + json.dumps(train_line(20)) + "\n")
-    assert [r["step"] for r in read_metrics(path)] == [10, 20]
+    assert [r.step for r in read_metrics(path)] == [10, 20]
 
 
 def test_a_resumed_run_replaces_what_it_repeats() -> None:
     records = [train_line(s, loss=1.0) for s in (10, 20, 30, 40)]
     records += [train_line(s, loss=2.0) for s in (25, 30)]
-    assert series(records, "train", "loss") == ([1.0, 2.0, 2.5, 3.0], [1.0, 1.0, 2.0, 2.0])
+    assert series(parsed(records), "train", "loss") == ([1.0, 2.0, 2.5, 3.0], [1.0, 1.0, 2.0, 2.0])
 
 
 def test_series_takes_its_own_kind_and_skips_missing_values() -> None:
     records = [BASELINE, train_line(10), knn_line(10, 0.5), train_line(20, loss=None)]
-    assert series(records, "train", "loss") == ([1.0], [6.8])
-    assert series(records, "knn", "knn_top1") == ([1.0], [0.5])
-    assert series(records, "train", "knn_top1") == ([], [])
-    assert series(records, "train", "peak_memory_gib") == ([], [])
+    assert series(parsed(records), "train", "loss") == ([1.0], [6.8])
+    assert series(parsed(records), "knn", "knn_top1") == ([1.0], [0.5])
+    assert series(parsed(records), "train", "knn_top1") == ([], [])
+    assert series(parsed(records), "train", "peak_memory_gib") == ([], [])
 
 
 def test_every_recorded_metric_gets_its_panel(tmp_path: Path) -> None:
@@ -143,4 +149,13 @@ def test_summary_sets_the_last_accuracy_beside_its_marks(tmp_path: Path) -> None
         "trained encoder 50.0 %"
     )
     file.write_text(json.dumps(train_line(10)) + "\n")
-    assert "not evaluated" in knn_summary(file)
+    assert knn_summary(file) == "kNN was not evaluated"
+
+
+def test_a_run_stopped_before_its_first_monitor_is_not_told_that_it_has_none(
+    tmp_path: Path,
+) -> None:
+    assert knn_summary(write(tmp_path, [BASELINE, train_line(10)])) == (
+        "kNN top-1: chance 8.3 %, raw pixels 10.0 %, untrained encoder 80.0 %, "
+        "trained encoder not evaluated yet"
+    )

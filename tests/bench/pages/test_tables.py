@@ -1,32 +1,35 @@
-"""The README's tables come from rows, and a stale one is found."""
+"""The tables of the documents come from rows, and a stale one is found."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.measure import terminal
-from bench.measure.case import case_of
+from bench.measure import program
 from bench.measure.contest import Result, Window
+from bench.measure.rows import RESULTS, case_of
 from bench.pages import tables
-from bench.throughput import ratios_of, summary
+from bench.throughput import cells, ratios_of, sentence, summary
 from fastmoco.config import Config
 
 WHERE = {
     "device": "cpu",
     "cpu": "a processor",
+    "extension": "avx2",
     "threads": 2,
     "commit": "0123456789",
     "load_average": 0.5,
     "dirty": False,
 }
 FACTS = {"peak_memory_gib": 1.5, "host_syncs": 0, "threads": 2}
+Rows = list[dict[str, Any]]
 
 
-def rows(date: str, factor: float, dirty: bool = False) -> list[dict[str, object]]:
+def rows(date: str, factor: float, dirty: bool = False) -> Rows:
     """A contest in which our step takes 1 s and the published one `factor` s."""
     results = {
         "step": Result([Window(1, 1.0, 2.0, 0.1)] * 3, FACTS),
@@ -42,64 +45,127 @@ def rows(date: str, factor: float, dirty: bool = False) -> list[dict[str, object
     ]
 
 
-def write(path: Path, *contests: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for rows_ in contests for row in rows_))
+def row_of(case: dict[str, Any], contestant: str, **more: Any) -> dict[str, Any]:
+    """A row of the kinds that stand beside the contest's."""
+    whole = {"arch": "resnet18", "image_size": 32, "batch": 8, "queue_size": 64} | case
+    where = {**WHERE, "date": "2026-01-01"} | more.pop("environment", {})
+    return {
+        "case": whole | {"precision": "bf16"},
+        "contestant": contestant,
+        "environment": where,
+        **more,
+    }
+
+
+def table(folder: Path, name: str, made: Sequence[dict[str, Any]]) -> str:
+    file = folder / f"{tables.TABLES[name][0]}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return tables.table(name, folder)
 
 
 def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
-    write(
-        tmp_path / "throughput.jsonl",
-        rows("2026-01-01", 2.0),
-        rows("2026-01-02", 3.0),
-        rows("2026-01-03", 9.0, dirty=True),
-    )
-    table = tables.table("throughput", tmp_path)
-    assert "| **our step** | 256.0 | 256.0 - 256.0 | 2.000 | 1.50 GiB | 0 |" in table
-    assert "our step / published step: **3.00** (3.00 - 3.00)" in table
-    assert table.count("published step |") == 1
+    made = [
+        *rows("2026-01-01", 2.0),
+        *rows("2026-01-02", 3.0),
+        *rows("2026-01-03", 9.0, dirty=True),
+    ]
+    shown = table(tmp_path, "throughput", made)
+    assert "| 256.0 | - | - | 85.33 | - | 3.00 (3.00-3.00) | - | - | 1.50, 1.50 |" in shown
+    assert len(shown.splitlines()) == 3
+    speed = table(tmp_path, "speed", made)
+    assert "| 85.33 | 256.0 | **3.00** |" in speed
+    assert "| a CUDA GPU | ResNet-50, 224 px | bf16 | - | - | not measured yet |" in speed
+
+
+def test_no_quantile_of_fewer_than_three_measurements() -> None:
+    assert tables.cell([1.0, 2.0, 3.0], 3) == "2.00 (1.00-3.00)"
+    assert tables.cell([2.0, 2.0, 2.0], 1) == "2.00 (n=1)"
 
 
 def test_tables_of_the_loader_and_of_the_index(tmp_path: Path) -> None:
-    where = {**WHERE, "date": "2026-01-01"}
     spread = {"p20": 900.0, "p50": 1234.5, "p80": 2000.0, "n": 21}
     case = {"part": "pipeline", "unit": "images/s"}
     contest = [
-        {"case": case, "contender": name, **spread, "ratios": [1, ratio, 9], "environment": where}
+        row_of(case, name, **spread, ratios=[1, ratio, 9])
         for name, ratio in (("torchvision", 1.0), ("array", 2.5))
     ]
-    reader = {**contest[0], "case": {"part": "reader", "unit": "samples/s"}, "contender": "folder"}
-    del reader["ratios"]
-    write(tmp_path / "loader.jsonl", [*contest, reader])
-    table = tables.table("loader", tmp_path)
-    assert "| array | 1,234.50 | 900.00 - 2,000.00 | **2.50** (1.00 - 9.00) |" in table
-    assert "| folder | 1,234.50 | 900.00 - 2,000.00 |\n" in table + "\n"
-    first = {"gained_bytes": 84e6, "own_bytes": 46e6, "peak_bytes": 93e6, "index_bytes": 38e6}
-    about = {"case": {"files": 10**6, "folders": 1000}, **spread, "environment": where}
-    write(
-        tmp_path / "index.jsonl",
-        [{**about, "contender": "first", **first}, {**about, "contender": "batch"}],
-    )
-    table = tables.table("index", tmp_path)
-    assert "| 21 | 84.0 bytes | 46.0 bytes | 93.0 bytes |" in table
-    assert "| batch | 1234.500 | 900.000 - 2000.000 | 21 | - | - | - |" in table
+    reader = row_of({"part": "reader", "unit": "samples/s"}, "folder", **spread)
+    shown = table(tmp_path, "loader", [*contest, reader])
+    assert "| pipeline: array, images/s | 1234 (900.0-2000) | 2.50 (1.00-9.00) |" in shown
+    assert "| reader: folder, samples/s | 1234 (900.0-2000) | - |" in shown
+    million = {"files": 10**6, "folders": 1000}
+    once = {"p20": 2.0, "p50": 2.0, "p80": 2.0, "n": 1}
+    made = [row_of(million, "first", **once, gained_bytes=84e6), row_of(million, "batch", **spread)]
+    shown = table(tmp_path, "index", made)
+    assert "| first | 2.000 (n=1) | 84.0 |" in shown
+    assert "| batch | 1234.500 (900.000-2000.000) | - |" in shown
 
 
-def test_table_of_weight_gradients_leaves_out_other_races(tmp_path: Path) -> None:
+def test_tables_of_layers_leave_out_other_races(tmp_path: Path) -> None:
     case = {"n": 32, "c": 512, "side": 15, "o": 256, "k": 3, "stride": 2, "device": "cpu"}
-    shared = {"benchmark": "weight_gradient", "case": case, "n": 40}
-    where = {**WHERE, "date": "2026-01-01"}
-    contest: list[dict[str, object]] = [
-        {**shared, "contender": name, "p50_ms": ms, "environment": where}
+    contest = [
+        row_of(case, name, benchmark="weight_gradient", p50_ms=ms)
         for name, ms in (("official", 6.0), ("fastmoco", 4.0))
     ]
-    other = {**contest[0], "benchmark": "batch_norm", "contender": "compiled"}
-    write(tmp_path / "kernels.jsonl", [other])
-    assert tables.table("weight_gradient", tmp_path) == "No row has been published yet."
-    write(tmp_path / "kernels.jsonl", [*contest, other])
+    other = row_of(case, "compiled", benchmark="batch_norm", p50_ms=1.0)
+    assert table(tmp_path, "weight_gradient", [other]) == tables.NO_ROW
     flops = 2 * 32 * 8 * 8 * 256 * 512 * 9  # 15 columns at stride 2 are 8
-    rates = " | ".join(f"{flops / ms / 1e6:.0f}" for ms in (6, 4))
-    line = f"| 32x512x15x15 to 256, 3x3, stride 2 | 6.00 ms | 4.00 ms | **1.50** | {rates} |"
-    assert tables.table("weight_gradient", tmp_path).splitlines()[-1] == line
+    line = f"| 6.00 | 4.00 | **1.50** | {flops / 4 / 1e6:.0f} |"
+    shown = table(tmp_path, "weight_gradient", [*contest, other])
+    assert shown.splitlines()[-1] == f"| 32x512x15x15 to 256, 3x3, stride 2 {line}"
+    forward = [
+        row_of(case | {"part": "forward"}, name, benchmark="convolution", p50_ms=ms)
+        for name, ms in (("official", 6.0), ("direct", 4.0))
+    ]
+    line = f"| 6.00 | 4.00 | - | **1.50** | {flops / 4 / 1e6:.0f} |"
+    shown = table(tmp_path, "convolution", [*contest, *forward])
+    assert shown.splitlines()[-1] == f"| 32x512x15x15 to 256, 3x3, stride 2: forward {line}"
+
+
+def test_ablation_has_a_column_per_case_and_leaves_out_our_step_itself(tmp_path: Path) -> None:
+    def part(name: str, contestant: str, p50: float, **more: Any) -> Rows:
+        ours = {"relative": [1.0, 1.0, 1.0], "n": 3}
+        other = {"relative": [p50 - 0.1, p50, p50 + 0.1], "n": 3}
+        case = {"part": name}
+        return [row_of(case, "nothing", **ours, **more), row_of(case, contestant, **other, **more)]
+
+    elsewhere = {"extension": "avx512_bf16", "date": "2026-01-02"}
+    shown = table(
+        tmp_path,
+        "ablation",
+        [
+            *part("switches", "old", 9.0),
+            *part("switches", "bf16", 2.0, environment={"date": "2026-01-02"}),
+            *part("data", "array loader", 3.0),
+            *part("switches", "bf16", 5.0, environment=elsewhere),
+            *part("waterfall", "published step", 4.0),
+        ],
+    )
+    assert shown.splitlines()[0].endswith(", avx2 | resnet18, 32 px, batch 8, bf16, avx512_bf16 |")
+    assert "| bf16 | 2.00 (1.90-2.10) | 5.00 (4.90-5.10) |" in shown
+    assert "| array loader | 3.00 (2.90-3.10) | - |" in shown
+    for absent in ("old", "published", "nothing"):
+        assert absent not in shown
+
+
+def test_tables_of_threads_and_profiles(tmp_path: Path) -> None:
+    made = [
+        row_of({"beside": beside}, name, relative=[0.9 * p50, p50, p50], n=9, **more)
+        for beside, p50, more in (
+            (0, 2.0, {}),
+            (3, 4.0, {}),
+            (0, 9.0, {"environment": {"extension": "avx512_bf16"}}),
+        )
+        for name in ("nothing", "1 thread")
+    ]
+    shown = table(tmp_path, "threads", made)
+    assert shown.splitlines()[0] == "| time of a step | idle | beside three |"
+    assert shown.splitlines()[-1] == "| 1 thread | 2.00 (1.80-2.00) | 4.00 (3.60-4.00) |"
+    shares = [{"convolution": 60.0, "data": 5.0}, {"convolution": 20.0, "loss": 70.0}]
+    made = [row_of({"batch": i}, "-", shares=share) for i, share in enumerate(shares)]
+    shown = table(tmp_path, "profile", made)
+    assert shown.splitlines()[0] == "| percent of the time | loss | convolution | data |"
+    assert "| 0.0 | 60.0 | 5.0 |" in shown
 
 
 def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
@@ -114,8 +180,15 @@ def test_text_outside_the_markers_stays(tmp_path: Path) -> None:
         tables.between(text, "model", "new")
 
 
-def test_readme_is_not_stale() -> None:
+def test_documents_are_not_stale() -> None:
     assert tables.main(["--check"]) == 0, "run make bench-report"
+
+
+def test_every_committed_row_says_who_was_timed_and_where() -> None:
+    for file in sorted(RESULTS.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            assert "contestant" in row or file.stem == "profile", file
+            assert {"extension", "commit", "date", "dirty", "command"} <= set(row["environment"])
 
 
 def test_stale_file_is_found_and_mended(tmp_path: Path) -> None:
@@ -134,12 +207,12 @@ def test_figures_have_about_four_digits() -> None:
 
 def test_columns_of_a_gpu_stand_only_where_a_row_has_them() -> None:
     plain = rows("2026-01-01", 2.0)
-    headers, _ = tables.cells(plain)
+    headers, _ = cells(plain)
     assert "power" not in headers
     assert "kernel launches per step" not in headers
     on_gpu = [dict(row) for row in plain]
     on_gpu[0] |= {"power_w": 612.4, "kernel_launches": 321, "kwh_per_million_images": 0.04567}
-    headers, body = tables.cells(on_gpu)
+    headers, body = cells(on_gpu)
     first, second = (dict(zip(headers, line, strict=True)) for line in body)
     assert first["power"] == "612 W"
     assert first["kernel launches per step"] == "321"
@@ -150,65 +223,11 @@ def test_columns_of_a_gpu_stand_only_where_a_row_has_them() -> None:
 def test_narrow_terminal_shows_every_digit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("rich")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "80")
     contest = rows("2026-01-01", 2.0)
-    headers, body = tables.cells(contest)
-    terminal.show(
-        tables.caption(contest), headers, [*body, *body, body[0]], tables.sentence(contest)
-    )
-    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert max(len(line) for line in printed.splitlines()) <= 80
-    assert "\u2026" not in printed
-    assert printed.count("256.0-256.0") == 3
-    assert "|" not in printed.split("our step / published")[0]
-
-
-def row_of(case: dict[str, object], date: str, **more: object) -> dict[str, object]:
-    """A row of the kinds that stand beside the contest's."""
-    whole = {"arch": "resnet18", "image_size": 32, "batch": 8, "queue_size": 64} | case
-    return {"case": whole | {"precision": "bf16"}, "environment": {**WHERE, "date": date}, **more}
-
-
-def test_ablation_shows_all_parts_of_a_case_and_leaves_out_our_step_itself(tmp_path: Path) -> None:
-    def part(name: str, date: str, contestant: str, p50: float) -> list[dict[str, object]]:
-        ours = {"contestant": "nothing", "relative": [1.0, 1.0, 1.0], "relative_cpu": 1.0, "n": 3}
-        other = {"contestant": contestant, "relative": [p50 - 0.1, p50, p50 + 0.1], "n": 3}
-        case: dict[str, object] = {"part": name}
-        return [
-            row_of(case, date, **ours),
-            row_of(case, date, **other, relative_cpu=p50),
-        ]
-
-    write(
-        tmp_path / "ablation.jsonl",
-        part("switches", "2026-01-01", "old", 9.0),
-        part("switches", "2026-01-02", "bf16 (fp32 instead)", 2.0),
-        part("data", "2026-01-02", "array loader (dali instead)", 3.0),
-        part("compile", "2026-01-03", "run.compile off (on instead)", 5.0),
-        part("waterfall", "2026-01-03", "published step", 4.0),
-    )
-    table = tables.table("ablation", tmp_path)
-    assert "| bf16 (fp32 instead) | 2.00 | 1.90 - 2.10 | 2.00 |" in table
-    assert "| array loader (dali instead) | 3.00 |" in table
-    first, second = table.split("\n\nresnet18")  # a run of its own has a caption of its own
-    assert first.count("| switched off |") == second.count("| switched off |") == 1
-    assert "| run.compile off (on instead) | 5.00 |" in second
-    for absent in ("old", "published", "nothing"):
-        assert absent not in table
-
-
-def test_tables_of_threads_and_profiles(tmp_path: Path) -> None:
-    setting = {"contestant": "1 thread", "relative": [1.1, 1.2, 1.3], "p50_images_per_second": 50.0}
-    write(tmp_path / "threads.jsonl", [row_of({"beside": "loader"}, "2026-01-01", **setting)])
-    assert "fed by its loader | 1 thread | 50.00 | 1.20 |" in tables.table("threads", tmp_path)
-    shares = [{"convolution": 60.0, "data": 5.0}, {"convolution": 20.0, "loss": 70.0}]
-    contests = [
-        [row_of({"batch": i}, "2026-01-01", shares=share, threads=2)]
-        for i, share in enumerate(shares)
-    ]
-    write(tmp_path / "profile.jsonl", *contests)
-    table = tables.table("profile", tmp_path)
-    assert table.splitlines()[0] == "| | loss | convolution | data |"
-    assert "| 0.0 % | 60.0 % | 5.0 % |" in table
+    headers, body = cells(contest)
+    program.show(tables.caption(contest[0]), headers, [*body, *body, body[0]], sentence(contest))
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()[1:]) <= 80
+    assert printed.count("256.0 - 256.0") == 3
+    assert "|" not in printed

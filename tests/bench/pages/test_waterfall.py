@@ -16,7 +16,13 @@ def waterfall() -> list[dict[str, object]]:
     """Published 100 ms, rewritten 90, bf16 makes it 120, channels-last 40."""
     times = {PUBLISHED: 100.0, PLAIN: 90.0, "bf16": 120.0, EVERYTHING: 40.0}
     case = {"arch": "resnet18", "image_size": 32, "batch": 8, "queue_size": 64, "precision": "bf16"}
-    where = {"device": "cpu", "cpu": "a processor", "threads": 2, "commit": "0" * 40}
+    where = {
+        "device": "cpu",
+        "cpu": "a processor",
+        "extension": "avx2",
+        "threads": 2,
+        "commit": "0" * 40,
+    }
     return [
         {
             "contestant": name,
