@@ -91,7 +91,7 @@ def test_a_trunk_that_changes_ends_the_run(place: Path, monkeypatch: pytest.Monk
     step = one.step
 
     def touching(features: Tensor, labels: Tensor) -> Tensor:
-        one.trunk.network.bn1.running_mean[0] += 1e-6
+        one.trunk.network.get_buffer("bn1.running_mean")[0] += 1e-6
         return step(features, labels)
 
     monkeypatch.setattr(one, "step", touching)
