@@ -52,7 +52,9 @@ VERBS = {
         "linear classification on a frozen encoder",
         words=("--checkpoint", "--data.root", "--cached", "--crops", "--labels", "--out"),
     ),
-    "report": Verb("fastmoco.run.curves", "draw the curves of a run and sum it up"),
+    "report": Verb(
+        "fastmoco.report", "one page about a run, or several compared", words=("--out",)
+    ),
     "completion": Verb(
         "fastmoco.completion", "print a script for your shell", words=("bash", "fish", "zsh")
     ),
