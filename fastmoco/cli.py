@@ -42,6 +42,11 @@ VERBS = {
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
     ),
+    "knn": Verb(
+        "fastmoco.evaluate.knn",
+        "kNN accuracy of a frozen encoder on labelled images",
+        words=("--checkpoint", "--data.root", "--k"),
+    ),
     "export": Verb(
         "fastmoco.weights.export",
         "carry an encoder to torchvision, timm, Detectron2 and others",
