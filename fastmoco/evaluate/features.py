@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastmoco.evaluate.image_set import ImageSet
+from fastmoco.evaluate.labelled_images import ImageSet
 from fastmoco.machine.collectives import gather_rows
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import NormalizePixels, build_encoder

@@ -12,15 +12,26 @@ M bank samples over all ranks, n queries, D feature dimension.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastmoco.config import ConfigError
+from fastmoco.evaluate.options import (
+    Evaluation,
+    command,
+    evaluation_parser,
+    labelled_options,
+    untrained,
+)
 from fastmoco.machine.collectives import all_gather, gather_rows
 from fastmoco.machine.ranks import World
 
+# Of the weights of neighbours, as in the paper.
+TEMPERATURE = 0.07
 # Similarities held at a time: 256 MiB of fp32, whatever the size of the bank.
 SIMILARITIES = 1 << 26
 # Bank samples compared at a time.
@@ -162,12 +173,54 @@ def _check(
         )
 
 
+def table(rows: Sequence[tuple[str, Sequence[float]]], ks: Sequence[int]) -> str:
+    """Top-1 in per cent: a line per encoder, a column per k."""
+    lines = ["kNN top-1".ljust(20) + "".join(f"k = {k}".rjust(10) for k in ks)]
+    for name, found in rows:
+        figures = "".join(f"{100 * x:8.2f} %" for x in found)
+        lines.append(name.ljust(20) + (figures or "  bank too large"))
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one sentence for input that cannot be evaluated."""
-    # Imported here: the task stands on this file.
-    from fastmoco.evaluate.knn_task import run
+    options = evaluation_parser("fastmoco knn", "kNN top-1 of a frozen encoder on class folders.")
+    labelled_options(options)
+    options.add_argument("--k", type=int, nargs="+", default=[200], help="neighbours that vote")
+    options.add_argument("--temperature", type=float, default=TEMPERATURE)
+    options.add_argument("--max_bank", type=int, default=0, help="at most so many; 0 takes all")
+    return command(options, arguments, _evaluate)
 
-    return run(arguments)
+
+def _evaluate(given: argparse.Namespace, world: World) -> None:
+    if min(given.k) < 1 or not given.temperature > 0 or given.max_bank < 0:
+        raise ConfigError("--k must be at least 1, --temperature above 0, --max_bank 0 or more.")
+    # Imported here: the monitor stands on this file.
+    from fastmoco.evaluate.monitor import KnnTask
+
+    evaluation = Evaluation.of(given, world)
+    train_root, test_root = evaluation.labelled_roots(given)
+    task = KnnTask(
+        train_root,
+        test_root,
+        world,
+        resize=evaluation.resize,
+        image_size=evaluation.image_size,
+        max_pixels=given.max_pixels,
+        max_bank=given.max_bank,
+    )
+    votes = {"ks": given.k, "temperature": given.temperature}
+    trained, fresh = (
+        task.of_trunk(trunk, **votes, batch_size=given.batch_size)
+        for trunk in (evaluation.trunk, untrained(evaluation, world))
+    )
+    pixels = task.of_pixels(**votes)
+    if world.is_main:
+        good = [len(images) - len(images.bad) for images in (task.bank, task.test)]
+        print(evaluation.describe())
+        print(f"{good[0]} bank and {good[1]} test images, {len(task.bank.class_names)} classes")
+        rows = [("trained encoder", trained), ("raw pixels", pixels), ("untrained encoder", fresh)]
+        print(table([*rows, ("chance", [task.chance] * len(given.k))], given.k), flush=True)
 
 
 if __name__ == "__main__":

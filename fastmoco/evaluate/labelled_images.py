@@ -1,16 +1,182 @@
-"""Images in class folders, in the fixed view of an evaluation."""
+"""Images in the fixed view of an evaluation: of any source, and labelled ones in class folders.
+
+The view is the usual one: shorter edge to `resize`, centre crop of `image_size`, no randomness.
+Bad images (unreadable, not an image, too many pixels) are excluded and counted, never fatal.
+
+S side of a view, n images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from fastmoco.config import ConfigError
-from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.config import ConfigError, DataConfig
+from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.sources.folder import walk
-from fastmoco.evaluate.image_set import CACHE_BYTES, MAX_PIXELS, ImageSet
+
+# A monitor sees the same images every few epochs: below this size they are decoded only once.
+CACHE_BYTES = 3 << 29
+MAX_PIXELS = DataConfig().max_pixels
+
+
+def eval_view(
+    data: bytes, resize: int, image_size: int, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
+
+    The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
+    already, so that such images keep their exact pixels), the longer one keeps the aspect ratio.
+    A crop larger than the resized image is padded with black, as in torchvision.
+
+    Raises `BadImage` as `decode` does.
+    """
+    image = decode(data, max_pixels)
+    width, height = image.size
+    shorter = min(width, height)
+    if shorter != resize:
+        scaled = (int(width * resize / shorter), int(height * resize / shorter))
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
+        width, height = image.size
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+
+class ImageSet:
+    """n images in their evaluation view, decoded by a few threads.
+
+    read: encoded bytes of image i; raises `OSError` where the file cannot be read.
+    name: what to call image i in a report.
+    known_bad: reasons of images that need no second look.
+    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
+    Decoded pixels stay in memory when all n views fit into `cache_bytes`.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        read: Callable[[int], bytes],
+        name: Callable[[int], str],
+        *,
+        resize: int,
+        image_size: int,
+        known_bad: dict[int, str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        threads: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+        strict: bool = False,
+    ) -> None:
+        self.name = name
+        self.resize = resize
+        self.image_size = image_size
+        self.bad: dict[int, str] = dict(known_bad or {})
+        """Reason by image, of those that this rank knows to be bad."""
+        self._read, self._max_pixels, self._strict = read, max_pixels, strict
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._cache_bytes = cache_bytes
+        self._resize_to(n)
+
+    def _resize_to(self, n: int) -> None:
+        """Room for n views, none decoded yet."""
+        self._n = n
+        self._decoded = np.zeros(n, dtype=bool)
+        fits = n * self.image_size**2 * 3 <= self._cache_bytes
+        # The system hands out pages on first touch: a rank pays only for its own share.
+        self._pixels = torch.empty(self._shape(n), dtype=torch.uint8) if fits else None
+
+    def __len__(self) -> int:
+        return self._n
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """Views start..stop-1 as uint8 (stop - start, S, S, 3) on the CPU; not to be written to.
+
+        The view of a bad image is black, and its reason is in `bad` from then on.
+        """
+        if self._pixels is None:
+            chunk = torch.empty(self._shape(stop - start), dtype=torch.uint8)
+            self._decode(range(start, stop), chunk, start)
+            return chunk
+        missing = [i for i in range(start, stop) if not self._decoded[i]]
+        self._decode(missing, self._pixels, 0)
+        self._decoded[start:stop] = True
+        return self._pixels[start:stop]
+
+    def batches(self, share: range, batch_size: int) -> Iterator[Tensor]:
+        """The views of a share in order, uint8 (<= batch_size, S, S, 3); one is read ahead."""
+        starts = range(share.start, share.stop, batch_size)
+        with ThreadPoolExecutor(1) as ahead:
+            pending = None
+            for start in starts:
+                following = ahead.submit(self.load, start, min(start + batch_size, share.stop))
+                if pending is not None:
+                    yield pending.result()
+                pending = following
+            if pending is not None:
+                yield pending.result()
+
+    def good(self, share: range) -> Tensor:
+        """bool (len(share),): which images of a share, once loaded, are not bad."""
+        return torch.tensor([i not in self.bad for i in share], dtype=torch.bool)
+
+    def exclude(self, images: Sequence[int]) -> None:
+        """Take over what other ranks found to be bad; the reason is found by a second look."""
+        for i in images:
+            if i not in self.bad:
+                try:
+                    self._view(i)
+                    self.bad[i] = "could not be read once, but can be now"
+                except BadImage as error:
+                    self.bad[i] = str(error)
+
+    def bad_sentence(self, what: str) -> str:
+        """How many are excluded, with the first names; empty where all are good."""
+        if not self.bad:
+            return ""
+        first = [f"{self.name(i)} ({self.bad[i]})" for i in sorted(self.bad)[:3]]
+        more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+        return (
+            f"{len(self.bad)} of {len(self)} {what} are bad and left out: {', '.join(first)}{more}."
+        )
+
+    def _shape(self, n: int) -> tuple[int, int, int, int]:
+        return (n, self.image_size, self.image_size, 3)
+
+    def _view(self, i: int) -> np.ndarray:
+        try:
+            data = self._read(i)
+        except OSError as error:
+            raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        return eval_view(data, self.resize, self.image_size, self._max_pixels)
+
+    def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
+        """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
+        rows = into.numpy()
+
+        def one(i: int) -> None:
+            try:
+                if i in self.bad:
+                    raise BadImage(self.bad[i])
+                rows[i - offset] = self._view(i)
+            except BadImage as error:
+                if self._strict:
+                    place = self.name(i)
+                    raise ConfigError(
+                        f"Cannot use {place} ({error}): repair or remove it."
+                    ) from error
+                rows[i - offset] = 0
+                self.bad[i] = str(error)
+
+        if indices:
+            with ThreadPoolExecutor(self._threads) as pool:
+                # Consuming the results raises what a thread raised.
+                list(pool.map(one, indices))
 
 
 def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:

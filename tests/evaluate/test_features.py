@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco.config import ConfigError, ModelConfig
-from fastmoco.evaluate import image_set
+from fastmoco.evaluate import labelled_images
 from fastmoco.evaluate.features import (
     FrozenTrunk,
     extract_features,
@@ -20,9 +20,8 @@ from fastmoco.evaluate.features import (
     stream_features,
     without_bad,
 )
-from fastmoco.evaluate.image_set import eval_view
 from fastmoco.evaluate.knn import ALONE
-from fastmoco.evaluate.labelled_images import LabelledImages, index_class_folders
+from fastmoco.evaluate.labelled_images import LabelledImages, eval_view, index_class_folders
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
 from tests.support.ranks import Ranks
@@ -181,7 +180,7 @@ def flat_trunk(batch: Tensor) -> Tensor:
     return batch.flatten(1).double() - 100
 
 
-@pytest.mark.parametrize("cache_bytes", [0, image_set.CACHE_BYTES])
+@pytest.mark.parametrize("cache_bytes", [0, labelled_images.CACHE_BYTES])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gathered_features_are_normalized_views_in_order(
     folder: Path, cache_bytes: int, world_size: int
@@ -211,7 +210,7 @@ def test_gathered_features_are_normalized_views_in_order(
         np.testing.assert_allclose(gathered.numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("cache_bytes", "decodings"), [(0, 22), (image_set.CACHE_BYTES, 11)])
+@pytest.mark.parametrize(("cache_bytes", "decodings"), [(0, 22), (labelled_images.CACHE_BYTES, 11)])
 def test_images_that_fit_are_decoded_once(
     folder: Path, cache_bytes: int, decodings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +220,7 @@ def test_images_that_fit_are_decoded_once(
         decoded.append(data)
         return eval_view(data, resize, image_size, max_pixels)
 
-    monkeypatch.setattr(image_set, "eval_view", counted)
+    monkeypatch.setattr(labelled_images, "eval_view", counted)
     images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)
     for _ in range(2):
         extract_features(flat_trunk, images, batch_size=4, device="cpu")

@@ -37,6 +37,7 @@ class ShardSource(Indexed):
     def __init__(self, index: Index) -> None:
         self.index = index
         self._files: dict[int, int] = {}
+        self._named: tuple[int, dict[int, str]] = (-1, {})  # a shard, its members by offset
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSource, (self.index,)  # open files stay in their process
@@ -51,14 +52,16 @@ class ShardSource(Indexed):
         return os.pread(file, int(arrays["lengths"][sample]), int(arrays["offsets"][sample]))
 
     def name(self, sample: int) -> str:
-        """Shard and member; walks the shard, as only reports need it."""
-        shard = self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])]
+        """Shard and member; walks the shard, once for neighbours, as only reports need it."""
+        number = int(self.index.arrays["shard_of"][sample])
+        shard = self.index.facts["shards"][number]
+        if self._named[0] != number:
+            names: dict[int, str] = {}
+            with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
+                names = {member.offset_data: member.name for member in tar}
+            self._named = number, names
         offset = int(self.index.arrays["offsets"][sample])
-        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.offset_data == offset:
-                    return f"{shard}:{member.name}"
-        return f"{shard}:@{offset}"
+        return f"{shard}:{self._named[1].get(offset, f'@{offset}')}"
 
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
