@@ -149,7 +149,7 @@ class Embedding:
         self.evaluation, self.source, self.world = evaluation, source, world
         self.out: Path = given.out
         self.batch_size: int = given.batch_size
-        self.folder = self.out.with_name(f"{self.out.name}.parts")
+        self.folder: Path = self.out.with_name(f"{self.out.name}.parts")
         self.root = Path(given.root).resolve()
         self.root = self.root if self.root.is_dir() else self.root.parent
         self.images = ImageSet(

@@ -110,7 +110,7 @@ class KnnTask:
     def _accuracies(
         self, bank: Tensor, test: Tensor, ks: Sequence[int], temperature: float
     ) -> list[float]:
-        kept = [self._without_bad(bank, self.bank), self._without_bad(test, self.test)]
+        kept = [self.good_features(bank, self.bank), self.good_features(test, self.test)]
         (bank, bank_labels), (test, labels) = kept
         return knn_accuracies(
             bank,
@@ -123,7 +123,7 @@ class KnnTask:
             world=self._world,
         )
 
-    def _without_bad(self, features: Tensor, images: LabelledImages) -> tuple[Tensor, Tensor]:
+    def good_features(self, features: Tensor, images: LabelledImages) -> tuple[Tensor, Tensor]:
         """Features of the good images of this rank's share, labels of those of all ranks."""
         shared = without_bad(features, images, self._world)
         if not len(shared.kept):
