@@ -23,7 +23,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
 from tests.support.ranks import Ranks
 
-OPTIONS = ("--image_size", "8", "--resize", "8", "--batch_size", "4", "--device", "cpu")
+OPTIONS = ("--image_size", "32", "--resize", "32", "--batch_size", "4", "--device", "cpu")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_features_are_those_of_knn_and_linear_bit_for_bit(
     assert features.dtype == np.float32
     assert not (tmp_path / "x.npz.parts").exists()
 
-    labelled = LabelledImages(images, resize=8, image_size=8)
+    labelled = LabelledImages(images, resize=32, image_size=32)
     given = evaluation_parser("x", "x").parse_args(["--checkpoint", str(checkpoint), *OPTIONS])
     trunk = Evaluation.of(given, ALONE).trunk
     normalized = extract_features(trunk, labelled, batch_size=4, device="cpu")
@@ -85,7 +85,7 @@ def test_features_are_those_of_knn_and_linear_bit_for_bit(
     (images / "a" / "3.png").unlink()  # linear classification refuses bad images
     linear = stored_features(
         FrozenTrunk(checkpoint, torch.device("cpu")),
-        LabelledImages(images, resize=8, image_size=8, strict=True),
+        LabelledImages(images, resize=32, image_size=32, strict=True),
         tmp_path / "store",
         device=torch.device("cpu"),
         batch_size=4,
