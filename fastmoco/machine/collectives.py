@@ -114,7 +114,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
-    """Replace fp32 tensors by their mean over ranks, in one collective."""
+    """Replace tensors of one floating-point type by their mean over ranks, in one collective."""
     if world.size == 1 or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
