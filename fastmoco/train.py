@@ -72,16 +72,9 @@ class Run:
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.request = StopRequest()
-        self.lines += start_lines(
-            config,
-            world,
-            num_samples=self.loader.num_samples,
-            steps_per_epoch=self.per_epoch,
-            loader=self.loader.description,
-            done=self.done,
-        )
+        self.lines += start_lines(config, world, loader=self.loader, done=self.done)
         self.lines += started_from
-        told = [*resumed.notes, *start_warnings(config, world, self.loader.num_samples)]
+        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:

@@ -68,6 +68,8 @@ class DataConfig:
     root: str = ""
     """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
     For a list its file; for shards a folder of tar files, or one of them."""
+    any_name: bool = False
+    """Whether files of a folder count as images by their content too, whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
