@@ -75,6 +75,30 @@ def check(config: Config, world_size: int) -> None:
             f"A BN group of {group} sample has no variance to normalize with: raise "
             f"optim.global_batch_size above {world_size * config.optim.accumulate}."
         )
+    _check_mechanism(config)
+
+
+def _check_mechanism(config: Config) -> None:
+    """Raise `ConfigError` for options that `moco.mechanism` cannot honour."""
+    moco, optim = config.moco, config.optim
+    if moco.symmetric and moco.shuffle_bn == "loader":
+        # The loader brings only the keys of other samples, and those would be the queries.
+        raise ConfigError(
+            "moco.symmetric needs both views of a sample on one rank, and moco.shuffle_bn loader "
+            "sends the second elsewhere: set moco.shuffle_bn to auto."
+        )
+    if moco.mechanism != "queue" and optim.name == "sgd_ema":
+        raise ConfigError(
+            f"moco.mechanism {moco.mechanism} has one encoder and no EMA, so that optim.name "
+            "sgd_ema does not fit: set optim.name to sgd."
+        )
+    if moco.mechanism == "end_to_end" and optim.accumulate > 1:
+        raise ConfigError(
+            f"optim.accumulate {optim.accumulate} would leave moco.mechanism end_to_end only the "
+            "keys of a part of the global batch as negatives: set optim.accumulate to 1."
+        )
+    if moco.mechanism != "queue":
+        return
     enqueued = config.optim.global_batch_size * (2 if config.moco.symmetric else 1)
     if enqueued > config.moco.queue_size:
         raise ConfigError(
@@ -86,7 +110,7 @@ def check(config: Config, world_size: int) -> None:
 def warnings(config: Config, world_size: int, num_samples: int) -> list[str]:
     """Settings that train, but probably not as meant; one sentence each."""
     found = []
-    if config.moco.queue_size > num_samples:
+    if config.moco.mechanism == "queue" and config.moco.queue_size > num_samples:
         found.append(
             f"moco.queue_size {config.moco.queue_size} exceeds the {num_samples} training "
             "images, so that a query meets older keys of its own image as negatives; "

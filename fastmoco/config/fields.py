@@ -18,6 +18,7 @@ Arch = Literal[
     "resnet50_w2x",
     "resnet50_w4x",
 ]
+Mechanism = Literal["queue", "end_to_end"]
 ShuffleBN = Literal["auto", "all_to_all", "loader", "split", "none"]
 
 
@@ -143,6 +144,9 @@ class ModelConfig:
 class MocoConfig:
     """Momentum Contrast itself."""
 
+    mechanism: Mechanism = "queue"
+    """Where negatives come from: `queue` is MoCo; `end_to_end`: the other keys of the global batch,
+    trained by gradient too."""
     queue_size: int = 65536
     """K, the number of keys in the queue."""
     momentum: float = 0.999

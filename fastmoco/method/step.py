@@ -61,12 +61,16 @@ class Step:
                     result = info_nce(q, k.local, queue, self.temperature)
                 self.scaler.scale(result.loss / len(contrasts)).backward()
             results.append(result)
+        self._advance()
+        return merge(results)
+
+    def _advance(self) -> None:
+        """Move the encoders by the gradients that have added up."""
         self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
         if self.ema is not None:
             self.ema()
         self.optimizer.zero_grad(set_to_none=True)
-        return _merge(results)
 
     def _contrasts(
         self, micro_batches: Sequence[Batch], step: int
@@ -83,7 +87,7 @@ class Step:
         return contrasts
 
 
-def _merge(results: Sequence[InfoNCE]) -> InfoNCE:
+def merge(results: Sequence[InfoNCE]) -> InfoNCE:
     """One result for the step: the mean loss and the ranks of all parts; detached."""
     return InfoNCE(
         torch.stack([r.loss.detach() for r in results]).mean(),
