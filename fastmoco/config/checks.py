@@ -110,11 +110,11 @@ def _check_mechanism(config: Config) -> None:
 def warnings(config: Config, world_size: int, num_samples: int) -> list[str]:
     """Settings that train, but probably not as meant; one sentence each."""
     found = []
-    if config.moco.mechanism == "queue" and config.moco.queue_size > num_samples:
+    if config.moco.mechanism == "queue" and 2 * config.moco.queue_size > num_samples:
         found.append(
-            f"moco.queue_size {config.moco.queue_size} exceeds the {num_samples} training "
-            "images, so that a query meets older keys of its own image as negatives; "
-            "a queue of at most half the data set is usual."
+            f"moco.queue_size {config.moco.queue_size} exceeds half of the {num_samples} "
+            "training images, so that a query often meets older keys of its own image as "
+            "negatives: lower it to at most half the data set."
         )
     groups = config.local_batch_size(world_size) // config.bn_group_size(world_size)
     strategy = config.shuffle_bn(world_size)

@@ -164,6 +164,9 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         parse(["--config", str(file)])
 
 
+END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "mentions"),
     [
@@ -178,6 +181,12 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
         (["--optim.global_batch_size", "8"], 8, ["BN group of 1"]),
+        (["--moco.symmetric", "true", "--moco.shuffle_bn", "loader"], 1, ["shuffle_bn to auto"]),
+        (["--moco.mechanism", "end_to_end"], 1, ["one encoder", "optim.name to sgd"]),
+        (
+            [*END_TO_END, "--optim.accumulate", "2"],
+            *(1, ["accumulate 2", "end_to_end", "accumulate to 1"]),
+        ),
     ],
 )
 def test_cross_field_checks(overrides: list[str], world: int, mentions: list[str]) -> None:
@@ -190,7 +199,13 @@ def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
     config = recipe("moco_v2_r50_200ep")
     assert warnings(config, 8, 1_281_167) == []
     (queue,) = warnings(config, 8, 5000)
-    assert "65536 exceeds the 5000" in queue
+    assert "65536 exceeds half of the 5000" in queue
+    assert len(warnings(config, 8, 2 * 65536 - 1)) == 1
+    assert warnings(config, 8, 2 * 65536) == []
+    # The batch is the dictionary: it may be larger than the queue, which is not there.
+    small = recipe("moco_v2_r50_200ep", *END_TO_END, "--moco.queue_size", "8")
+    check(small, 8)
+    assert warnings(small, 8, 12) == []
     alone = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "0")
     (shuffle,) = warnings(alone, 1, 1_281_167)
     assert "BN group" in shuffle
