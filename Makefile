@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-avx2 test-slow lint type bench bench-report clean
+.PHONY: demo test test-avx2 test-slow lint type bench-report clean
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=1 -m fastmoco.train --config configs/demo.yaml $(OPTIONS)

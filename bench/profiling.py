@@ -14,8 +14,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 from torch import get_num_threads
@@ -29,7 +30,6 @@ from fastmoco.config import Config, dump
 from fastmoco.data.batch import Batch
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.method.compiled_step import WholeStep
-from fastmoco.method.shuffle_bn import Shuffle
 from fastmoco.method.step import Step
 from fastmoco_kernels import info_nce_enqueue
 
@@ -71,32 +71,23 @@ def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     if isinstance(step, WholeStep):  # one graph: no range fits inside
         step.run_graph = ranged("fastmoco.graph", step.run_graph)  # type: ignore[method-assign]
         return run
-    step.shuffle = cast(Shuffle, _Keys(step.shuffle))
     step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
     step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
     if step.ema is not None:
         step.ema = ranged("fastmoco.update", step.ema)
-    loss = ranged("fastmoco.loss", info_nce_enqueue)
+    keys = type(step.shuffle)  # a call is looked up in the class
+    places = {
+        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss", info_nce_enqueue),
+        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys", keys.__call__),
+    }
 
     def named() -> None:
-        with mock.patch(f"{type(step).__module__}.info_nce_enqueue", loss):
+        with ExitStack() as patches:
+            for place, function in places.items():
+                patches.enter_context(mock.patch(place, function))
             run()
 
     return named
-
-
-class _Keys:
-    """A shuffle whose call is a range."""
-
-    def __init__(self, shuffle: Any) -> None:
-        self._shuffle = shuffle
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shuffle, name)
-
-    def __call__(self, *arguments: Any) -> Any:
-        with record_function("fastmoco.keys"):
-            return self._shuffle(*arguments)
 
 
 def part_of(event: Any) -> str:
@@ -146,15 +137,15 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
         for _ in range(3):
             run()
         synchronize(fed.device)
-        waited, began = fed.wait_s(), time.perf_counter()
+        waited, began = fed.loader.wait_s, time.perf_counter()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as profiler:
             for _ in range(number):
                 run()
             synchronize(fed.device)
-        seconds, waited = time.perf_counter() - began, fed.wait_s() - waited
+        seconds, waited = time.perf_counter() - began, fed.loader.wait_s - waited
     finally:
-        fed.close()
+        fed.loader.close()
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"

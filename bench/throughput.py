@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,27 @@ from bench.measure.program import (
     steps_of,
 )
 from bench.measure.rows import Row, append_rows, case_of, device_of, origin, quantiles
-from bench.pages.tables import caption, figure
+from bench.pages.tables import caption, cell, figure
 from fastmoco.config import Config, ConfigError, dump, flatten
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
 
 PROFILE = Path("runs/profile")
 
-FACTORIES = {
-    "loader": "bench.steps.contestants:loader_alone",
-    "step": "bench.steps.contestants:our_step",
-    "end_to_end": "bench.steps.contestants:end_to_end",
-    "encoder": "bench.steps.contestants:bare_encoder",
-    "official": "bench.steps.contestants:official_step",
-    "official_kept": "bench.steps.contestants:official_step_with_kept_memory",
-}
-
 # The published code leaves libgomp's waiting as it is; `fastmoco` does not.
 PUBLISHED = {"GOMP_SPINCOUNT": LIBGOMP_SPIN_COUNT}
-ENVIRONMENTS = {"official": PUBLISHED, "official_kept": PUBLISHED}
-
+STEPS = "bench.steps.contestants"
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("loader", f"{STEPS}:loader_alone"),
+        Contestant("step", f"{STEPS}:our_step"),
+        Contestant("end_to_end", f"{STEPS}:end_to_end"),
+        Contestant("encoder", f"{STEPS}:bare_encoder"),
+        Contestant("official", f"{STEPS}:official_step", {}, PUBLISHED),
+        Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
+    )
+}
 FED = ("loader", "end_to_end")
 
 
@@ -96,7 +98,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     # Who is not named must make sense here: CUDA tensors do not come from malloc.
     pointless = {"official_kept"} if device.type == "cuda" and not own.only else set()
     synthetic = set(FED) if config.data.source == "synthetic" else set()
-    named = chosen(own.only, list(FACTORIES))
+    named = chosen(own.only, list(CONTESTANTS))
     only = [name for name in named if name not in pointless | synthetic]
     if not only:
         raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
@@ -121,7 +123,7 @@ def summary(result: Result, images: int) -> Row:
         "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
         "page_faults_per_step": round(sum(w.page_faults for w in result.windows) / steps),
         "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
-        **nvml.summary([w.gpu for w in result.windows if w.gpu], seconds, steps * images),
+        **nvml.summary([s for w in result.windows for s in w.gpu], seconds, steps * images),
         **result.facts,
     }
 
@@ -145,11 +147,8 @@ def measure(
 ) -> dict[str, Result]:
     """Run the contest of `plan`; `meter` reads the GPU meanwhile, `between` follows each turn."""
     text = dump(config if config.data.source == "synthetic" else resolve_folders(config))
-    contestants = [
-        Contestant(name, FACTORIES[name], {"config": text}, ENVIRONMENTS.get(name, {}))
-        for name in plan.only
-    ]
-
+    named = [CONTESTANTS[name] for name in plan.only]
+    contestants = [replace(one, arguments={**one.arguments, "config": text}) for one in named]
     shown = progress(plan.windows)
 
     def turned(done: int) -> None:
@@ -204,7 +203,7 @@ def _or_dash(make: Callable[[Row], str], row: Row) -> str:
 def sentence(run: Sequence[Row]) -> str:
     """The ratios of a contest and how it was run."""
     ratios = run[0]["ratios"]
-    found = [f"{k}: **{v[1]:.2f}** ({v[0]:.2f} - {v[2]:.2f})" for k, v in ratios.items()]
+    found = [f"{title}: **{cell(values, run[0]['n'])}**" for title, values in ratios.items()]
     waits = [row["data_wait_percent"] for row in run if row["contestant"] == "end_to_end"]
     found += [f"waiting for data, end to end: **{wait:.1f} %**" for wait in waits]
     if "product_gflops" in run[0]:

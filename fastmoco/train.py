@@ -14,18 +14,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.data.backends.choose import missing_dali
 from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
-from fastmoco.method.agreement import DisagreementError, require_agreement, require_one_precision
+from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import lr_at, set_lr
 from fastmoco.run import checkpoint, directory
-from fastmoco.run.choices import start_lines
+from fastmoco.run.choices import start_lines, start_warnings
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
@@ -33,7 +32,6 @@ from fastmoco.run.record import knn_summary
 from fastmoco.run.stopping import StopRequest
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
-from fastmoco_kernels.preflight import short_preflight
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
@@ -49,14 +47,16 @@ class Run:
         self.folder = Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
+        self.lines = [host.settle(world.device)]  # before anything large is allocated
+        wrong = agreement.agree_on_kernels(world) if world.device.type == "cuda" else []
         resume_from = checkpoint.find(config)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
         fresh = config.model.init_from and not resume_from
-        started_from = start_from(config, moco) if fresh else ""
+        started_from = [start_from(config, moco)] if fresh else []
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
-        require_one_precision(self.step.precision, world)
+        agreement.require_one_precision(self.step.precision, world)
         self.loader = build_loader(
             config,
             rank=world.rank,
@@ -65,13 +65,24 @@ class Run:
             key_rows=self.step.shuffle.key_rows,
         )
         self.per_epoch = self.loader.steps_per_epoch
-        self.done, self.notes = 0, [started_from] if started_from else []
+        resumed = checkpoint.Resumed(0)
         if resume_from:
             resumed = checkpoint.resume(resume_from, self.step, config, self.per_epoch)
-            self.done, self.notes = resumed.step, [f"WARNING: {n}" for n in resumed.notes]
+        self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
         self.request = StopRequest()
+        self.lines += start_lines(
+            config,
+            world,
+            num_samples=self.loader.num_samples,
+            steps_per_epoch=self.per_epoch,
+            loader=self.loader.description,
+            done=self.done,
+        )
+        self.lines += started_from
+        told = [*resumed.notes, *start_warnings(config, world, self.loader.num_samples)]
+        self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:
         """Run to the last step or to a signal; either way the final state is on disk."""
@@ -83,7 +94,12 @@ class Run:
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
         ):
-            self._announce(log)
+            for line in self.lines:
+                log.say(line)
+            for sentence in self.warnings:
+                log.warn(sentence)
+            if main and self.done == 0 and self.config.data.source == "folder":
+                draw_views(self.config, self.folder / "views.png")
             with collectives.naming_failures(self.world, lambda: self.done):
                 self._loop(log)
             if main:
@@ -107,7 +123,7 @@ class Run:
         batches = self.loader.batches(start, stop)
         progress.restart()
         for number in range(start, stop):
-            lr = lr_at(self.config, number // self.per_epoch)
+            lr = lr_at(self.config, number / self.per_epoch)
             set_lr(step.optimizer, lr)
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
@@ -115,7 +131,7 @@ class Run:
             if progress.due(done) or (self.request.made and alone):
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
-                require_agreement(step.moco, self.world, done)
+                agreement.require_agreement(step.moco, self.world, done)
                 self.request.made = collectives.any_rank(self.request.made, self.world)
                 self._evaluate_and_save(progress)
                 if self.request.made:
@@ -133,27 +149,6 @@ class Run:
         if regular or last or stopping:
             place = {"steps": self.done, "epoch": epoch}
             checkpoint.save(self.folder, self.step, **place, config=self.config, world=self.world)
-
-    def _announce(self, log: Logbook) -> None:
-        """Print every resolved choice, and draw what the encoders are about to see."""
-        log.say(host.settle(self.world.device))
-        choices = start_lines(
-            self.config,
-            self.world,
-            num_samples=self.loader.num_samples,
-            steps_per_epoch=self.per_epoch,
-            loader=self.loader.description,
-            done=self.done,
-        )
-        for line in [*choices, *self.notes]:
-            log.say(line)
-        if lost := missing_dali(self.config, self.world.device):
-            log.warn(lost)
-        if self.world.device.type == "cuda":  # a wrong kernel gives way to its reference, loudly
-            for sentence in short_preflight(self.world.device):
-                log.warn(sentence)
-        if self.world.is_main and self.done == 0 and self.config.data.source == "folder":
-            draw_views(self.config, self.folder / "views.png")
 
 
 def join_world(config: Config) -> ranks.World:
@@ -173,7 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
         config = parse(arguments)
         Run(config, join_world(config)).train()
-    except (ConfigError, DivergedError, DisagreementError, collectives.CollectiveError) as error:
+    except (
+        ConfigError,
+        DivergedError,
+        agreement.DisagreementError,
+        collectives.CollectiveError,
+    ) as error:
         # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
         if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmoco.config import ConfigError, parse
 from fastmoco.data.backends.choose import has_dali
-from fastmoco.train import main
+from fastmoco.machine.ranks import World
+from fastmoco.train import Run, main
 
 ROOT = Path(__file__).parent.parent
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -175,6 +178,32 @@ def test_unwritable_run_directory(capfd: pytest.CaptureFixture[str], tmp_path: P
 def test_run_directory_that_is_a_file(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capfd, "--run.dir", str(tmp_path / "file" / "run"))
+
+
+def test_the_host_is_settled_and_kernels_checked_before_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(name: str, answer: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            order.append(name)
+            if name == "build_moco":
+                raise ConfigError("far enough")
+            return answer
+
+        return call
+
+    monkeypatch.setattr("fastmoco.machine.host.settle", noted("settle", "host"))
+    monkeypatch.setattr("fastmoco.train.check", noted("check", None))
+    monkeypatch.setattr("fastmoco.method.agreement.agree_on_kernels", noted("kernels", []))
+    monkeypatch.setattr("fastmoco.train.build_moco", noted("build_moco", None))
+    config = parse([*NARROW, "--run.dir", str(tmp_path)])
+    for device, expected in (("cpu", []), ("cuda", ["kernels"])):
+        order.clear()
+        with pytest.raises(ConfigError, match="far enough"):
+            Run(config, World(0, 0, 1, torch.device(device), "none"))
+        assert order == ["check", "settle", *expected, "build_moco"]
 
 
 def test_divergence_stops_the_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

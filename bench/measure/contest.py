@@ -20,10 +20,11 @@ from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
+from unittest import mock
 
 import torch
 
-from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Usage
+from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Sample
 from bench.measure.rows import spread
 from fastmoco.config import ConfigError
 from fastmoco.run.metrics import peak_memory_gib
@@ -97,8 +98,8 @@ class Window:
     """Seconds in which the step waited for the loader."""
     page_faults: int = 0
     """Pages of memory that the kernel had to map, and zero, for the contestant."""
-    gpu: Usage | None = None
-    """What NVML read meanwhile."""
+    gpu: Sequence[Sample] = ()
+    """What was read of the GPU meanwhile."""
 
 
 @dataclass
@@ -120,15 +121,13 @@ def contest(
     steps: int,
     warmup: int,
     limit_s: float = math.inf,
-    lead: int = 0,
     meter: Meter | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
-    `lead` untimed steps go before each window: who is fed by a loader must first use up what was
-    prepared while others had their turn. `meter` reads the GPU during the windows. After `limit_s`
-    seconds no further turn begins.
+    Who is fed by a loader runs by itself, for loaders work ahead while others have their turn.
+    `meter` reads the GPU during the windows. After `limit_s` seconds no further turn begins.
 
     Raises `RuntimeError` with the contestant's traceback when one fails.
     """
@@ -137,13 +136,7 @@ def contest(
     with _processes(contestants) as running:
         for process in running:
             process.ask("run", warmup)
-
-        def window(process: _Process) -> Window:
-            if lead:
-                process.ask("run", lead)
-            return process.window(steps, meter)
-
-        work = {process.name: partial(window, process) for process in running}
+        work = {process.name: partial(process.window, steps, meter) for process in running}
         found = in_turns(work, windows, limit_s=limit_s, after=progress)
         return {p.name: Result(found[p.name], p.ask("facts", 0)) for p in running}
 
@@ -155,16 +148,8 @@ class _Process:
         self._here, there = context.Pipe()
         # A contestant may have children of its own (loader workers), so it is no daemon.
         self.process = context.Process(target=_serve, args=(there, contestant))
-        before = {name: os.environ.get(name) for name in contestant.environment}
-        os.environ.update(contestant.environment)
-        try:
+        with mock.patch.dict(os.environ, contestant.environment):
             self.process.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
         there.close()
 
     def ask(self, what: str, steps: int) -> Any:
@@ -174,14 +159,15 @@ class _Process:
 
     def window(self, steps: int, meter: Meter | None) -> Window:
         """Ask for `steps` steps and read the meter while they run."""
-        if meter is None:
-            return Window(*self.ask("run", steps))
-        meter.begin()
         with self._alive():
             self._here.send(("run", steps))
-        while not self._here.poll(SAMPLE_EVERY_S):
-            meter.sample()
-        return replace(Window(*self.answer()), gpu=meter.end())
+        samples: list[Sample] = []
+        while meter and not self._here.poll(SAMPLE_EVERY_S):
+            samples.append(meter())
+        answer = self.answer()
+        if meter:  # a short window has a sample, too
+            samples.append(meter())
+        return replace(Window(*answer), gpu=samples)
 
     def answer(self) -> Any:
         with self._alive():
@@ -245,28 +231,19 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
 
 def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]:
     """Fields of a `Window`."""
-    waited, faults = machine.wait_s, page_faults()
-    began, busy = time.perf_counter(), processor_seconds()
+    waited, used = machine.wait_s, resource.getrusage(resource.RUSAGE_SELF)
+    began = time.perf_counter()
     machine.run(steps)
     synchronize(machine.device)
-    seconds, busy = time.perf_counter() - began, processor_seconds() - busy
-    return steps, seconds, busy, machine.wait_s - waited, page_faults() - faults
+    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    busy = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    # Minor faults: pages that were mapped without reading a disk.
+    return steps, seconds, busy, machine.wait_s - waited, now.ru_minflt - used.ru_minflt
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
     peak = peak_memory_gib(machine.device)
     return {"peak_memory_gib": peak and round(peak, 3), **machine.facts()}
-
-
-def processor_seconds() -> float:
-    """Seconds that the threads of this process have kept a processor busy."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def page_faults() -> int:
-    """Pages that were mapped for this process since it began, without reading a disk."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def synchronize(device: torch.device) -> None:

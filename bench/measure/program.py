@@ -1,13 +1,10 @@
-"""What all benchmark programs share: their options, exit code, complaints, progress and table.
-
-Tables on a terminal are drawn by rich (`pip install 'fastmoco[bench]'`); elsewhere as Markdown.
-"""
+"""What all benchmark programs share: their options, exit code, complaints, progress and table."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -114,34 +111,19 @@ def _progress(done: int, windows: int) -> None:
 
 
 def show(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:
-    """Print a table whose first column holds names and whose others hold numbers."""
-    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        _draw(caption, headers, body, note)
+    """Print a table whose first column holds names and whose others hold numbers.
+
+    On a terminal one line per name and number: ten columns do not fit 80 characters.
+    """
+    if sys.stdout.isatty():
+        lines = [caption]
+        for title, *values in body:
+            lines += ["", title]
+            lines += [f"  {a:34s}{b}" for a, b in zip(headers[1:], values, strict=True)]
+        lines += ["", *textwrap.wrap(note, 80)]
     else:
-        print("\n".join([caption, "", *markdown(headers, body), "", note]))
-    sys.stdout.flush()
-
-
-def _draw(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markdown import Markdown
-    from rich.table import Table
-
-    console = Console()
-    # One column per contestant: what is measured has long names and more lines than there are
-    # contestants, and a table of ten columns does not fit 80 characters.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for title, *_ in body:
-        short = title.split(":")[0].removesuffix(" as in ours")
-        table.add_column(short, justify="right", overflow="fold", vertical="bottom")
-    for index, header in enumerate(headers[1:], 1):
-        # Without spaces a range or a unit stays on one line.
-        table.add_row(header, *(line[index].replace(" ", "") for line in body))
-    console.print(caption, markup=False, highlight=False)
-    console.print(table)
-    console.print(Markdown(note))
+        lines = [caption, "", *markdown(headers, body), "", note]
+    print("\n".join(lines), flush=True)
 
 
 def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -25,7 +25,7 @@ from fastmoco.machine.precision import choose_precision
 from fastmoco_kernels import processor
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS", ROOT / "bench" / "results"))
 Row = dict[str, Any]
 
 
@@ -66,7 +66,10 @@ def case_of(config: Config) -> Row:
 
 
 def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:  # a bare image has no git
+        return ""
     return run.stdout.strip()
 
 
@@ -111,7 +114,7 @@ def environment(device: torch.device) -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
@@ -121,16 +124,19 @@ def environment(device: torch.device) -> Row:
 def origin(device: torch.device, publish: bool) -> Row:
     """The environment of rows (`environment`); take it before anything is measured.
 
-    Raises `ConfigError` where rows are to be published from a tree that differs from its commit.
+    Where there is no git, the variable BENCH_COMMIT names the commit. Raises `ConfigError` where
+    rows are to be published of a tree that differs from its commit, or whose commit nobody names.
     """
     where = environment(device)
+    if publish and not where["commit"]:
+        raise ConfigError("No commit is known here: name it in the variable BENCH_COMMIT.")
     if publish and where["dirty"]:
         raise ConfigError("The tree differs from its commit, so no row may be kept: commit first.")
     return where
 
 
 def append_rows(name: str, rows: Iterable[Mapping[str, Any]], where: Row) -> None:
-    """Append one JSON line per row, with its environment, to `bench/results/NAME.jsonl`."""
+    """Append one JSON line per row, with its environment, to `NAME.jsonl` in `RESULTS`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)

@@ -229,6 +229,24 @@ def _layers(runs: Sequence[Run], ways: list[str]) -> Made:
     return ["milliseconds", *ways, "gain", "GFLOP/s of the best"], body
 
 
+def scaling(runs: Sequence[Run]) -> Made:
+    """What collectives bring to a rank in a step, without gradients, and their modelled time."""
+    shown = {"all_to_all": "`all_to_all`", "loader": "`loader`", "official": "published"}
+    headers = ["ranks"]
+    headers += [f"{title}, MB" for title in shown.values()]
+    headers += [f"{title}, ms *modelled*" for title in shown.values()]
+    body = []
+    for run in runs:
+        by_name, ranks = _by_name(run), run[0]["case"]["ranks"]
+        if ranks in (2, 8, 64, 1024):
+            received = [by_name[name]["received_bytes"] for name in shown]
+            sizes = [sum(found.values()) - found["gradients"] for found in received]
+            times = [by_name[name]["modelled_ms"] for name in shown]
+            cells = [f"{size / 1e6:,.1f}" for size in sizes] + [f"{ms:.3g}" for ms in times]
+            body.append([str(ranks), *cells])
+    return headers, body
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "speed": ("throughput", speed),
     "throughput": ("throughput", throughput),
@@ -237,6 +255,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "profile": ("profile", profile),
     "index": ("index", index),
     "loader": ("loader", loader),
+    "scaling": ("scaling", scaling),
     "weight_gradient": ("kernels", weight_gradient),
     "convolution": ("kernels", convolution),
 }

@@ -54,25 +54,20 @@ def draw(runs: Sequence[Sequence[Row]], path: Path, digest: str) -> None:
 
 def _panel(axes: Any, run: Sequence[Row]) -> None:
     found = bars(run)
+    labels, lefts, rights, colours = zip(*found, strict=True)
+    whole, places = max(rights), range(len(found))
+    widths = [max(right - left, whole / 400) for _, left, right, _ in found]
+    axes.barh(places, widths, left=lefts, color=colours, height=0.72)
     spread = {row["contestant"]: row["step_ms"] for row in run}
     states = [next(iter(spread)), PLAIN, *run[0]["order"][:-1], EVERYTHING, EVERYTHING]
-    whole = max(right for _, _, right, _ in found)
-    ours = found[-1][2]
     for place, (_, left, right, colour) in enumerate(found):
-        axes.barh(place, max(right - left, whole / 400), left=left, color=colour, height=0.72)
-        total = left == 0.0
         low, _, high = spread[states[place]]
         axes.plot([low, high], [place, place], color=INK, linewidth=1.4, alpha=0.6)
-        sign = "" if total else "-" if colour == GREEN else "+"
-        change = f"{sign}{right - left:.0f} ms"
-        times = f"   {right / ours:.2f} x ours" if total and place == 0 else ""
-        axes.text(
-            max(right, high) + whole / 90, place, change + times, va="center", fontsize=9, color=INK
-        )
-        if place + 1 < len(found):  # the level at which the next bar begins
-            level = right if place == 0 or colour == RED else left
-            axes.plot([level, level], [place, place + 1], color=INK, linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(found)), [label for label, *_ in found], fontsize=9)
+        sign = "" if left == 0 else "-" if colour == GREEN else "+"
+        text = f"{sign}{right - left:.0f} ms"
+        text += f"   {right / rights[-1]:.2f} x ours" if place == 0 else ""
+        axes.text(max(right, high) + whole / 90, place, text, va="center", fontsize=9, color=INK)
+    axes.set_yticks(places, labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, whole * 1.18)
     axes.set_xlabel("milliseconds per step: median over turns, lines from p20 to p80", fontsize=9)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, relu
-from torch.nn.grad import conv2d_weight
 
 from bench.measure.contest import Race, Way
 from fastmoco.machine.host import keep_freed_memory
@@ -25,22 +25,25 @@ from fastmoco_kernels import winograd_cpu as winograd
 from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
 
 COLD_BYTES = 400 << 20
-# N, C, side of the input, O, K, stride: of ResNet-50 at 224 pixels, of ResNet-18 at 64.
-CONVOLUTIONS = (
+# Layers of ResNet-50 at 224 pixels: N, C, side of the input, O, K, stride.
+RESNET50 = (
     (32, 64, 56, 64, 3, 1),
     (32, 64, 56, 256, 1, 1),
-    (32, 256, 56, 128, 1, 1),
     (32, 128, 28, 128, 3, 1),
-    (32, 512, 28, 128, 1, 1),
-    (32, 256, 14, 256, 3, 1),
     (32, 1024, 14, 256, 1, 1),
     (32, 512, 14, 512, 3, 2),
     (32, 512, 7, 2048, 1, 1),
     (32, 512, 7, 512, 3, 1),
+)
+CONVOLUTIONS = (
+    *RESNET50,
+    (32, 256, 56, 128, 1, 1),
+    (32, 512, 28, 128, 1, 1),
+    (32, 256, 14, 256, 3, 1),
     (64, 64, 16, 64, 3, 1),
     (64, 512, 2, 512, 3, 1),
 )
-# The same of fp32 convolutions: of ResNet-18 at 32, 64 and 96 pixels, of ResNet-50 at 224.
+# In fp32 also those of ResNet-18 at 32, 64 and 96 pixels.
 FP32_CONVOLUTIONS = (
     (64, 64, 8, 64, 3, 1),
     (64, 128, 4, 256, 3, 2),
@@ -52,13 +55,7 @@ FP32_CONVOLUTIONS = (
     (64, 64, 24, 64, 3, 1),
     (64, 128, 12, 256, 3, 2),
     (64, 512, 3, 512, 3, 1),
-    (32, 64, 56, 64, 3, 1),
-    (32, 64, 56, 256, 1, 1),
-    (32, 128, 28, 128, 3, 1),
-    (32, 1024, 14, 256, 1, 1),
-    (32, 512, 14, 512, 3, 2),
-    (32, 512, 7, 2048, 1, 1),
-    (32, 512, 7, 512, 3, 1),
+    *RESNET50,
 )
 PARTS = ("forward", "input gradient", "weight gradient")
 
@@ -118,92 +115,99 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
     return "batch_norm", case, ways
 
 
-def weight_gradient_race(n: int, c: int, side: int, o: int, k: int, stride: int) -> Race:
+class Layer(NamedTuple):
+    """Sizes of a convolution that is padded by half its kernel."""
+
+    n: int
+    c: int
+    side: int
+    o: int
+    k: int
+    stride: int
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """Input (N, C, H, W), upstream gradient (N, O, H', W') and weight (O, C, K, K)."""
+        generator = torch.Generator().manual_seed(0)
+        out = -(-self.side // self.stride)
+        shapes = (
+            (self.n, self.c, self.side, self.side),
+            (self.n, self.o, out, out),
+            (self.o, self.c, self.k, self.k),
+        )
+        return [
+            torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last)
+            for shape in shapes
+        ]
+
+    def aten(self, part: str, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """One of `PARTS` as torch computes it."""
+        step, edge = [self.stride] * 2, [self.k // 2] * 2
+        if part == "forward":
+            return conv2d(x, weight, None, step, edge)
+        mask = [part == "input gradient", part == "weight gradient", False]
+        both: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, step, edge, [1, 1], False, [0, 0], 1, mask
+        )
+        return both[mask.index(True)]
+
+
+def weight_gradient_race(*sizes: int) -> Race:
     """The fp32 gradient of a weight from bf16 tensors; the error is on average, to float64.
 
     `official` is oneDNN's, in bf16, and its conversion: what autograd does for an fp32 parameter.
     """
     keep_freed_memory()
-    generator, padding = torch.Generator().manual_seed(0), k // 2
-    out = (side + 2 * padding - k) // stride + 1
-    x, dy = _normal(generator, n, c, side, side), _normal(generator, n, o, out, out)
-    shape = torch.Size((o, c, k, k))
-    weight = torch.zeros(shape, dtype=x.dtype).to(memory_format=torch.channels_last)
-    truth = conv2d_weight(x.double(), list(shape), dy.double(), stride, padding)
+    layer = Layer(*sizes)
+    x, dy, weight = layer.tensors(torch.bfloat16)
+    truth = layer.aten("weight gradient", x.double(), dy.double(), weight.double())
     turn = in_turns(x, dy)
 
     def official() -> Tensor:
         x, dy = next(turn)
-        step, edge, only_weight = [stride] * 2, [padding] * 2, [False, True, False]
-        dw: Tensor = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, step, edge, [1, 1], False, [0, 0], 1, only_weight
-        )[1]
-        return dw.float()
+        return layer.aten("weight gradient", x, dy, weight).float()
 
     def fused() -> Tensor:
         x, dy = next(turn)
-        return convolution_cpu.weight_gradient(x, dy, shape, stride, padding)
+        stride, padding = layer.stride, layer.k // 2
+        return convolution_cpu.weight_gradient(x, dy, weight.shape, stride, padding)
 
     def error(dw: Tensor) -> float:
         return float((dw.double() - truth).abs().mean() / truth.abs().mean())
 
-    ways = [
-        Way("official", official, error, 5e-3),
-        Way("fastmoco", fused, error, 1e-5),
-    ]
-    case = {"n": n, "c": c, "side": side, "o": o, "k": k, "stride": stride, "device": "cpu"}
-    return "weight_gradient", case, ways
+    ways = [Way("official", official, error, 5e-3), Way("fastmoco", fused, error, 1e-5)]
+    return "weight_gradient", layer._asdict() | {"device": "cpu"}, ways
 
 
-def convolution_race(part: str, n: int, c: int, side: int, o: int, k: int, stride: int) -> Race:
+def convolution_race(part: str, *sizes: int) -> Race:
     """One of `PARTS` of an fp32 convolution, by oneDNN and by each of our ways that can do it."""
     keep_freed_memory()
-    generator, padding = torch.Generator().manual_seed(0), k // 2
-    out = (side + 2 * padding - k) // stride + 1
-    x, dy, weight = (
-        torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
-        for shape in ((n, c, side, side), (n, o, out, out), (o, c, k, k))
-    )
-    turn, number = in_turns(x, dy, weight), PARTS.index(part)
-
-    def aten(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        if number == 0:
-            return conv2d(x, weight, None, stride, padding)
-        step, edge, mask = [stride] * 2, [padding] * 2, [number == 1, number == 2, False]
-        both: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, step, edge, [1, 1], False, [0, 0], 1, mask
-        )
-        return both[number - 1]
-
-    def products(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        if number == 0:
-            return direct.forward(x, weight, stride, padding)
-        if number == 1:
-            return direct.input_gradient(dy, weight, x.shape, stride, padding)
-        return direct.weight_gradient(x, dy, weight.shape, stride, padding)
-
-    def tiles(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        if number == 0:
-            return winograd.forward(x, weight)
-        if number == 1:
-            return winograd.input_gradient(dy, weight)
-        return winograd.weight_gradient(x, dy)
-
-    truth = aten(x.double(), dy.double(), weight.double())
+    layer = Layer(*sizes)
+    x, dy, weight = layer.tensors(torch.float32)
+    turn, where = in_turns(x, dy, weight), (layer.stride, layer.k // 2)
+    truth = layer.aten(part, x.double(), dy.double(), weight.double())
+    products: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "forward": lambda x, dy, w: direct.forward(x, w, *where),
+        "input gradient": lambda x, dy, w: direct.input_gradient(dy, w, x.shape, *where),
+        "weight gradient": lambda x, dy, w: direct.weight_gradient(x, dy, w.shape, *where),
+    }
+    tiles: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "forward": lambda x, dy, w: winograd.forward(x, w),
+        "input gradient": lambda x, dy, w: winograd.input_gradient(dy, w),
+        "weight gradient": lambda x, dy, w: winograd.weight_gradient(x, dy),
+    }
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    found |= {"official": partial(layer.aten, part), "direct": products[part]}
+    if layer.k == 3 and layer.stride == 1:
+        found["winograd"] = tiles[part]
 
     def error(got: Tensor) -> float:
         return float((got.double() - truth).norm() / truth.norm())
-
-    found = {"official": aten, "direct": products}
-    if k == 3 and stride == 1:
-        found["winograd"] = tiles
 
     def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
         return lambda: way(*next(turn))
 
     ways = [Way(name, run(way), error, 1e-5) for name, way in found.items()]
-    case = {"part": part, "n": n, "c": c, "side": side, "o": o, "k": k, "stride": stride}
-    return "convolution", case | {"device": "cpu"}, ways
+    return "convolution", {"part": part, **layer._asdict(), "device": "cpu"}, ways
 
 
 def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:

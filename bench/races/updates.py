@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from bench.measure.contest import Race, Way
-from fastmoco_kernels import ema_, sgd_ema_
+from fastmoco_kernels import ema_, reference, sgd_ema_
 
 MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
+RATES: dict[str, Any] = {
+    **{"lr": torch.tensor(LR), "momentum": SGD_MOMENTUM, "weight_decay": WEIGHT_DECAY},
+    "ema_momentum": MOMENTUM,
+}
 
 
 def resnet50_shapes() -> list[torch.Size]:
@@ -84,8 +88,11 @@ def sgd_ema_race(device: torch.device) -> Race:
     """SGD with momentum and weight decay, then the momentum update, of ResNet-50."""
     shapes = resnet50_shapes()
     grads = [0.01 * g for g in _draw(shapes, 1, device)]
-    few = shapes[:3]
-    want = _sgd_then_ema(_draw(few, 3, device), _draw(few, 4, device), grads[:3], calls=3)
+    few = [[t.double() for t in _draw(shapes[:3], seed, device)] for seed in (3, 4)]
+    momenta = [torch.zeros_like(t) for t in few[0]]
+    for _ in range(3):  # as often as a race runs a way before it looks at its output
+        reference.sgd_ema_(few[0], [g.double() for g in grads[:3]], momenta, few[1], **RATES)
+    want = few[0] + few[1]
 
     def stepper(official: bool) -> Callable[[], list[Tensor]]:
         params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
@@ -106,19 +113,10 @@ def sgd_ema_race(device: torch.device) -> Race:
 
     params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
     buffers = [torch.zeros_like(p) for p in params]
-    lr = torch.tensor(LR, device=device)
+    rates = RATES | {"lr": torch.tensor(LR, device=device)}
 
     def fused() -> list[Tensor]:
-        sgd_ema_(
-            params,
-            grads,
-            buffers,
-            ema,
-            lr=lr,
-            momentum=SGD_MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            ema_momentum=MOMENTUM,
-        )
+        sgd_ema_(params, grads, buffers, ema, **rates)
         return params[:3] + ema[:3]
 
     def error(got: list[Tensor]) -> float:
@@ -130,19 +128,3 @@ def sgd_ema_race(device: torch.device) -> Race:
         Way("fastmoco", fused, error, 1e-5),
     ]
     return "sgd_ema", {"model": "resnet50 mlp", "device": device.type}, ways
-
-
-def _sgd_then_ema(
-    params: list[Tensor], ema: list[Tensor], grads: list[Tensor], calls: int
-) -> list[Tensor]:
-    """Parameters and their averages after some steps in float64, written out."""
-    params, ema = ([t.double() for t in tensors] for tensors in (params, ema))
-    buffers = [torch.zeros_like(p) for p in params]
-    for _ in range(calls):
-        buffers = [
-            SGD_MOMENTUM * b + g.double() + WEIGHT_DECAY * p
-            for b, g, p in zip(buffers, grads, params, strict=True)
-        ]
-        params = [p - LR * b for p, b in zip(params, buffers, strict=True)]
-        ema = [MOMENTUM * e + (1 - MOMENTUM) * p for e, p in zip(ema, params, strict=True)]
-    return params + ema

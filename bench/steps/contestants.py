@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import dataclass, field, replace
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -55,79 +55,68 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass
 class Bench:
     """A `bench.measure.contest.Machine` around a function that does one step."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        step: Callable[[], object],
-        *,
-        loader: Loader | None = None,
-        facts: dict[str, Any] | None = None,
-        count: bool = True,
-        compiled: bool = False,
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.device = device
-        self._step = step
-        self._loader = loader
-        self._facts = facts or {}
-        self._count = count
-        self._after = after
-        self.compiled = compiled
+    device: torch.device
+    step: Callable[[], object]
+    loader: Loader | None = None
+    known: dict[str, Any] = field(default_factory=dict)
+    """Facts from the beginning."""
+    count: bool = True
+    """Whether operations of a step are counted."""
+    compiled: bool = False
+    after: Callable[[], None] = lambda: None
+    """What is left to do at the end."""
 
     @property
     def wait_s(self) -> float:
         """Seconds so far in which the step waited for the loader."""
-        return self._loader.wait_s if self._loader else 0.0
+        return self.loader.wait_s if self.loader else 0.0
 
     def run(self, steps: int) -> None:
         """Do `steps` steps."""
         for _ in range(steps):
-            self._step()
+            self.step()
 
     def facts(self) -> dict[str, Any]:
         """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes.
 
         Of a compiled step only what the driver sees is counted, so nothing on the CPU.
         """
-        known = {"threads": torch.get_num_threads(), **self._facts}
-        if self._count and not self.compiled:
+        known = {"threads": torch.get_num_threads(), **self.known}
+        if self.count and not self.compiled:
             with Counter() as counter:
-                self._step()
+                self.step()
             known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
             if self.device.type == "cpu":
                 known["gflop_per_step"] = self._gflop()
-        if self._count:
-            known |= launches_of(self._step, self.device)
+        if self.count:
+            known |= launches_of(self.step, self.device)
         return known
 
     def _gflop(self) -> float:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
         with layers_off(), FlopCounterMode(display=False) as counter:
-            self._step()
+            self.step()
         return round(float(counter.get_total_flops()) / 1e9, 3)
 
     def close(self) -> None:
         """End the loader's processes and the process group; then what was left to do."""
-        if self._loader:
-            self._loader.close()
+        if self.loader:
+            self.loader.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self._after()
+        self.after()
 
 
-def _started(config: str) -> tuple[Config, World]:
-    """The configuration and this process as Python starts it."""
+def _built(config: str, settled: bool = True) -> tuple[Config, World]:
+    """The configuration and this process, `settled` as `fastmoco.train` settles it or not."""
     parsed = parse_text(config)
-    return parsed, start(parsed.run.device, parsed.run.timeout_s)
-
-
-def _built(config: str) -> tuple[Config, World]:
-    """The configuration and this process, settled as `fastmoco.train` settles it."""
-    parsed, world = _started(config)
-    settle(world.device)
+    world = start(parsed.run.device, parsed.run.timeout_s)
+    if settled:
+        settle(world.device)
     return parsed, world
 
 
@@ -142,14 +131,12 @@ def loader_alone(config: str) -> Bench:
     parsed, world = _built(config)
     loader = build_loader(parsed, device=world.device)
     batches = loader.batches(0, FOREVER)
-    accumulate = parsed.optim.accumulate
+    accumulate, facts = parsed.optim.accumulate, {"loader": loader.description}
 
     def step() -> None:
         list(islice(batches, accumulate))
 
-    return Bench(
-        world.device, step, loader=loader, facts={"loader": loader.description}, count=False
-    )
+    return Bench(world.device, step, loader=loader, known=facts, count=False)
 
 
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
@@ -164,7 +151,7 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
     """Our step, and a function that runs it once on the next synthetic images."""
-    parsed, world = _started(config) if "kept_memory" in without else _built(config)
+    parsed, world = _built(config, settled="kept_memory" not in without)
     step, batches = _ours(parsed, world), _synthetic(parsed, world)
     if "uint8_input" in without:
         batches = cycle([_as_floats(batch) for batch in islice(batches, 2)])
@@ -187,14 +174,6 @@ class Fed:
     device: torch.device
     loader: Loader
 
-    def wait_s(self) -> float:
-        """Seconds so far in which the step waited for data."""
-        return self.loader.wait_s
-
-    def close(self) -> None:
-        """End the loader's processes."""
-        self.loader.close()
-
 
 def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> Fed:
     """The step of `fastmoco.train` fed by its loader, synthetic where the configuration says so.
@@ -212,7 +191,7 @@ def end_to_end(config: str) -> Bench:
     """The step of `fastmoco.train` fed by its loader."""
     fed = fed_step(config)
     facts = {"loader": fed.loader.description}
-    return Bench(fed.device, fed.run, loader=fed.loader, facts=facts, count=False)
+    return Bench(fed.device, fed.run, loader=fed.loader, known=facts, count=False)
 
 
 def _ours(config: Config, world: World) -> Step:
@@ -221,15 +200,9 @@ def _ours(config: Config, world: World) -> Step:
     return build_step(config, moco, world, compile_encoders=compiled)
 
 
-def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Callable[[], object]:
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        step(list(islice(batches, accumulate)), number)
-        number += 1
-
-    return run
+def _numbered(step: Step, batches: Iterator[Batch], accumulate: int) -> Run:
+    numbers = count()
+    return lambda: step(list(islice(batches, accumulate)), next(numbers))
 
 
 def bare_encoder(config: str) -> Bench:
@@ -271,17 +244,12 @@ class _Logits(Embed):
         return logits.float()
 
 
-def official_step(config: str) -> Bench:
-    """The published step (`published.py`) on fp32 images that are on the device already."""
-    return _official(*_started(config))
+def official_step(config: str, kept_memory: bool = False) -> Bench:
+    """The published step (`published.py`) on fp32 images that are on the device already.
 
-
-def official_step_with_kept_memory(config: str) -> Bench:
-    """The same with our step's allocator setting, which the published code does not make."""
-    return _official(*_built(config))
-
-
-def _official(parsed: Config, world: World) -> Bench:
+    `kept_memory` gives it our step's allocator setting, which the published code does not make.
+    """
+    parsed, world = _built(config, settled=kept_memory)
     folder = tempfile.TemporaryDirectory()
     if world.size == 1:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -302,15 +270,8 @@ def _official(parsed: Config, world: World) -> Bench:
     )
     normalize_pixels = NormalizePixels(world.device)
     pool = [
-        tuple(normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k))
+        [normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k)]
         for batch in islice(_synthetic(parsed, world), 2)
     ]
-    turn = 0
-
-    def run() -> None:
-        nonlocal turn
-        im_q, im_k = pool[turn % len(pool)]
-        step(im_q, im_k)
-        turn += 1
-
-    return Bench(world.device, run, after=folder.cleanup)
+    turns = cycle(pool)
+    return Bench(world.device, lambda: step(*next(turns)), after=folder.cleanup)

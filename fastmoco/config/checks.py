@@ -14,7 +14,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(
         [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
-        + ["optim.lr", "optim.weight_decay", "knn.every", "knn.max_bank", "moco.bn_group_size"],
+        + [
+            "optim.lr",
+            "optim.weight_decay",
+            "optim.warmup_epochs",
+            "knn.every",
+            "knn.max_bank",
+            "moco.bn_group_size",
+        ],
         (0, _INFINITE),
     ),
     **dict.fromkeys(
@@ -50,6 +57,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "
             f"{config.augment.blur_max}: swap them."
+        )
+    if config.optim.warmup_epochs >= config.optim.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
+            f"{config.optim.epochs}: choose fewer."
         )
     if config.model.width * 64 % 1:
         raise ConfigError(

@@ -44,7 +44,9 @@ class RunConfig:
     (CUDA from sm_80, CPUs with AVX512_BF16 or AMX), fp16 with a gradient scaler on older CUDA
     devices, fp32 on other CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the encoders; `auto` is on for CUDA and off for the CPU."""
+    """torch.compile of the whole step; of the encoders alone where the step cannot be one graph
+    (micro-batches, the symmetric loss, fp16, optimizers other than `sgd_ema`). `auto` is on for
+    CUDA with triton and off elsewhere."""
     log_every: int = 50
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
@@ -71,7 +73,8 @@ class DataConfig:
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
     workers: int = 0
-    """Processes per rank that read (DALI) or read, decode and augment (PIL); 0 chooses."""
+    """Processes per rank that read (`dali`) or read, decode and augment (`array`, `pil`); 0
+    chooses."""
     threads: int = 0
     """DALI threads per rank; 0 chooses."""
     prefetch: int = 2
@@ -163,11 +166,11 @@ class MocoConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD on the query encoder and its schedule."""
+    """How the query encoder moves, and the schedule of the learning rate."""
 
-    name: Literal["sgd_ema", "sgd", "apex_sgd", "apex_lars"] = "sgd_ema"
-    """`sgd_ema`: SGD and the EMA in one pass; `sgd`: torch's; `apex_*`: NVIDIA apex where built."""
-
+    name: Literal["sgd_ema", "sgd", "lars", "apex_sgd"] = "sgd_ema"
+    """`sgd_ema`: SGD and the EMA in one pass; `sgd`: torch's; `lars`: SGD with layer-wise rates for
+    large batches (arXiv 1708.03888); `apex_sgd`: NVIDIA apex's, on CUDA where it is built."""
     epochs: int = 200
     """Passes over the data; of each, the last incomplete global batch is dropped."""
     global_batch_size: int = 256
@@ -178,8 +181,11 @@ class OptimConfig:
     """Learning rate, used as it is unless `optim.lr_scaling` is linear."""
     lr_scaling: Literal["none", "linear"] = "none"
     """`linear` multiplies `optim.lr` by global_batch_size / 256."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from 0, linearly, at every step."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Set once per epoch: half a cosine to 0, or times `optim.gamma` at each milestone."""
+    """After the warm-up, set once per epoch: half a cosine to 0, or times `optim.gamma` at each
+    milestone."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which the step schedule decays."""
     gamma: float = 0.1
@@ -187,7 +193,7 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """L2 penalty on every parameter, biases and BN included."""
+    """L2 penalty on every parameter, biases and BN included; `lars` leaves those two out."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +270,12 @@ class Config:
         return {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
 
 
+# Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
     *("run.checkpoint_every", "run.keep_checkpoints", "run.max_steps"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
+    *("data.verify", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),
 }
 

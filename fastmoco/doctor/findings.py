@@ -58,7 +58,11 @@ def versions() -> Iterator[Line]:
     if apex and not compiled:
         state = "a package of that name without NVIDIA's CUDA extensions: not used"
     else:
-        state = "with its CUDA extensions" if compiled else "not installed (only optim.apex_*)"
+        state = (
+            "with its CUDA extensions"
+            if compiled
+            else "not installed (only for optim.name apex_sgd)"
+        )
     yield "apex", state
 
 

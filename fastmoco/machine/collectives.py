@@ -10,7 +10,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from fastmoco.machine.ranks import World
 _all_gather: Callable[..., Tensor] = getattr(
     functional, "all_gather_single", functional.all_gather_tensor
 )
+
+
+T = TypeVar("T")
 
 
 # What DDP takes by default.
@@ -155,6 +158,15 @@ def gather_rows(x: Tensor, world: World) -> Tensor:
     padded[: len(x)] = x
     parts = all_gather(padded, world).split(max(counts))
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(device)
+
+
+def gather_objects(value: T, world: World) -> list[T]:
+    """The value of every rank in rank order, on every rank; pickled, so for small ones."""
+    if world.size == 1:
+        return [value]
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, value)
+    return found
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import ConfigError
-from fastmoco.machine.collectives import all_gather, any_rank
+from fastmoco.machine.collectives import all_gather, any_rank, gather_objects
 from fastmoco.machine.precision import DTYPES, Precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
+from fastmoco_kernels import launch
+from fastmoco_kernels.preflight import wrong_ops
 
 # Bounds the int64 temporaries to 8 MiB, whatever the queue measures.
 _CHUNK = 1 << 20
@@ -59,6 +61,39 @@ def require_one_precision(precision: Precision, world: World) -> None:
             f"run.precision auto means {' on some ranks and '.join(found)} on others, because "
             "their devices differ: set run.precision to a type that all of them can run."
         )
+
+
+def agree_on_kernels(world: World) -> list[str]:
+    """Compare every kernel with its reference on every rank's device, before the first step.
+
+    An op that is wrong on any rank runs by its reference on all of them: ranks that compute the
+    same number in two ways soon hold different queues. Returns one sentence for each such op, the
+    same on every rank.
+    """
+    found = gather_objects(wrong_ops(world.device), world)
+    sentences = []
+    for op in launch.OPS:
+        reasons = {rank: wrong[op] for rank, wrong in enumerate(found) if op in wrong}
+        if not reasons:
+            continue
+        first = next(iter(reasons.values()))
+        launch.use_reference(op, first)
+        sentences.append(
+            f"{op} is wrong on rank{'s' * (len(reasons) > 1)} {', '.join(map(str, reasons))} of "
+            f"{world.size} ({first}): its eager reference runs on every rank, right but slower."
+        )
+    return sentences
+
+
+def sentences_of_all(sentences: list[str], world: World) -> list[str]:
+    """What any rank has to say, once each; on every rank. Names ranks where not all say it."""
+    found = gather_objects(sentences, world)
+    told = []
+    for sentence in dict.fromkeys(one for said in found for one in said):
+        ranks = [str(rank) for rank, said in enumerate(found) if sentence in said]
+        some = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: "
+        told.append(some * (len(ranks) < world.size) + sentence)
+    return told
 
 
 def require_agreement(moco: MoCo, world: World, step: int) -> None:

@@ -70,7 +70,7 @@ class Step:
         self.scaler.update()
         if self.ema is not None:
             self.ema()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.moco.encoder_q.zero_grad(set_to_none=True)  # some of apex's optimizers take no options
 
     def _contrasts(
         self, micro_batches: Sequence[Batch], step: int

@@ -15,19 +15,27 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.method.lars import LARS
 from fastmoco.method.moco import MoCo
 from fastmoco_kernels import ema_, sgd_ema_
 
 
-def lr_at(config: Config, epoch: int) -> float:
-    """Learning rate during `epoch` (from 0), constant within it, as published.
+def lr_at(config: Config, epoch: float) -> float:
+    """Learning rate at `epoch`, counted from 0 in steps done / steps per epoch.
 
-    cosine: lr * (1 + cos(pi * epoch / epochs)) / 2; step: lr * gamma^(milestones passed).
+    With W = `optim.warmup_epochs`: before W it is lr * epoch / W, another one at every step, as in
+    MoCo v3 (arXiv 2104.02057). From then on it is constant within an epoch, as published, with e
+    the whole epochs done. cosine: lr * (1 + cos(pi * (e - W) / (epochs - W))) / 2, so that it
+    starts at lr and ends near 0 with and without warm-up; step: lr * gamma^(milestones passed).
     """
-    lr = config.resolved_lr()
-    if config.optim.schedule == "cosine":
-        return lr * 0.5 * (1.0 + math.cos(math.pi * epoch / config.optim.epochs))
-    return lr * config.optim.gamma ** sum(epoch >= m for m in config.optim.milestones)
+    lr, optim = config.resolved_lr(), config.optim
+    if epoch < optim.warmup_epochs:
+        return lr * epoch / optim.warmup_epochs
+    whole = math.floor(epoch)
+    if optim.schedule == "cosine":
+        done = (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
+        return lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return lr * optim.gamma ** sum(whole >= m for m in optim.milestones)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -106,7 +114,7 @@ class SGDWithEMA(torch.optim.SGD):
 def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` chooses.
 
-    Raises `ConfigError` if NVIDIA apex is asked for and not really there.
+    Raises `ConfigError` if NVIDIA apex is asked for and is not there, or is wrong.
     """
     settings = config.optim
     lr, momentum, decay = config.resolved_lr(), settings.momentum, settings.weight_decay
@@ -114,8 +122,10 @@ def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
         return SGDWithEMA(moco, lr=lr, momentum=momentum, decay=decay, ema=config.moco.momentum)
     params_q, _ = moco.parameter_pairs()
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
-    if settings.name != "sgd":
-        make = _apex_optimizer({"apex_sgd": "FusedSGD", "apex_lars": "FusedLARS"}[settings.name])
+    if settings.name == "lars":
+        make = LARS
+    elif settings.name == "apex_sgd":
+        make = _apex_sgd(params_q[0].device)
     return make(params_q, lr=lr, momentum=momentum, weight_decay=decay)
 
 
@@ -130,16 +140,48 @@ def build_ema(
     return lambda: ema_(params_k, params_q, config.moco.momentum)
 
 
-def _apex_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """A fused optimizer of NVIDIA apex, told from its namesake on PyPI by what it contains."""
+def _apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """NVIDIA apex's fused SGD, told from its namesake on PyPI by what it contains, and verified."""
     try:
         module = importlib.import_module("apex.optimizers")
         importlib.import_module("amp_C")  # the compiled extension that every fused optimizer calls
-        found: Callable[..., torch.optim.Optimizer] = getattr(module, name)
+        found: Callable[..., torch.optim.Optimizer] = module.FusedSGD
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"optim.name asks for {name} of NVIDIA apex, which is not usable here ({error}): build "
-            "apex from source with its CUDA extensions (the package called apex on PyPI is "
+            f"optim.name asks for FusedSGD of NVIDIA apex, which is not usable here ({error}): "
+            "build apex from source with its CUDA extensions (the package called apex on PyPI is "
             "another project), or set optim.name to sgd_ema."
         ) from error
+    if device.type != "cuda":
+        raise ConfigError(
+            f"optim.name is apex_sgd, which runs on CUDA only, and this run is on {device}: set "
+            "optim.name to sgd_ema."
+        )
+    require_sgd(found, device)
     return found
+
+
+def require_sgd(make: Callable[..., torch.optim.Optimizer], device: torch.device) -> None:
+    """Raise `ConfigError` unless `make` builds an SGD that moves small tensors as torch's does.
+
+    Three steps with momentum and weight decay, on a vector and on a weight in channels-last.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 33), (4, 3, 5, 5)]
+    draws = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(4)]
+    draws = [[a, b.to(memory_format=torch.channels_last)] for a, b in draws]
+    ends = []
+    for build in (torch.optim.SGD, make):
+        params = [t.clone().requires_grad_() for t in draws[0]]
+        optimizer = build(params, lr=0.1, momentum=0.9, weight_decay=1e-2)
+        for grads in draws[1:]:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    apart = float((ends[0] - ends[1]).abs().max())
+    if not apart < 1e-5:
+        raise ConfigError(
+            f"optim.name is apex_sgd, but apex's FusedSGD differs by {apart:.1e} from torch's SGD "
+            f"on {device}: build apex for this torch and GPU, or set optim.name to sgd_ema."
+        )

@@ -23,14 +23,15 @@ def norm_choice(device: torch.device, compiled: bool) -> str:
     if compiled:
         return "fused by torch.compile"
     if device.type != "cpu":
-        return "by cuDNN (run.compile off)"
+        return "by PyTorch, in bf16 without cuDNN (run.compile off)"
     return f"by ATen ({why})" if (why := reason()) else "fused with ReLU for this CPU"
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` applied to each run of `group_size` consecutive samples by itself.
 
-    `group_size` 0 means one group, the whole batch. The addition and the ReLU that follow in a
+    Not timm's class of this name, which gives each split of the batch weights and statistics of its
+    own. `group_size` 0 means one group, the whole batch. The addition and the ReLU that follow in a
     ResNet may be part of the call, for in memory traffic they weigh as much as the normalization.
     Parameters and buffers are those of `BatchNorm2d`, so checkpoints interchange. In training, the
     running statistics move once per forward by the *mean over groups* of the group statistics: what

@@ -7,6 +7,7 @@ import math
 import torch
 
 from fastmoco.config import Config, warnings
+from fastmoco.data.backends.choose import missing_dali
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import compile_encoders, compile_reason
@@ -17,7 +18,7 @@ from fastmoco.network.convolution import convolution_choice
 def start_lines(
     config: Config, world: World, *, num_samples: int, steps_per_epoch: int, loader: str, done: int
 ) -> list[str]:
-    """Every resolved choice with its reason; one line per subject, warnings last."""
+    """Every resolved choice with its reason; one line per subject."""
     moco, optim, local = config.moco, config.optim, config.local_batch_size(world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     compiled = compile_encoders(config, world.device)
@@ -38,7 +39,8 @@ def start_lines(
         f"{', symmetric' * moco.symmetric}",
         f"batch     {optim.global_batch_size} global = {world.size} ranks x {optim.accumulate} "
         f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
-        f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule, "
+        f"optimizer {optim.name}, lr {config.resolved_lr():g}{scaled}, {optim.schedule} schedule"
+        f"{f' after {optim.warmup_epochs} epochs of warm-up' * (optim.warmup_epochs > 0)}, "
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
         f"precision {precision}",
         f"layers    torch.compile {'on' if compiled else 'off'}{auto}; "
@@ -48,7 +50,14 @@ def start_lines(
     ]
     if done:
         lines.append(f"resumed   after step {done} (epoch {done / steps_per_epoch:.2f})")
+    return lines
+
+
+def start_warnings(config: Config, world: World, num_samples: int) -> list[str]:
+    """What this rank warns of before the first step, one sentence each."""
     sentences = warnings(config, world.size, num_samples)
-    if precision.warning:
-        sentences.append(precision.warning)
-    return lines + [f"WARNING: {sentence}" for sentence in sentences]
+    if warning := choose_precision(config.run.precision, world.device).warning:
+        sentences.append(warning)
+    if lost := missing_dali(config, world.device):
+        sentences.append(lost)
+    return sentences

@@ -1,4 +1,8 @@
-"""Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU, one eager oracle each."""
+"""Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU.
+
+What the loss, the queue and the updates are compared with is `reference.py`; convolutions and batch
+norm of the CPU are compared with torch's own.
+"""
 
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqueue

@@ -1,4 +1,4 @@
-"""Does every op compute on this device what its reference computes? A few seconds before a run.
+"""Does every op compute on this device what its reference computes? Checked before a run.
 
     results = preflight.check(torch.device("cuda"))
     for result in results:
@@ -132,25 +132,37 @@ def _run(op: str, case: str, body: Callable[[], str]) -> Result:
     return Result(op, case, not detail.startswith("WRONG"), detail, seconds)
 
 
-def short_preflight(device: torch.device) -> list[str]:
-    """Compare every fused op with its float64 reference on `device`, in a few seconds.
+def wrong_ops(device: torch.device) -> dict[str, str]:
+    """Every op that differs from its float64 reference on `device`, with the first case of it.
 
-    On CUDA an op that is wrong runs by its reference from now on. Returns one sentence for each
-    such op, to be shown as a warning; an empty list when all are right.
+    Changes nothing. Kernels that are not cached are compiled first, which on CUDA takes most of
+    the time. On CUDA without triton every op is in it.
     """
     failed: dict[str, str] = {}
+    if device.type == "cuda" and not HAS_TRITON:
+        failed = dict.fromkeys(launch.OPS, "triton is not installed")
     for result in check(device):
         if not result.passed:
             failed.setdefault(result.op, f"{result.case}: {result.detail}")
-    if device.type == "cuda":
+    return failed
+
+
+def short_preflight(device: torch.device) -> list[str]:
+    """Compare every fused op with its float64 reference on `device`.
+
+    On CUDA an op that is wrong runs by its reference from now on, in this process. Returns one
+    sentence for each such op, to be shown as a warning; an empty list when all are right.
+    """
+    cuda = device.type == "cuda"
+    if cuda and not HAS_TRITON:
+        return [launch.NO_TRITON]
+    failed = wrong_ops(device)
+    if cuda:
         for op, reason in failed.items():
             launch.use_reference(op, reason)
-    found = [launch.NO_TRITON] if device.type == "cuda" and not HAS_TRITON else []
     consequence = (
         "its eager reference runs instead: right, but slower"
-        if device.type == "cuda"
+        if cuda
         else "do not trust this installation of torch"
     )
-    return found + [
-        f"{op} is wrong on {device} ({why}); {consequence}." for op, why in failed.items()
-    ]
+    return [f"{op} is wrong on {device} ({why}); {consequence}." for op, why in failed.items()]

@@ -16,8 +16,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.update import set_lr
-from tests.method.test_step import BATCH, CONFIG, LR, build_tiny, images
 from tests.support.ranks import Ranks
+from tests.support.tiny import BATCH, CONFIG, LR, build_tiny, images
 
 Counts = dict[str, dict[str, int]]
 

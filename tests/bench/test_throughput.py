@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.measure.contest import Contestant, contest
 from bench.measure.product import Rate
-from bench.steps.contestants import official_step, official_step_with_kept_memory
+from bench.steps.contestants import official_step
 from bench.throughput import main, measure, options, ratios_of, summary
 from fastmoco.config import ConfigError, dump, parse
 
@@ -82,9 +82,9 @@ def test_allocator_of_the_host_is_no_matter_on_cuda(monkeypatch: pytest.MonkeyPa
 
 
 def test_allocator_setting_is_given_to_the_published_step_where_it_is_said() -> None:
-    for factory, expected in ((official_step, 0), (official_step_with_kept_memory, 1)):
+    for kept, expected in ((False, 0), (True, 1)):
         with mock.patch("bench.steps.contestants.settle") as settle:
-            factory(dump(parse(TINY))).close()
+            official_step(dump(parse(TINY)), kept_memory=kept).close()
         assert settle.call_count == expected
 
 

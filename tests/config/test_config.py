@@ -177,6 +177,7 @@ END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
         (["--moco.queue_size", "300", "--moco.symmetric", "true"], 1, ["at least 512"]),
         (["--moco.temperature", "0"], 1, ["temperature"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
+        (["--optim.warmup_epochs", "200"], 1, ["warmup_epochs 200", "epochs 200"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
         (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
@@ -218,6 +219,7 @@ def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
 def test_identity_ignores_where_and_how_fast() -> None:
     config = recipe("demo")
     elsewhere = replace(config, run=replace(config.run, dir="x", log_every=7, device="cpu"))
+    limits = replace(config, data=replace(config.data, max_bad_share=0.5, verify=True))
     hotter = replace(config, moco=replace(config.moco, temperature=0.9))
-    assert elsewhere.identity() == config.identity()
+    assert limits.identity() == elsewhere.identity() == config.identity()
     assert hotter.identity() != config.identity()

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from tests.support.mortal_trainer import DEATH
-from tests.test_layering import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 CONFIG = [
     *("--data.source=synthetic", "--data.synthetic_samples=24", "--augment.image_size=16"),

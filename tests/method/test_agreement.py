@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +24,17 @@ from fastmoco.machine.collectives import (
     naming_failures,
 )
 from fastmoco.machine.ranks import World, agree_on_start
-from fastmoco.method.agreement import DisagreementError, describe, fingerprint, require_agreement
-from tests.method.test_step import CONFIG, build_tiny
+from fastmoco.method.agreement import (
+    DisagreementError,
+    agree_on_kernels,
+    describe,
+    fingerprint,
+    require_agreement,
+    sentences_of_all,
+)
+from fastmoco_kernels import launch
 from tests.support.ranks import Ranks, forking_context
+from tests.support.tiny import CONFIG, ONE, build_tiny
 
 
 def test_fingerprint_depends_on_every_bit_and_position() -> None:
@@ -92,6 +102,50 @@ def test_one_flipped_bit_stops_every_rank_and_names_the_culprit(
 def test_equal_ranks_go_on_and_encoder_q_is_not_compared(four_ranks: Ranks) -> None:
     assert four_ranks.run(agree, {}) == [""] * 4
     assert four_ranks.run(agree, {1: "encoder_q.0.weight"}) == [""] * 4
+
+
+def kernels(world: World, wrong: dict[int, dict[str, str]]) -> tuple[list[str], dict[str, str]]:
+    """Sentences, and ops that run by reference, where the preflight finds `wrong` on each rank."""
+    with (
+        mock.patch("fastmoco.method.agreement.wrong_ops", return_value=wrong.get(world.rank, {})),
+        mock.patch.dict(launch._replaced, clear=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return agree_on_kernels(world), launch.replaced()
+
+
+def test_a_kernel_wrong_on_one_rank_runs_by_its_reference_on_all(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(kernels, {1: {"ema_": "float32: WRONG by 2"}})
+    assert first == second
+    sentences, replaced = first
+    assert list(replaced) == ["ema_"]
+    assert sentences == [
+        "ema_ is wrong on rank 1 of 2 (float32: WRONG by 2): its eager reference runs on every "
+        "rank, right but slower."
+    ]
+
+
+def test_ranks_with_different_wrong_kernels_replace_all_of_them(two_ranks: Ranks) -> None:
+    wrong = {0: {"sgd_ema_": "a", "ema_": "b"}, 1: {"ema_": "c", "info_nce": "d"}}
+    for sentences, replaced in two_ranks.run(kernels, wrong):
+        assert replaced == {"info_nce": "d", "ema_": "b", "sgd_ema_": "a"}
+        assert [s.split(" is wrong on ")[0] for s in sentences] == list(replaced)
+        assert "ranks 0, 1 of 2 (b)" in sentences[1]
+
+
+def test_right_kernels_stay(two_ranks: Ranks) -> None:
+    assert two_ranks.run(kernels, {}) == [([], {})] * 2
+
+
+def said(world: World, by_rank: dict[int, list[str]]) -> list[str]:
+    return sentences_of_all(by_rank[world.rank], world)
+
+
+def test_a_warning_of_any_rank_reaches_all_and_names_its_rank(two_ranks: Ranks) -> None:
+    answers = two_ranks.run(said, {0: ["Both."], 1: ["Mine.", "Both."]})
+    assert answers == [["Both.", "rank 1: Mine."]] * 2
+    assert sentences_of_all(["Alone."], ONE) == ["Alone."]
 
 
 def test_without_a_majority_all_differing_ranks_are_named(two_ranks: Ranks) -> None:

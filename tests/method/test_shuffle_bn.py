@@ -22,8 +22,8 @@ from fastmoco.method.shuffle_bn import (
     uniform_arrangement,
 )
 from fastmoco.network.batchnorm import SplitBatchNorm2d
-from tests.method.test_step import CONFIG, ONE, Outcome, run_ours, with_strategy
 from tests.support.ranks import Ranks
+from tests.support.tiny import CONFIG, ONE, Outcome, run_ours, with_strategy
 
 SEED = 11
 # Local batches that W divides, does not divide, and that are smaller than W.

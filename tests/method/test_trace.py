@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,11 +25,11 @@ from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.method.update import set_lr
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
-from tests.method.test_step import BATCH, CONFIG, LR, ONE, build_tiny, images
 from tests.support.fake_cuda import Watch, cuda_without_device
 from tests.support.ranks import Ranks
-from tests.test_layering import ROOT
+from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPILED = replace(CONFIG, run=replace(CONFIG.run, compile="on"))
 
 

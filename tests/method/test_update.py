@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig
+from fastmoco.method.lars import LARS
 from fastmoco.method.moco import MoCo
-from fastmoco.method.update import build_ema, build_optimizer, lr_at
+from fastmoco.method.update import build_ema, build_optimizer, lr_at, require_sgd
 from tests.support.fake_cuda import Watch
 
 V2 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="cosine"))
@@ -31,6 +32,22 @@ def test_cosine_schedule() -> None:
 )
 def test_step_schedule(epoch: int, lr: float) -> None:
     assert lr_at(V1, epoch) == pytest.approx(lr)
+
+
+def test_warmup_rises_at_every_step_and_the_cosine_starts_after_it() -> None:
+    warm = replace(V2, optim=replace(V2.optim, epochs=110, warmup_epochs=10))
+    assert [lr_at(warm, epoch) for epoch in (0, 2.5, 9.75)] == pytest.approx([0.0, 0.0075, 0.02925])
+    assert lr_at(warm, 10) == pytest.approx(0.03)
+    assert lr_at(warm, 60) == lr_at(warm, 60.999) == pytest.approx(0.015)  # half of 100 epochs
+    assert lr_at(warm, 109.9) == pytest.approx(0.03 * (1 - 0.9995065603657316) / 2)  # cos(pi/100)
+    steps = replace(V1, optim=replace(V1.optim, warmup_epochs=10))
+    assert lr_at(steps, 5) == pytest.approx(0.015)
+    assert [lr_at(steps, e) for e in (10, 119.99, 120)] == pytest.approx([0.03, 0.03, 0.003])
+
+
+def test_without_warmup_the_rate_is_constant_within_an_epoch() -> None:
+    for number in range(7 * 3):
+        assert lr_at(V2, number / 7) == lr_at(V2, number // 7)
 
 
 def test_linear_scaling_is_opt_in() -> None:
@@ -132,3 +149,19 @@ def test_apex_from_pypi_is_not_nvidia_apex(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "amp_C", types.ModuleType("amp_C"))
     with pytest.raises(ConfigError, match="FusedSGD"):
         build_optimizer(config, moco())
+    optimizers.__dict__["FusedSGD"] = torch.optim.SGD
+    with pytest.raises(ConfigError, match="runs on CUDA only"):
+        build_optimizer(config, moco())
+
+
+def nesterov(params: list[torch.Tensor], **options: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, nesterov=True, **options)  # type: ignore[arg-type]
+
+
+def test_an_sgd_that_differs_from_torchs_is_refused() -> None:
+    cpu = torch.device("cpu")
+    require_sgd(torch.optim.SGD, cpu)
+    with pytest.raises(ConfigError, match="differs by"):
+        require_sgd(nesterov, cpu)
+    with pytest.raises(ConfigError, match="differs by"):
+        require_sgd(LARS, cpu)

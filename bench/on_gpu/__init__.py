@@ -1,0 +1,1 @@
+"""The first minutes on a GPU, in four stages that fit into short calls."""

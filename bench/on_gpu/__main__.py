@@ -1,0 +1,195 @@
+"""What waits for a GPU, in four stages of at most nine minutes each.
+
+    python3 -m bench.on_gpu prepare                 where there is a network: wheels into carried/
+    python3 -m bench.on_gpu STAGE --out FOLDER      on the GPU, from the root of this project
+
+Stages, each of which can be run again by itself:
+
+    kernels     doctor and preflight, the ops raced, tests on the device
+    compiled    the compiled step at 256 and at 32 images, where a host synchronization is an error
+    throughput  our step against the published step and against the bare encoder, one pair at a time
+    loaders     array and DALI (where it is installed), alone and feeding the step; nvJPEG alone
+
+FOLDER keeps the output of every part, the rows (`*.jsonl`) and the compiled code of Inductor and
+Triton, so that stages after the first compile less. The table comes last. Needs nothing but Python
+and torch: neither `.git` (then name the commit in BENCH_COMMIT) nor what `prepare` has brought.
+Options after these are those of `fastmoco.train`; loaders takes --data.root, a folder of JPEGs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# The standard library only: what the stages import may still lie in a wheel.
+ROOT = Path(__file__).resolve().parents[2]
+CARRIED = ROOT / "carried"
+WHEELS = ("jsonargparse", "docstring-parser", "typeshed-client")
+RECIPE = ("--config", str(ROOT / "configs" / "moco_v2_r50_200ep.yaml"))
+LIMIT_S = 540.0
+PLAIN = "addopts=--import-mode=importlib"
+# A rehearsal on the CPU; the names of the parts and what they run stay the same.
+TOY = [
+    *("--run.device=cpu", "--run.precision=fp32", "--run.compile=off", "--model.arch=resnet18"),
+    *("--model.width=0.25", "--augment.image_size=32", "--optim.global_batch_size=4"),
+    *("--moco.bn_group_size=2", "--moco.queue_size=64", "--data.workers=1"),
+]
+CASE = ("batch", "data", "N", "C", "K", "dtype", "n", "c", "side")
+Parts = dict[str, list[str]]
+
+
+def prepare() -> int:
+    """Download the pure Python wheels that a bare image with torch lacks: about 1 MB."""
+    command = ["pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(CARRIED)]
+    return subprocess.run([sys.executable, "-m", *command, *WHEELS]).returncode
+
+
+def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
+    """Arguments of Python for each part of a stage, by its name."""
+    step = [*RECIPE, "--data.source=synthetic", *(TOY if toy else []), *options]
+    windows = ["--publish", *(["--windows", "1"] if toy else [])]
+    throughput = ["-m", "bench.throughput", *step, *windows]
+    fed = [*RECIPE, *(TOY if toy else []), *options]
+    feeding = ["-m", "bench.throughput", *fed, *windows, "--only", "loader,end_to_end"]
+    device = "cpu" if toy else "cuda"
+    brief = ["--device", device, *windows, *(["--only", "ema"] if toy else [])]
+    tests = ["tests/bench/measure/test_launches.py"] if toy else ["tests"]
+    stages: dict[str, Parts] = {
+        "kernels": {
+            "doctor": ["-m", "fastmoco.doctor", *step],
+            "ops": ["-m", "bench.kernels", *brief],
+            # Without the project's own options, which ask for plugins that an image may lack.
+            "tests": ["-m", "pytest", "-q", "-m", "gpu", "-o", PLAIN, *tests],
+        },
+        "compiled": {
+            f"step of {batch}": [
+                *("-m", "bench.on_gpu.silent_step", *step, *windows),
+                f"--optim.global_batch_size={batch}",
+            ]
+            for batch in ((4, 2) if toy else (256, 32))
+        },
+        "throughput": {
+            "published step": [*throughput, "--only", "step,official"],
+            "bare encoder": [*throughput, "--only", "step,encoder"],
+        },
+        "loaders": {
+            "array": [*feeding, "--data.backend=array"],
+            "nvjpeg": ["-m", "bench.on_gpu.nvjpeg", *fed, *windows],
+            "dali": [*feeding, "--data.backend=dali"],
+        },
+    }
+    return stages[stage]
+
+
+def environment(out: Path) -> dict[str, str]:
+    """Variables of the parts: where modules, rows and compiled code are."""
+    carried = out / "carried"
+    for wheel in CARRIED.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as opened:
+            opened.extractall(carried)
+    # Last, so that what is installed comes before what was carried here.
+    path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""), str(carried)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "BENCH_RESULTS": str(out),
+        "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
+        "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
+    }
+
+
+def run_part(
+    name: str, arguments: Sequence[str], out: Path, left_s: float, variables: Mapping[str, str]
+) -> str:
+    """Run one part, its output into a file and onto the screen; returns how it ended."""
+    if left_s <= 0:
+        return "not begun: the stage is out of time"
+    print(f"== {name}", flush=True)
+    log = out / f"{name.replace(' ', '_')}.log"
+    with log.open("w") as file:
+        file.write(f"python {' '.join(arguments)}\n")
+        file.flush()
+        # A session of its own: out of time, a part ends with all its contestants.
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=variables,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(left_s)
+            ended = "done" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            ended = "ended: the stage is out of time"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+    print("\n".join(log.read_text().splitlines()[-40:]), flush=True)
+    return ended
+
+
+def read(out: Path) -> list[str]:
+    """Every row in the folder, as text."""
+    return [line for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def shown(rows: Sequence[str]) -> list[str]:
+    """Lines of the table, one for each row."""
+    lines = []
+    for text in rows:
+        row = json.loads(text)
+        medians = {k: v for k, v in row.items() if k.startswith("p50")}
+        found = ", ".join(f"{name} {value:.4g}" for name, value in medians.items())
+        case = {k: row["case"][k] for k in CASE if k in row["case"]}
+        lines.append(f"| {row['benchmark']} {case} | {row['contestant']} | {found} |")
+    return lines
+
+
+def run_stage(stage: str, out: Path, limit_s: float, parts: Parts) -> int:
+    """Run the parts one after the other, a failed one too; print the table; exit code."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    variables, before = environment(out), set(read(out))
+    table = []
+    for name, arguments in parts.items():
+        start = time.time()
+        left_s = limit_s - (start - began)
+        ended = run_part(name, arguments, out, left_s, variables)
+        table.append(f"| {name} | {ended} | {time.time() - start:.0f} s |")
+    new = [row for row in read(out) if row not in before]
+    head = [f"\n{stage}: rows and outputs in {out}\n", "| part | how it ended | |", "|---|---|---|"]
+    print("\n".join([*head, *table, *shown(new)]), flush=True)
+    return int(any("| done |" not in line for line in table))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 where a part failed or had no time left; 2 for loaders without images."""
+    parser = argparse.ArgumentParser(
+        "bench.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = ("prepare", "kernels", "compiled", "throughput", "loaders")
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_gpu")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S)
+    parser.add_argument("--toy", action="store_true", help="a rehearsal on the CPU")
+    own, options = parser.parse_known_args(arguments)
+    if own.stage == "prepare":
+        return prepare()
+    if own.stage == "loaders" and not any(o.startswith("--data.root") for o in options):
+        print("bench.on_gpu: loaders needs images: --data.root FOLDER.", file=sys.stderr)
+        return 2
+    parts = parts_of(own.stage, options, own.toy)
+    return run_stage(own.stage, own.out.resolve(), own.limit_s, parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

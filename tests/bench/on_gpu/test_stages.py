@@ -1,0 +1,133 @@
+"""The stages for a GPU, rehearsed on the CPU: every part runs and its rows stand in the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+from bench.measure import rows
+from bench.on_gpu import __main__ as on_gpu
+from bench.on_gpu import silent_step
+from fastmoco.config import ConfigError
+from tests.support import one_process
+
+CPU = torch.device("cpu")
+BRIEF = 'import sys; print("ran"); sys.exit({})'
+
+
+@pytest.fixture
+def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a bare image: git knows nothing, the commit comes by a variable."""
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    monkeypatch.setenv("BENCH_COMMIT", "abc123")
+
+
+@pytest.mark.usefixtures("no_git")
+@pytest.mark.parametrize(
+    ("stage", "written"),
+    [
+        ("kernels", {"ema official", "ema fastmoco"}),
+        ("compiled", {"silent_step step"}),
+        ("throughput", {"throughput step", "throughput official", "throughput encoder"}),
+        ("loaders", {"throughput loader", "throughput end_to_end", "nvjpeg libjpeg-turbo"}),
+    ],
+)
+def test_every_part_of_a_stage_runs(
+    stage: str, written: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(16):
+        Image.new("RGB", (48, 40), (number, 9, 200)).save(tmp_path / f"{number}.jpg")
+    images = [f"--data.root={tmp_path}"] if stage == "loaders" else []
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "rows")
+    for name, arguments in on_gpu.parts_of(stage, images, toy=True).items():
+        if name in ("tests", "dali"):  # pytest within pytest; DALI need not be installed
+            continue
+        monkeypatch.setattr(sys, "argv", ["one_process", *arguments])
+        assert one_process.main() == 0, name
+    found = [json.loads(line) for line in on_gpu.read(tmp_path / "rows")]
+    names = {f"{row['benchmark']} {row['contestant'].split(',')[0]}" for row in found}
+    assert written <= names
+    assert {row["environment"]["commit"] for row in found} == {"abc123"}
+    assert len(on_gpu.shown([json.dumps(row) for row in found])) == len(found)
+
+
+def test_both_sizes_of_the_compiled_step_and_pairs_that_fit_into_the_memory() -> None:
+    compiled = on_gpu.parts_of("compiled", [], toy=False)
+    sizes = [parts[-1].split("=")[1] for parts in compiled.values()]
+    assert sizes == ["256", "32"]
+    pairs = [parts[-1].split(",") for parts in on_gpu.parts_of("throughput", [], False).values()]
+    assert pairs == [["step", "official"], ["step", "encoder"]]
+
+
+def test_a_failed_part_is_told_the_next_runs_and_the_limit_holds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "bad": ["-c", BRIEF.format(3)],
+        "good": ["-c", BRIEF.format(0)],
+        "endless": ["-c", "import time; time.sleep(1000)"],
+        "late": ["-c", BRIEF.format(0)],
+    }
+    assert on_gpu.run_stage("kernels", tmp_path, 5.0, parts) == 1
+    table = capfd.readouterr().out.split("kernels: rows")[1].splitlines()
+    ends = [line.split("|")[2].strip() for line in table if line.startswith("| ")][1:]
+    assert ends == [
+        *("exit code 3", "done"),
+        *("ended: the stage is out of time", "not begun: the stage is out of time"),
+    ]
+    assert "ran" in (tmp_path / "good.log").read_text()
+
+
+@pytest.mark.usefixtures("no_git")
+def test_rows_go_to_the_folder_and_stand_last_in_the_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"ops": on_gpu.parts_of("kernels", [], toy=True)["ops"]}
+    for _ in range(2):  # of the second stage only its own rows are shown
+        assert on_gpu.run_stage("kernels", tmp_path, 300.0, parts) == 0
+        lines = [x for x in capfd.readouterr().out.splitlines() if x.startswith("| ema")]
+        assert 2 * len(lines) >= len(on_gpu.read(tmp_path)) > 0
+        assert "p50_ms" in lines[-1]
+
+
+def test_what_was_carried_is_found_after_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_gpu, "CARRIED", tmp_path)
+    with zipfile.ZipFile(tmp_path / "absent-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("absent_module.py", "print('carried')")
+    variables = on_gpu.environment(tmp_path / "out")
+    with mock.patch.dict("os.environ", variables):
+        assert (
+            on_gpu.run_stage("kernels", tmp_path / "out", 60.0, {"x": ["-m", "absent_module"]}) == 0
+        )
+    assert "carried" in (tmp_path / "out" / "x.log").read_text()
+    assert variables["PYTHONPATH"].endswith("carried")
+    assert variables["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "out"))
+
+
+def test_loaders_without_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert on_gpu.main(["loaders"]) == 2
+    assert "--data.root" in capsys.readouterr().err
+
+
+def test_a_step_that_waits_is_one_sentence() -> None:
+    def waits() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(ConfigError, match=r"makes the host wait.*synchronizing CUDA"):
+        silent_step.window(waits, 1, CPU)
+
+
+def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    with pytest.raises(ConfigError, match="BENCH_COMMIT"):
+        rows.origin(CPU, publish=True)
