@@ -47,7 +47,14 @@ VERBS = {
         "carry an encoder to torchvision, timm, Detectron2 and others",
         words=("--to", "--out", *FORMATS),
     ),
-    "report": Verb("fastmoco.run.curves", "draw the curves of a run and sum it up"),
+    "linear": Verb(
+        "fastmoco.evaluate.linear",
+        "linear classification on a frozen encoder",
+        words=("--checkpoint", "--data.root", "--cached", "--crops", "--labels", "--out"),
+    ),
+    "report": Verb(
+        "fastmoco.report", "one page about a run, or several compared", words=("--out",)
+    ),
     "completion": Verb(
         "fastmoco.completion", "print a script for your shell", words=("bash", "fish", "zsh")
     ),

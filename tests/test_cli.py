@@ -91,7 +91,7 @@ def test_interrupted_before_there_is_anything_to_save(
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastmoco.run.curves.main", interrupted)
+    monkeypatch.setattr("fastmoco.report.main", interrupted)
     assert cli.main(["report", "x"]) == 130
     assert capsys.readouterr().err == "fastmoco: interrupted\n"
 
@@ -110,6 +110,7 @@ def test_report_draws_and_sums_up(tmp_path: Path, capsys: pytest.CaptureFixture[
         "step 40, epoch 2.00: loss 3.250 (random 4.00), pretext 50.0 %",
         "kNN top-1: trained encoder 62.5 %",
         str(tmp_path / "curves.png"),
+        str(tmp_path / "report.html"),
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -35,7 +35,7 @@ STANDS_ON: dict[str, set[str]] = {
     "cli": {"train"},
 }
 # Files beside the rooms that belong to one of them: its Python door, and what the console needs.
-BELONGS_TO = {"api": "train", "__main__": "cli", "completion": "cli"}
+BELONGS_TO = {"api": "train", "report": "train", "__main__": "cli", "completion": "cli"}
 # Inside bench/: the folders, and the programs above them.
 BENCH_STANDS_ON: dict[str, set[str]] = {
     "measure": set(),

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure.launches import launches_of
+from bench.measure.launches import Watch, launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
 from fastmoco.config import Config, parse_text
@@ -34,25 +33,7 @@ from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
 
-# Operations through which a value reaches the host, by their ATen names.
-HOST_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 FOREVER = 10**9
-
-
-class Counter(TorchDispatchMode):
-    """Counts operations and, among them, host synchronizations; the same on every device.
-
-    A custom op is one operation. Compiled code does not run under a dispatch mode.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations = self.host_syncs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.host_syncs += func.overloadpacket.__name__ in HOST_SYNCS
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -87,9 +68,9 @@ class Bench:
         """
         known = {"threads": torch.get_num_threads(), **self.known}
         if self.count and not self.compiled:
-            with Counter() as counter:
+            with Watch() as watch:
                 self.step()
-            known |= {"host_syncs": counter.host_syncs, "operations": counter.operations}
+            known |= {"host_syncs": len(watch.host_syncs), "operations": watch.counts.total()}
             if self.device.type == "cpu":
                 known["gflop_per_step"] = self._gflop()
         if self.count:

@@ -9,7 +9,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         [f"run.{name}" for name in ("log_every", "checkpoint_every", "timeout_s")]
         + [f"optim.{name}" for name in ("epochs", "global_batch_size", "accumulate")]
-        + ["knn.k", "knn.resize", "knn.batch_size", "data.synthetic_samples"],
+        + ["knn.k", "knn.resize", "data.synthetic_samples"],
         (1, _INFINITE),
     ),
     **dict.fromkeys(
@@ -51,8 +51,8 @@ def check(config: Config, world_size: int) -> None:
         value = flatten(config)[name]
         if not low <= value <= high:  # type: ignore[operator]
             raise ConfigError(f"{name} is {value}, but must lie between {low:g} and {high:g}.")
-    if config.moco.temperature <= 0 or config.knn.temperature <= 0:
-        raise ConfigError("moco.temperature and knn.temperature must be greater than 0.")
+    if config.moco.temperature <= 0:
+        raise ConfigError("moco.temperature must be greater than 0.")
     if config.augment.blur_min > config.augment.blur_max:
         raise ConfigError(
             f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "

@@ -208,12 +208,8 @@ class KnnConfig:
     """Class folders to classify; empty takes `test` or `val` below `data.root`."""
     k: int = 200
     """Neighbours that vote."""
-    temperature: float = 0.07
-    """Votes weigh exp(cosine / temperature)."""
     resize: int = 256
     """Pixels of the shorter edge before the centre crop of `augment.image_size`."""
-    batch_size: int = 256
-    """Images per forward pass and rank."""
     max_bank: int = 0
     """Take at most this many bank images, evenly spaced; 0 takes all."""
 

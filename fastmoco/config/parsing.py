@@ -6,8 +6,8 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
@@ -34,9 +34,39 @@ _Words.yaml_implicit_resolvers = {
 }
 
 
+# Fields of older versions, with the value that they had unless somebody chose another.
+REMOVED: dict[str, object] = {"knn.temperature": 0.07, "knn.batch_size": 256}
+
+
+def _without_removed(values: Any) -> Any:
+    """What a file holds, without removed fields that were left at their defaults.
+
+    Runs and checkpoints of older versions name every field, so these load. A removed field with
+    another value stays in and is refused as an unknown key: it would have no effect.
+    """
+    if not isinstance(values, dict):
+        return values
+    kept = dict(values)
+    for group, fields_in in values.items():
+        if isinstance(fields_in, dict):
+            kept[group] = {
+                name: value
+                for name, value in fields_in.items()
+                if REMOVED.get(f"{group}.{name}", _NEVER) != value
+            }
+    return kept
+
+
+_NEVER = object()
+
+
+def _read(text: Any) -> Any:
+    return _without_removed(yaml.load(text, Loader=_Words))
+
+
 def _parser(prog: str = "fastmoco train") -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("words", partial(yaml.load, Loader=_Words), (yaml.YAMLError,))
+    set_loader("words", _read, (yaml.YAMLError,))
     parser = ArgumentParser(
         prog=prog,
         parser_mode="words",
@@ -110,4 +140,4 @@ def load(path: Path) -> Config:
 def parse_text(text: str) -> Config:
     """Configuration from the text that `dump` returned, as checkpoints carry it."""
     parser = _parser()
-    return _assemble(parser, parser.parse_object(yaml.safe_load(text)))
+    return _assemble(parser, parser.parse_object(_without_removed(yaml.safe_load(text))))

@@ -1,1 +1,1 @@
-"""Which sample, which augmentation, where the bytes come from, and who executes it."""
+"""From files to batches: the order of samples, their augmentation, sources and backends."""

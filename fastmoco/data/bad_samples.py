@@ -14,7 +14,7 @@ from fastmoco.data.table import Int64
 
 
 class BadSamples:
-    """What this rank knows to be bad. Rank 0 also lists what indexing found."""
+    """The bad samples that this rank knows of. Rank 0 also lists those that indexing found."""
 
     def __init__(self, config: Config, source: Source | None, rank: int) -> None:
         self._source, self._max_pixels = source, config.data.max_pixels

@@ -1,4 +1,4 @@
-"""What an encoded image says about itself: size, and whether any JPEG decoder reads it alike.
+"""The size of an encoded image, whether all JPEG decoders read it alike, and how PIL reads it.
 
 A JPEG is plain when its components are gray or YCbCr, its process is baseline or progressive, and
 an end marker follows its last scan. Decoders agree on plain files. All others (other formats, CMYK

@@ -1,8 +1,8 @@
 """Reads the samples of a micro-batch and replaces the bad ones; runs in reader processes.
 
 A sample that cannot be used is replaced by another that is a pure function of (seed, sample,
-attempt), so every rank and every repetition delivers the same image in its place and all others
-stay what they were. What is bad depends on the files alone, not on who reads them or when.
+attempt). So every rank and every repetition delivers the same image in its place, and all others
+stay as they were. Whether a sample is bad depends on its file alone.
 
 n local batch.
 """
@@ -105,7 +105,7 @@ class Reader:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot end its readers, and DALI's would wait for it for ever."""
+    """End with the parent: one that was killed cannot end its readers, and DALI's would wait."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The parameter table of the two views: every random choice of the augmentation, before any pixel.
+"""The parameter table of the two views: every random choice of the augmentation.
 
 A row is a pure function of (seed, epoch, position, view) and of the size of the image that it is
 applied to. The uniforms behind it come from NumPy's Philox, whose counter is the position: a bulk

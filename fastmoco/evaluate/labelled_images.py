@@ -112,6 +112,14 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all images but those at `rows`; call it before any is decoded."""
+        self.paths = [self.paths[i] for i in rows]
+        self.labels = self.labels[list(rows)]
+        self._decoded = np.zeros(len(rows), dtype=bool)
+        if self._pixels is not None:
+            self._pixels = torch.empty(self._shape(len(rows)), dtype=torch.uint8)
+
     def load(self, start: int, stop: int) -> Tensor:
         """Views start..stop-1 as uint8 (stop - start, S, S, 3) on the CPU; not to be written to."""
         if self._pixels is None:

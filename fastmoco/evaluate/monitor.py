@@ -19,6 +19,10 @@ from fastmoco.network.encoder import NormalizePixels
 
 # Raw pixels of more images than this would not fit into memory as a kNN bank.
 RAW_PIXEL_LIMIT = 200_000
+# Of the weights of neighbours, as in the kNN protocol of arXiv 1805.01978.
+TEMPERATURE = 0.07
+# Images per forward of a frozen encoder.
+BATCH = 256
 
 
 class KnnMonitor:
@@ -67,7 +71,7 @@ class KnnMonitor:
                 extract_features(
                     trunk,
                     images,
-                    batch_size=self._config.knn.batch_size,
+                    batch_size=BATCH,
                     device=self._world.device,
                     rank=self._world.rank,
                     world_size=self._world.size,
@@ -99,6 +103,6 @@ class KnnMonitor:
             test,
             self._test.labels,
             k=self._config.knn.k,
-            temperature=self._config.knn.temperature,
+            temperature=TEMPERATURE,
             num_classes=len(self._bank.class_names),
         )

@@ -57,7 +57,7 @@ class Shuffle(Protocol):
         ...
 
     def __call__(self, encode: Encode, sent: Tensor, indices: Tensor) -> Keys:
-        """Encode what `send` returned so that no key shares its query's BN group but by chance."""
+        """Encode what `send` returned; a key shares its query's BN group only by chance."""
         ...
 
 

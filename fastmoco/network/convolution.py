@@ -1,4 +1,4 @@
-"""Convolution that has kernels of its own on some CPUs.
+"""Convolution that uses our kernels on some CPUs.
 
 N batch, C channels, O outputs, H W spatial, K side of the kernel.
 """
@@ -27,9 +27,9 @@ def convolution_choice(device: torch.device, precision: str, compiled: bool) -> 
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that leaves to `fastmoco_kernels` what is faster there.
+    """`torch.nn.Conv2d` that calls `fastmoco_kernels` where they are faster.
 
-    Without a bias, stride and zero padding alike in both directions, as everywhere in a ResNet.
+    No bias; equal stride and zero padding in both directions, as everywhere in a ResNet.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""ResNets of torchvision whose normalization takes in the addition and the ReLU that follow it.
+"""ResNets of torchvision in which batch norm, addition and ReLU are one call.
 
-Modules, their names and their initial values are torchvision's, and so is the function computed;
-only the operations behind a convolution are one call instead of two or three, for a kernel to fuse.
+Modules, their names and their initial values are torchvision's, and so is the function computed.
+One call instead of two or three after a convolution lets a kernel fuse them.
 
 N batch, S image side, D trunk width (512 or 2048).
 """

@@ -3,14 +3,13 @@
 One panel per question, over the epochs: the loss beside ln(1 + K), the loss of a random guess;
 pretext accuracy; kNN accuracy beside what raw pixels, the untrained encoder and chance achieve;
 learning rate; speed; waiting for data. A panel for which a run recorded nothing is left out.
-`python -m fastmoco.run.curves RUN_DIR` draws `RUN_DIR/curves.png`.
+`fastmoco report RUN_DIR` draws `RUN_DIR/curves.png`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,8 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
-from fastmoco.config.command import CommandParser
-from fastmoco.run.record import Record, knn_summary, read_metrics, series, train_summary
+from fastmoco.run.record import Record, read_metrics, series
 
 BLUE, ORANGE, GREEN, PURPLE = "#3564c4", "#e07b28", "#2c9a6b", "#8a56b5"
 
@@ -172,22 +170,3 @@ def _dress(axes: Axes, end: float) -> None:
         spine.set_color("#c9cdd4")
     if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`fastmoco report RUN_DIR`; exit code 2, with one sentence, where there is no run."""
-    parser = CommandParser(prog="fastmoco report", description="Draw the curves of a run.")
-    parser.add_argument("run_dir", type=Path, help="run directory with metrics.jsonl")
-    metrics = parser.parse_args(arguments).run_dir / "metrics.jsonl"
-    try:
-        draw_curves(metrics, metrics.with_name("curves.png"))
-        print(train_summary(metrics), knn_summary(metrics), sep="\n")
-    except ConfigError as error:
-        print(f"fastmoco: {error}", file=sys.stderr)
-        return 2
-    print(metrics.with_name("curves.png"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Fused operations of MoCo: Triton for CUDA, ATen or C++ for the CPU.
 
-What the loss, the queue and the updates are compared with is `reference.py`; convolutions and batch
-norm of the CPU are compared with torch's own.
+`reference` is what the loss, the queue and the updates are compared with; batch norm and
+convolutions of the CPU are compared with torch's own.
 """
 
 from fastmoco_kernels.ema import ema_

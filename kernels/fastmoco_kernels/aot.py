@@ -2,8 +2,8 @@
 
     python -m fastmoco_kernels.aot
 
-Launches are built by the functions that build them for a device, from meta tensors, and compiled as
-the just-in-time compiler would: sizes divisible by 16 and aligned pointers are known as such.
+The functions that build launches for a device build them here from meta tensors. They are compiled
+as the just-in-time compiler would: sizes divisible by 16 and aligned pointers are marked as such.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """A launch of a recipe, with the least work that it stands for."""
+    """A launch of a recipe, with the least bytes and operations that it needs."""
 
     name: str
     launch: Launch

@@ -3,8 +3,8 @@
 // A tensor is groups x rows x channels; each group is normalized by itself. The forward reads the
 // input twice and writes once; the backward reads input and gradient twice and writes once; with a
 // residual come one read in the forward, one read and one write in the backward. Sums are taken
-// chunk by chunk in float32 around a value of the channel itself, for a mean far from zero would
-// cost digits, and put together in float64. Neither chunks nor results depend on the thread count.
+// chunk by chunk in float32, around a value of the channel itself because a mean far from zero would
+// cost digits, and added up in float64. Neither chunks nor results depend on the thread count.
 // Compiled at run time by batch_norm_cpu.py, whose Arguments has the same fields.
 #include <algorithm>
 #include <cmath>

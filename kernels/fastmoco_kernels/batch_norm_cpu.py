@@ -1,9 +1,9 @@
 """Batch norm, residual addition and ReLU in one operation on the CPU, in channels-last memory.
 
 ATen reads or writes an activation eight times in the forward of `relu(batch_norm(x) + residual)`
-and nine times in its backward; batch_norm_cpu.cpp does with four and seven. It is compiled once per
-machine, in about two seconds, by the C++ compiler that torch.compile uses too. Without one, or
-where the result is not right, `reason` says so and the caller composes ATen operations instead.
+and nine times in its backward; batch_norm_cpu.cpp needs four and seven times. It is compiled once
+per machine by the C++ compiler that torch.compile uses too. Where there is none, or the result is
+not right, `reason` says so and the caller composes ATen operations instead.
 
 N batch, G groups that are normalized by themselves, C channels, H W spatial.
 """

@@ -4,7 +4,7 @@
 // product over pixels for every tap. The dot product instruction wants neighbouring pixels of a
 // channel side by side, so blocks of pixels are packed that way and then multiplied from cache,
 // while the rows of the next block are fetched. Sums are float32, in an order that depends on the
-// shape alone: by how many threads the work is done does not change a bit.
+// shape alone: the number of threads does not change a bit.
 // Compiled at run time by convolution_cpu.py, whose Arguments has the same fields.
 #include <cstdint>
 

@@ -1,9 +1,9 @@
 """Convolution on the CPU whose weight gradient is computed by our own kernel.
 
-oneDNN's bf16 weight gradients reach 0.55 to 0.85 of the rate of its forward on processors with
-AVX-512 bfloat16 dot products but without AMX. convolution_cpu.cpp packs pixels once per block and
-multiplies from cache; the sums leave it in float32, not rounded to bf16 on the way to a float32
-weight. Forward and gradient of the input stay with oneDNN.
+On processors with AVX-512 bfloat16 dot products but without AMX, oneDNN's weight gradients are
+slower than its forward (rows of `python -m bench.kernels --only weight_gradient`).
+convolution_cpu.cpp packs pixels once per block and multiplies from cache. Its sums stay float32,
+where oneDNN rounds them to bf16. Forward and gradient of the input stay with oneDNN.
 
 N batch, C channels, O outputs, H W spatial, K side of the kernel.
 """
@@ -24,7 +24,7 @@ from torch.nn.grad import conv2d_weight
 from fastmoco_kernels import cpp
 
 SOURCE = Path(__file__).with_name("convolution_cpu.cpp")
-# Output pixels that are summed up by themselves, for threads to share a small weight.
+# Output pixels of a partial sum: several of them let threads share a small weight.
 PIXELS_PER_PART = 6272
 MOST_CHANNELS = 1 << 14
 CHANNELS_LAST = torch.channels_last

@@ -1,6 +1,6 @@
 """A C++ source of this package as a library compiled for this machine, or why there is none.
 
-Whatever goes wrong is a sentence and never an exception: ATen computes the same.
+An error is returned as a sentence and not raised, because ATen can compute the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPENMP = [["-fopenmp"]] + [["-Xpreprocessor", "-fopenmp"]] * (sys.platform == "d
 # The largest source takes three seconds on a slow core; beyond this a compiler counts as hanging.
 TIMEOUT_S = 120.0
 BUILDS = "build-"
-# What is said of a compiler that hung: no other source waits for it again.
+# Set to a sentence after a compiler hung, so that no other source waits for it again.
 _hanging: list[str] = []
 
 
@@ -55,7 +55,7 @@ def _run(command: Sequence[str], scratch: Path) -> str:
     """What the command prints. Raises `CompilerError` where it fails or does not end.
 
     Temporary files go to `scratch`. A compiler is several processes: all of them are ended, also
-    where a key press interrupts this one, and its output is a file, which no left-over holds open.
+    after Ctrl-C. Its output goes to a file, because a process left over would keep a pipe open.
     """
     name = command[0]
     with tempfile.TemporaryFile(dir=scratch) as output:

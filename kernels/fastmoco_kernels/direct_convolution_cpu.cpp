@@ -1,8 +1,8 @@
 // Convolution in float32 over NHWC memory as products of matrices, for CPUs with AVX2.
 //
-// Rows of the left matrix are the channels of a pixel where they lie: nothing is unfolded, and only
-// the weight is packed, 16 outputs side by side, each time just before it is used. What a tap reads
-// outside of the image costs nothing on small maps, where six rows are one pixel of six images.
+// A row of the left matrix is the channels of a pixel, read in place. Only the weight is packed, 16
+// outputs side by side, just before it is used. On small maps six rows are one pixel of six images,
+// so a tap outside of the image is left out.
 // The input's gradient is the same product with dy for x; for a stride s its pixels fall into s * s
 // classes, each of which sees its own taps. The weight's gradient is a product over pixels for each
 // tap. The order of sums depends on shapes alone, not on the number of threads.

@@ -1,8 +1,8 @@
 """Convolution in fp32 on the CPU as matrix products over channels-last memory, with AVX2.
 
-oneDNN copies weights from channels-last memory into its own layout in every call, which is most of
-the work where maps are small, multiplies the padding, and computes weight gradients at half of the
-rate of its forward. direct_convolution_cpu.cpp does none of this.
+oneDNN copies channels-last weights into its own layout in every call, which is most of the work on
+small maps, and it multiplies the padding. direct_convolution_cpu.cpp packs a few columns of the
+weight at a time, and leaves out the padding on small maps.
 
 N batch, C channels, O outputs, H W spatial, K side of the kernel.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmoco_kernels import cpp
 
 SOURCE = Path(__file__).with_name("direct_convolution_cpu.cpp")
-# Output pixels that are summed up by themselves, for threads to share a small weight.
+# Output pixels of a partial sum: several of them let threads share a small weight.
 PIXELS_PER_PART = 6272
 # Largest K: a table of taps in the kernel has room for 9.
 LARGEST_KERNEL = 3

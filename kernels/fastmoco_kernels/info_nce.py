@@ -5,8 +5,8 @@
     dL/dq = (p_0 k + sum_j p_j queue_j - k) / (T N)
 
 The gradient is the output of an attention whose keys and values are the queue, so the pass that
-computes the loss computes it too; the backward is a scaling, and nothing reads the queue after the
-forward. It replaces the official eager code (einsum, cat, cross_entropy, topk, clone of the queue).
+computes the loss computes it too. The backward only scales it and does not read the queue. This
+replaces the official eager code (einsum, cat, cross_entropy, topk, clone of the queue).
 N local batch, C feature dimension, K queue length, M gathered keys.
 """
 

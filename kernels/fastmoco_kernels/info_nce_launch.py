@@ -79,7 +79,7 @@ def launch_configuration(
 
 
 class Plan(NamedTuple):
-    """The two launches and what they leave."""
+    """The two launches and their outputs."""
 
     partial: Launch
     reduce: Launch

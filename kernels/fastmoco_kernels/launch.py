@@ -1,11 +1,10 @@
-"""A kernel launch as a value, and the emergency exit: an op's reference instead of its kernels.
+"""Kernel launches as values, and the way to run an op by its reference instead of its kernels.
 
 A `Launch` is what runs on the device, what aot.py compiles and what tests inspect.
 
 Where triton is not installed (it is made for Linux only), every op runs by its eager reference
-from the start. Elsewhere `preflight.check` finds out whether a kernel is right on the device at
-hand; where it is not, the caller replaces that op here and training goes on, slower and with a
-warning that cannot be missed.
+from the start. Elsewhere `preflight.check` tests every kernel on the device. The caller replaces an
+op whose kernel is wrong, and training goes on, slower and with a warning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does every op compute on this device what its reference computes? Checked before a run.
+"""Compare every op with its reference on this device, before a run.
 
     results = preflight.check(torch.device("cuda"))
     for result in results:
@@ -26,7 +26,7 @@ from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
 from fastmoco_kernels.launch import HAS_TRITON
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
-# Relative error of the gradient that the inputs' dtype excuses; losses are float32 sums.
+# Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.
 GRADIENT = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOSS = 1e-3
 UPDATE = 1e-5

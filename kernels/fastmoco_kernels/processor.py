@@ -1,8 +1,8 @@
-"""What the processor of this machine can do, and the cap that makes it an older one.
+"""Which instruction sets this machine's processor has, and how to use fewer of them.
 
-`FASTMOCO_CPU=avx2` leaves of a newer processor what every x86 since 2015 has, so that a machine
-with AVX-512 can test what others run. It holds for whoever asks here and for the flags of our C++
-sources; `fastmoco.machine.environment` passes it on to ATen, oneDNN and MKL.
+`FASTMOCO_CPU=avx2` hides every instruction set after AVX2, so that a machine with AVX-512 can test
+what others run. It changes the answers of this module and the flags of our C++ sources;
+`fastmoco.machine.environment` passes it on to ATen, oneDNN and MKL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AFTER_AVX2 = ("avx512", "amx", "avx_", "avx10")
 def cap() -> str:
     """The value of `FASTMOCO_CPU`, empty where there is no cap.
 
-    Raises `ValueError` for a value that means nothing: a typing error would test another machine.
+    Raises `ValueError` for an unknown value, because a misspelt one would cap nothing.
     """
     value = os.environ.get(CAP, "")
     if value and value not in CAPS:

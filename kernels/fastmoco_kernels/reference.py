@@ -1,4 +1,4 @@
-"""One plain eager implementation per op: its meaning, and what runs where a kernel is distrusted.
+"""One eager implementation per op: what the op computes, and what runs where its kernel is wrong.
 
 Losses are computed in float32, or in float64 when an input is float64, from the materialized
 N x (1+K) logits. Nothing here reads a value back to the host, so all of it also runs on CUDA.

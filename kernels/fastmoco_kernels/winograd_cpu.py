@@ -1,8 +1,8 @@
 """3x3 convolution with stride 1 and padding 1 in fp32 on the CPU by Winograd's F(2x2, 3x3).
 
-16 multiplications make the four pixels for which a direct sum takes 36 (Lavin and Gray, arXiv
-1509.09308). Numbers of the transforms are 0, 1 and 1/2, so no digits are lost: the distance to
-float64 is that of a direct sum. F(4x4, 3x3) would take 9 per four pixels, and lose a digit.
+Four pixels take 16 multiplications, where a direct sum takes 36 (Lavin and Gray, arXiv 1509.09308).
+The transforms contain only 0, 1 and 1/2, so no digits are lost: results are about as far from
+float64 as a direct sum. F(4x4, 3x3) would take 9 multiplications, and lose a digit.
 
 N batch, C channels, O outputs, H W spatial.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmoco_kernels import cpp
 
 SOURCE = Path(__file__).with_name("winograd_cpu.cpp")
-# Tiles times channels whose transforms, 4 MiB, are multiplied while a cache holds them.
+# Tiles times channels of a block: their transforms, 4 MiB, stay in a cache.
 CHUNK = 1 << 16
 CHANNELS_LAST = torch.channels_last
 

@@ -84,6 +84,20 @@ def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     assert load(tmp_path / "config.yaml") == config
 
 
+def test_removed_fields_load_where_they_had_their_default(tmp_path: Path) -> None:
+    """Files of older versions name every field."""
+    config = recipe("cifar10_r18")
+    old = dump(config).replace("  k: 200", "  k: 200\n  temperature: 0.07\n  batch_size: 256")
+    assert "batch_size: 256" in old
+    (tmp_path / "config.yaml").write_text(old)
+    assert load(tmp_path / "config.yaml") == parse_text(old) == config
+    (tmp_path / "config.yaml").write_text(old.replace("temperature: 0.07", "temperature: 0.5"))
+    with pytest.raises(ConfigError, match="temperature"):
+        load(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="temperature"):
+        parse(["--knn.temperature", "0.07"])  # only a file may be old
+
+
 def choices_with_on_and_off() -> list[str]:
     groups = {group: type(value) for group, value in vars(Config()).items()}
     return [

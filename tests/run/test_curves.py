@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fastmoco.config import ConfigError
-from fastmoco.run.curves import draw_curves, main
+from fastmoco.report import main
+from fastmoco.run.curves import draw_curves
 from fastmoco.run.record import Record, knn_summary, parse_line, read_metrics, series
 
 

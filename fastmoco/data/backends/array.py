@@ -1,4 +1,4 @@
-"""Array operations execute rows of the table on the CPU: PIL's results, several times its speed.
+"""Array operations execute rows of the table on the CPU: PIL's results, faster than PIL.
 
 The same arithmetic as PIL, roundings included, on whole planes at once: colour is bit-exact against
 the reference but for rare ties; resize (torch's antialiased uint8 kernel) and blur (PIL's stacked

@@ -1,8 +1,8 @@
 """The DALI backend: builds the pipeline at any micro-batch, and rebuilds it around bad files.
 
-A decode error makes DALI give up the whole pipeline. The culprits are then searched among the
-samples on their way: what PIL does not decode is quarantined, what only DALI refuses is decoded by
-PIL from then on, and a new pipeline repeats the batch. All other rows stay what they were.
+A decode error ends the whole DALI pipeline. Then every sample that was on its way is tested: one
+that PIL does not decode is quarantined, one that only DALI refuses is decoded by PIL from then on,
+and a new pipeline repeats the batch. All other rows stay as they were.
 """
 
 from __future__ import annotations

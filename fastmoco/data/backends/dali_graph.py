@@ -38,7 +38,7 @@ Delivery = tuple[list[NDArray[Any]], ...]
 types: Any = dali_types  # its constants are added at import, unseen by type checkers
 plugin: Any = dali_pytorch
 define: Any = pipeline_def
-# Torch's own kinds of RuntimeError, which no image is to blame for.
+# Torch's own subclasses of RuntimeError: no image causes them.
 NOT_DALI = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 # PIL truncates a blend where DALI rounds: half a level less, and a little more, so that exact

@@ -1,4 +1,4 @@
-"""Rows of the table in the form that DALI executes: every choice already made, only numbers left.
+"""Rows of the table in the form that DALI executes: numbers only, every choice already made.
 
 The colour jitter of a row becomes a programme: up to three blends, the hue shift, up to three
 blends. A blend (brightness, contrast, saturation) is y = f x + (1 - f) d, where d is black, the

@@ -1,4 +1,4 @@
-"""How reader processes meet signals that were meant for the trainer."""
+"""How reader processes handle signals that are meant for the trainer."""
 
 from __future__ import annotations
 

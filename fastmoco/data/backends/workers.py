@@ -1,8 +1,8 @@
 """The backends in worker processes, which read, decode and augment on the CPU.
 
 `array` executes the table with array operations, `pil` with the reference itself. A micro-batch is
-cut into parts so that all workers share its latency. Workers are forked, touch neither CUDA nor
-the network, and end with their parent: torch's loader watches for its death.
+cut into parts so that all workers share its latency. Workers are forked and use neither CUDA nor
+the network. They end with their parent, which torch's loader watches.
 
 n local batch, S side of a view.
 """

@@ -1,4 +1,4 @@
-"""From what the configuration names to the source that is read."""
+"""The source of images that the configuration names, and its folders in full."""
 
 from __future__ import annotations
 

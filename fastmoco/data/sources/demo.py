@@ -1,11 +1,10 @@
 """The embedded demo set: pictures that are rendered, so that training starts without a download.
 
-Twelve classes are twelve families of patterns (`demo_patterns.py`). As kinds of things do, a family
-has habits: a usual size and slant of its pattern and a preferred part of the colour wheel, all of
-which overlap with its neighbours'. Within a class everything varies: palette, polarity, scale,
-rotation, warp, the shape that carries the pattern, its place, light, background and grain. So
-neighbours in pixel space are mostly strangers, while the geometry of the pattern survives crops,
-jitter and blur.
+Twelve classes are twelve families of patterns (`demo_patterns.py`). A family has a usual size and
+slant of its pattern and a preferred part of the colour wheel; these overlap between families.
+Within a class everything varies: palette, polarity, scale, rotation, warp, the shape that carries
+the pattern, its place, light, background and grain. So pictures that are close in pixel space are
+mostly of different classes, while the geometry of the pattern survives crops, jitter and blur.
 
 Every picture is a function of (version, split, index): any number of processes renders the same
 files. `python -m fastmoco.data.sources.demo --out DIR` renders into a folder of your choice.

@@ -4,12 +4,15 @@ About 45 bytes per sample: the folder (4), the end of the name in one blob (8), 
 width and height (8). The cache is one file of raw arrays that every process maps, so readers share
 its pages.
 
-It is valid while no folder below the root has changed its modification time, which every added,
-removed or renamed file or folder changes: a stat per folder, none per file. What that cannot show:
-a file overwritten in place (the reader looks at the size in the file itself, so its views are
-right, and only a file that was bad and is good now stays replaced), the target of a link that was
-exchanged, and changes on network file systems that report modification times late. Deleting the
-cache file indexes anew; `FASTMOCO_CACHE` names its folder.
+It is valid while no folder below the root has changed its modification time: one stat per folder,
+none per file. Every added, removed or renamed file or folder changes that time. It does not show
+
+- a file that is overwritten in place: the reader takes the size from the file itself, so its views
+  are right, but a file that was bad and is good now stays replaced;
+- another target of a link;
+- changes on network file systems that report modification times late.
+
+Deleting the cache file indexes anew; `FASTMOCO_CACHE` names its folder.
 
 N samples, F folders.
 """

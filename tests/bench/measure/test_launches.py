@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import record_function
 
-from bench.measure.launches import RANGE, count, launches_of
+from bench.measure.launches import RANGE, Watch, count, launches_of
 from bench.steps.contestants import Bench, bare_encoder, our_step
 from fastmoco.config import dump, parse
+from tests.support.fake_cuda import cuda_without_device
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -45,6 +49,58 @@ STEP = [
 
 def test_calls_inside_the_step_are_counted_and_no_others() -> None:
     assert count(STEP) == {"kernel_launches": 5, "host_syncs": 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        *(("cudaMemcpy", 1), ("cudaMemcpyAsync", 0), ("cuMemcpyDtoH_v2", 1)),
+        *(("cuMemcpyHtoDAsync_v2", 0), ("cudaEventSynchronize", 1), ("cudaStreamWaitEvent", 0)),
+    ],
+)
+def test_only_calls_that_wait_are_waits(call: str, waits: int) -> None:
+    step = [event(RANGE, 10, 100), event("cudaLaunchKernel", 12), event(call, 20)]
+    assert count(step)["host_syncs"] == waits
+
+
+def test_the_counter_of_a_row_sees_more_than_item() -> None:
+    x = torch.arange(6.0)
+
+    def step() -> None:
+        x[x > 2].sum()  # a mask: index and the number of its elements
+        x.nonzero()
+        torch.equal(x, x)
+        x.masked_select(x > 2)
+        x.unique()
+        (x + 1).relu_()
+
+    with Watch() as watch:
+        step()
+    assert Counter(watch.host_syncs) == {
+        **{"aten.index.Tensor": 1, "aten.nonzero": 1, "aten.equal": 1},
+        **{"aten.masked_select": 1, "aten._unique2": 1},
+    }
+    facts = Bench(torch.device("cpu"), step).facts()
+    assert (facts["host_syncs"], facts["operations"]) == (5, watch.counts.total())
+
+
+def test_copies_between_host_and_device_wait_unless_asynchronous_from_pinned_memory() -> None:
+    with cuda_without_device(), FakeTensorMode(), Watch() as watch:
+        host, there = torch.ones(4), torch.ones(4, device="cuda")
+        host.pin_memory().to("cuda", non_blocking=True)
+        there + there
+        assert watch.host_syncs == []
+        copies: list[Callable[[], torch.Tensor]] = [
+            lambda: host.to("cuda", non_blocking=True),
+            lambda: host.pin_memory().to("cuda"),
+            lambda: there.copy_(host),
+            lambda: there.cpu(),
+            lambda: host.copy_(there),
+        ]
+        for copy in copies:
+            before = len(watch.host_syncs)
+            copy()
+            assert len(watch.host_syncs) == before + 1
 
 
 def test_a_profiler_that_sees_no_device_says_nothing() -> None:

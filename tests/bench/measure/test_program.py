@@ -38,7 +38,9 @@ def test_a_dirty_tree_may_be_measured_and_keeps_no_rows(
         raise MeasuredError
 
     monkeypatch.setattr(program, work, measure)
-    monkeypatch.setattr("bench.measure.rows.environment", lambda device: {"dirty": True})
+    monkeypatch.setattr(
+        "bench.measure.rows.environment", lambda device: {"commit": "c0ffee", "dirty": True}
+    )
     with pytest.raises(MeasuredError):
         program.main(arguments)
     capsys.readouterr()
