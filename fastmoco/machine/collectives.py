@@ -78,7 +78,7 @@ def all_gather(x: Tensor, world: World) -> Tensor:
     if world.size == 1:
         return x
     if x.requires_grad and torch.is_grad_enabled():
-        with_gradient: Tensor = _GatherWithGradient.apply(x, world)  # type: ignore[no-untyped-call]
+        with_gradient: Tensor = _GatherWithGradient.apply(x, world)
         return with_gradient
     gathered: Tensor = functional.wait_tensor(_all_gather(x.contiguous(), 0, _group()))
     return gathered
