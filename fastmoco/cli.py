@@ -42,6 +42,16 @@ VERBS = {
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
     ),
+    "knn": Verb(
+        "fastmoco.evaluate.knn",
+        "kNN accuracy of a frozen encoder on labelled images",
+        words=("--checkpoint", "--data.root", "--k"),
+    ),
+    "embed": Verb(
+        "fastmoco.evaluate.embed",
+        "features of all images, with file names, in a file",
+        words=("--data.root", "--data.source", "--out"),
+    ),
     "export": Verb(
         "fastmoco.weights.export",
         "carry an encoder to torchvision, timm, Detectron2 and others",

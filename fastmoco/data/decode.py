@@ -1,4 +1,6 @@
-"""The size of an encoded image, whether all JPEG decoders read it alike, and how PIL reads it.
+"""From encoded bytes to RGB: the one decoder of training, evaluation and pictures.
+
+Also what the bytes say about themselves: size, and whether any JPEG decoder reads them alike.
 
 A JPEG is plain when its components are gray or YCbCr, its process is baseline or progressive, and
 an end marker follows its last scan. Decoders agree on plain files. All others (other formats, CMYK
@@ -12,6 +14,20 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".gif",
+)
+"""How the name of an image ends, in lower case, in every source and evaluation."""
 JPEG_START = b"\xff\xd8"
 _END = b"\xff\xd9"
 _SCAN = b"\xff\xda"
@@ -21,6 +37,15 @@ _FRAMES = frozenset(
 _HUFFMAN_8_BIT = frozenset({0xC0, 0xC1, 0xC2})
 _ADOBE = 0xEE
 _YCBCR = 1
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a path names an image that counts: by its suffix, and not hidden.
+
+    Hidden are names that start with a dot; macOS puts `._*` files into archives.
+    """
+    name = path.rpartition("/")[2].lower()
+    return not name.startswith(".") and name.endswith(IMAGE_SUFFIXES)
 
 
 class BadImage(Exception):

@@ -1,21 +1,73 @@
-"""Features of the frozen trunk, and of raw pixels, for labelled images seen in one fixed view.
+"""Features of the frozen trunk, and of raw pixels, for images seen in one fixed view.
 
-The view is the usual one for evaluation: shorter edge to `resize`, centre crop of `image_size`, no
-randomness. Every rank computes the features of one contiguous share of the data set; the shares
-concatenated in rank order are the data set in its own order, whatever the number of ranks.
+The monitor, kNN, linear classification, retrieval and `embed` all take their features from here,
+so the same weights and the same file give the same bits in all of them. For that every forward
+pass has exactly `batch_size` rows: a short batch is filled up with black, whose rows are dropped.
+On the CPU a row's bits depend on the number of rows in its batch (a batch of one takes other
+kernels), but neither on its place nor on the other rows; tests/evaluate/test_features.py holds it.
+On CUDA the same is expected of one device model and library version, and not promised.
+
+Every rank computes the features of one contiguous share of the data set; the shares concatenated
+in rank order are the data set in its own order, whatever the number of ranks.
 
 n images, S side of the crop in pixels, D feature dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.evaluate.labelled_images import ImageSet
+from fastmoco.machine.collectives import gather_rows
+from fastmoco.machine.ranks import World
+from fastmoco.network.encoder import NormalizePixels, build_encoder
+from fastmoco.network.resnet import ResNet
+from fastmoco.weights.read import Weights
+
+BATCH_SIZE = 256
+"""Rows of a forward pass where nobody says otherwise: `knn.batch_size` of a run."""
+
+
+class FrozenTrunk:
+    """uint8 images (n, S, S, 3) on `device` to trunk features fp32 (n, D), without gradient.
+
+    The encoder runs under autocast in `precision` (fp32: without), in eval mode, which is set for
+    each call and restored after it.
+    """
+
+    def __init__(
+        self, encoder: ResNet, precision: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.encoder = encoder
+        self.precision = precision
+        self.device = torch.device(device)
+        self._normalize_pixels = NormalizePixels(device)
+
+    @classmethod
+    def of(
+        cls, weights: Weights, precision: torch.dtype, device: torch.device | str = "cpu"
+    ) -> FrozenTrunk:
+        """The trunk of a file: the encoder of training, so that its features are the monitor's."""
+        encoder = build_encoder(weights.architecture.config())
+        encoder.add_module("fc", torch.nn.Identity())
+        encoder.load_state_dict(weights.trunk)
+        encoder.requires_grad_(False)
+        return cls(encoder.to(device).eval(), precision, device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        training = self.encoder.training
+        self.encoder.eval()
+        kind, on = self.device.type, self.precision != torch.float32
+        with torch.autocast(kind, self.precision, enabled=on):
+            features = self.encoder.trunk(self._normalize_pixels(images)).float()
+        self.encoder.train(training)
+        return features
 
 
 def rank_share(n: int, rank: int, world_size: int) -> range:
@@ -29,39 +81,84 @@ def rank_share(n: int, rank: int, world_size: int) -> range:
 
 
 @torch.no_grad()
+def stream_features(
+    trunk: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    share: range,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+) -> Iterator[Tensor]:
+    """Features (<= batch_size, D), on `device`, of a share of the images: each once, in order.
+
+    trunk: takes uint8 (batch_size, S, S, 3) on `device`, gives (batch_size, D).
+    Rows of bad images are meaningless; `images.good(share)` tells them once their batch is here.
+    """
+    for pixels in images.batches(share, batch_size):
+        full = filled_up(pixels, batch_size)
+        yield trunk(full.to(device, non_blocking=True))[: len(pixels)]
+
+
+def filled_up(pixels: Tensor, batch_size: int) -> Tensor:
+    """uint8 (n <= batch_size, S, S, 3) with black images after the last, (batch_size, S, S, 3)."""
+    if len(pixels) == batch_size:
+        return pixels
+    full = pixels.new_zeros(batch_size, *pixels.shape[1:])
+    full[: len(pixels)] = pixels
+    return full
+
+
 def extract_features(
     trunk: Callable[[Tensor], Tensor],
-    images: LabelledImages,
+    images: ImageSet,
     *,
     batch_size: int,
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
+    normalized: bool = True,
 ) -> Tensor:
-    """L2-normalized fp32 features (share, D), on `device`, of this rank's share of the images.
+    """fp32 (share, D), on `device`, of this rank's share of the images; L2-normalized unless not.
 
-    trunk: takes uint8 (n, S, S, 3) on `device`, gives (n, D) of any float type; it normalizes the
-        pixels itself and is in eval mode, which this function cannot see to.
-    The share is `rank_share(len(images), rank, world_size)`; concatenated in rank order the shares
-    are in data set order.
+    See `stream_features`. The share is `rank_share(len(images), rank, world_size)`; concatenated
+    in rank order the shares are in data set order.
 
-    Raises `ValueError` when the share is empty (fewer images than ranks) or batch_size < 1, and
-    `ConfigError` for unreadable files.
+    Raises `ValueError` when the share is empty (fewer images than ranks) or batch_size < 1.
     """
     share = rank_share(len(images), rank, world_size)
     if not share or batch_size < 1:
         raise ValueError(
             f"nothing to do: {len(images)} images on {world_size} ranks, batch_size {batch_size}"
         )
-    features = []
-    for pixels in images.batches(share, batch_size):
-        output = trunk(pixels.to(device, non_blocking=True))
-        features.append(functional.normalize(output.float(), dim=1))
-    return torch.cat(features)
+    streamed = stream_features(trunk, images, share, batch_size=batch_size, device=device)
+    if normalized:
+        return torch.cat([functional.normalize(rows.float(), dim=1) for rows in streamed])
+    return torch.cat([rows.float() for rows in streamed])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """This rank's share of a set without its bad images, and which ones all ranks have."""
+
+    features: Tensor
+    """(share, D) of the good images of this rank's share, in order."""
+    kept: Tensor
+    """int64 on the CPU: numbers of the good images of all ranks, in order."""
+
+
+def without_bad(features: Tensor, images: ImageSet, world: World) -> Shared:
+    """Agree over the ranks which images are bad, and drop their rows. All ranks call it.
+
+    features: (share, D) of this rank's `rank_share`, computed, so that its bad images are known.
+    """
+    good = images.good(rank_share(len(images), world.rank, world.size))
+    everywhere = gather_rows(good.long()[:, None], world)[:, 0].bool().cpu()
+    images.exclude((~everywhere).nonzero()[:, 0].tolist())
+    return Shared(features[good.to(features.device)], everywhere.nonzero()[:, 0])
 
 
 def raw_pixel_features(
-    images: LabelledImages, *, size: int = 32, rank: int = 0, world_size: int = 1
+    images: ImageSet, *, size: int = 32, rank: int = 0, world_size: int = 1
 ) -> Tensor:
     """The baseline that learns nothing: fp32 (share, size * size * 3) on the CPU.
 

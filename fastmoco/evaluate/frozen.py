@@ -21,8 +21,9 @@ from fastmoco.config import AugmentConfig, ConfigError
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.table import draw_uniforms, view_table
+from fastmoco.evaluate.features import filled_up
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.network.encoder import NormalizePixels
+from fastmoco.network.encoder import NormalizePixels, build_encoder
 from fastmoco.weights.read import read
 
 MAX_PIXELS = 178_956_970
@@ -44,15 +45,17 @@ class FrozenTrunk(nn.Module):
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
         super().__init__()
         self.weights = read(checkpoint)
-        self.network = self.weights.architecture.build(self.weights.trunk).to(device)
-        self.network.requires_grad_(False)
+        # The encoder of training and of kNN, so that all three have the same features.
+        self.network = build_encoder(self.weights.architecture.config())
+        self.network.add_module("fc", nn.Identity())
+        self.network.load_state_dict(self.weights.trunk)
+        self.network.to(device).eval().requires_grad_(False)
         self.normalize_pixels = NormalizePixels(device)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Features, not normalized."""
-        features: Tensor = self.network(self.normalize_pixels(images))
-        return features
+        return self.network.trunk(self.normalize_pixels(images))
 
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
@@ -124,7 +127,8 @@ def stored_features(
             stop = min(start + batch_size, len(images))
             rows = range(start, stop)
             pixels = random_crops(images, rows, view, seed) if crops else images.load(start, stop)
-            stored[view, start:stop] = trunk(pixels.to(device)).cpu().numpy()
+            full = filled_up(pixels, batch_size).to(device)
+            stored[view, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
             if number % 64 == 63 or number + 1 == len(starts):
                 stored.flush()
                 note.write_text(json.dumps({"batches": number + 1}))

@@ -1,4 +1,7 @@
-"""Images in class folders, in the fixed view of an evaluation.
+"""Images in the fixed view of an evaluation: of any source, and labelled ones in class folders.
+
+The view is the usual one: shorter edge to `resize`, centre crop of `image_size`, no randomness.
+Bad images (unreadable, not an image, too many pixels) are excluded and counted, never fatal.
 
 S side of a view, n images.
 """
@@ -6,66 +9,36 @@ S side of a view, n images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ConfigError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
-
+from fastmoco.config import ConfigError, DataConfig
+from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from fastmoco.data.sources.folder import walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
+MAX_PIXELS = DataConfig().max_pixels
 
 
-def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
-
-    Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
-    Hidden folders are not classes. A class folder without images keeps its label.
-
-    Raises `ConfigError` when root is missing, is empty, has no class folders, or holds no image.
-    """
-    if not root.is_dir():
-        raise ConfigError(f"No folder {root}: kNN needs a folder that holds one folder per class.")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        found = "files but no class folders" if any(root.iterdir()) else "nothing"
-        raise ConfigError(f"{root} holds {found}: kNN needs one folder of images per class in it.")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise ConfigError(
-            f"None of the {len(folders)} class folders of {root} holds an image "
-            f"({' '.join(sorted(IMAGE_SUFFIXES))})."
-        )
-    return paths, labels, [folder.name for folder in folders]
-
-
-def eval_view(path: Path, resize: int, image_size: int) -> np.ndarray:
-    """The fixed view of one file: uint8 RGB (S, S, 3) with S = image_size.
+def eval_view(
+    data: bytes, resize: int, image_size: int, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
 
     The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
     already, so that such images keep their exact pixels), the longer one keeps the aspect ratio.
     A crop larger than the resized image is padded with black, as in torchvision.
 
-    Raises `ConfigError` when the file is not a readable image.
+    Raises `BadImage` as `decode` does.
     """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"Cannot decode {path} ({error}): repair or remove it.") from error
+    image = decode(data, max_pixels)
     width, height = image.size
     shorter = min(width, height)
     if shorter != resize:
@@ -76,52 +49,56 @@ def eval_view(path: Path, resize: int, image_size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
-class LabelledImages:
-    """Images of class folders in their evaluation view, decoded by a few threads.
+class ImageSet:
+    """n images in their evaluation view, decoded by a few threads.
 
-    `labels` is int64 (n,) on the CPU, `class_names` has one name per label. With `max_images` > 0
-    at most so many images are kept, evenly spaced over the sorted list, hence over the classes.
+    read: encoded bytes of image i; raises `OSError` where the file cannot be read.
+    name: what to call image i in a report.
+    known_bad: reasons of images that need no second look.
+    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
     Decoded pixels stay in memory when all n views fit into `cache_bytes`.
-
-    Raises `ConfigError` for a root that `index_class_folders` refuses and for unreadable files.
     """
 
     def __init__(
         self,
-        root: Path,
+        n: int,
+        read: Callable[[int], bytes],
+        name: Callable[[int], str],
         *,
         resize: int,
         image_size: int,
-        max_images: int = 0,
+        known_bad: dict[int, str] | None = None,
+        max_pixels: int = MAX_PIXELS,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        strict: bool = False,
     ) -> None:
-        paths, labels, self.class_names = index_class_folders(root)
-        n = min(len(paths), max_images) if max_images > 0 else len(paths)
-        kept = [i * len(paths) // n for i in range(n)]
-        self.paths = [paths[i] for i in kept]
-        self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
+        self.name = name
         self.resize = resize
         self.image_size = image_size
+        self.bad: dict[int, str] = dict(known_bad or {})
+        """Reason by image, of those that this rank knows to be bad."""
+        self._read, self._max_pixels, self._strict = read, max_pixels, strict
         self._threads = threads or min(8, os.cpu_count() or 1)
+        self._cache_bytes = cache_bytes
+        self._resize_to(n)
+
+    def _resize_to(self, n: int) -> None:
+        """Room for n views, none decoded yet."""
+        self._n = n
         self._decoded = np.zeros(n, dtype=bool)
-        fits = n * image_size**2 * 3 <= cache_bytes
+        fits = n * self.image_size**2 * 3 <= self._cache_bytes
         # The system hands out pages on first touch: a rank pays only for its own share.
         self._pixels = torch.empty(self._shape(n), dtype=torch.uint8) if fits else None
 
     def __len__(self) -> int:
-        return len(self.paths)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all images but those at `rows`; call it before any is decoded."""
-        self.paths = [self.paths[i] for i in rows]
-        self.labels = self.labels[list(rows)]
-        self._decoded = np.zeros(len(rows), dtype=bool)
-        if self._pixels is not None:
-            self._pixels = torch.empty(self._shape(len(rows)), dtype=torch.uint8)
+        return self._n
 
     def load(self, start: int, stop: int) -> Tensor:
-        """Views start..stop-1 as uint8 (stop - start, S, S, 3) on the CPU; not to be written to."""
+        """Views start..stop-1 as uint8 (stop - start, S, S, 3) on the CPU; not to be written to.
+
+        The view of a bad image is black, and its reason is in `bad` from then on.
+        """
         if self._pixels is None:
             chunk = torch.empty(self._shape(stop - start), dtype=torch.uint8)
             self._decode(range(start, stop), chunk, start)
@@ -144,17 +121,145 @@ class LabelledImages:
             if pending is not None:
                 yield pending.result()
 
+    def good(self, share: range) -> Tensor:
+        """bool (len(share),): which images of a share, once loaded, are not bad."""
+        return torch.tensor([i not in self.bad for i in share], dtype=torch.bool)
+
+    def exclude(self, images: Sequence[int]) -> None:
+        """Take over what other ranks found to be bad; the reason is found by a second look."""
+        for i in images:
+            if i not in self.bad:
+                try:
+                    self._view(i)
+                    self.bad[i] = "could not be read once, but can be now"
+                except BadImage as error:
+                    self.bad[i] = str(error)
+
+    def bad_sentence(self, what: str) -> str:
+        """How many are excluded, with the first names; empty where all are good."""
+        if not self.bad:
+            return ""
+        first = [f"{self.name(i)} ({self.bad[i]})" for i in sorted(self.bad)[:3]]
+        more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+        return (
+            f"{len(self.bad)} of {len(self)} {what} are bad and left out: {', '.join(first)}{more}."
+        )
+
     def _shape(self, n: int) -> tuple[int, int, int, int]:
         return (n, self.image_size, self.image_size, 3)
+
+    def _view(self, i: int) -> np.ndarray:
+        try:
+            data = self._read(i)
+        except OSError as error:
+            raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        return eval_view(data, self.resize, self.image_size, self._max_pixels)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
         rows = into.numpy()
 
         def one(i: int) -> None:
-            rows[i - offset] = eval_view(self.paths[i], self.resize, self.image_size)
+            try:
+                if i in self.bad:
+                    raise BadImage(self.bad[i])
+                rows[i - offset] = self._view(i)
+            except BadImage as error:
+                if self._strict:
+                    place = self.name(i)
+                    raise ConfigError(
+                        f"Cannot use {place} ({error}): repair or remove it."
+                    ) from error
+                rows[i - offset] = 0
+                self.bad[i] = str(error)
 
         if indices:
             with ThreadPoolExecutor(self._threads) as pool:
                 # Consuming the results raises what a thread raised.
                 list(pool.map(one, indices))
+
+
+def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
+
+    Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
+    What counts as an image, and which files and folders are hidden, is as in training. A class
+    folder without images keeps its label.
+
+    Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
+    holds a folder that cannot be listed.
+    """
+    if not root.is_dir():
+        raise ConfigError(
+            f"No folder {root}: labels need a folder that holds one folder per class."
+        )
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        found = "files but no class folders" if any(root.iterdir()) else "nothing"
+        raise ConfigError(
+            f"{root} holds {found}: labels need one folder of images per class in it."
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        try:
+            listed = list(walk(str(folder)))
+        except OSError as error:
+            raise ConfigError(
+                f"The folder {error.filename} cannot be listed: {error.strerror}; "
+                "make it readable or move it elsewhere."
+            ) from error
+        images = sorted(folder / inner / name for inner, _, names in listed for name in names)
+        paths += images
+        labels += [label] * len(images)
+    if not paths:
+        raise ConfigError(
+            f"None of the {len(folders)} class folders of {root} holds an image "
+            f"({' '.join(IMAGE_SUFFIXES)})."
+        )
+    return paths, labels, [folder.name for folder in folders]
+
+
+class LabelledImages(ImageSet):
+    """Images of class folders in their evaluation view.
+
+    `labels` is int64 (n,) on the CPU, `class_names` has one name per label. With `max_images` > 0
+    at most so many images are kept, evenly spaced over the sorted list, hence over the classes.
+
+    Raises `ConfigError` for a root that `index_class_folders` refuses.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        resize: int,
+        image_size: int,
+        max_images: int = 0,
+        max_pixels: int = MAX_PIXELS,
+        threads: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+        strict: bool = False,
+    ) -> None:
+        paths, labels, self.class_names = index_class_folders(root)
+        n = min(len(paths), max_images) if max_images > 0 else len(paths)
+        kept = [i * len(paths) // n for i in range(n)]
+        self.paths = [paths[i] for i in kept]
+        self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
+        super().__init__(
+            n,
+            read=lambda i: self.paths[i].read_bytes(),
+            name=lambda i: str(self.paths[i]),
+            resize=resize,
+            image_size=image_size,
+            max_pixels=max_pixels,
+            threads=threads,
+            cache_bytes=cache_bytes,
+            strict=strict,
+        )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all images but those at `rows`; call it before any is decoded."""
+        self.paths = [self.paths[i] for i in rows]
+        self.labels = self.labels[list(rows)]
+        self._resize_to(len(rows))

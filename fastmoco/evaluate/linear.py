@@ -72,7 +72,7 @@ def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledIma
     if resize < given.image_size:
         raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
     train, test = (
-        LabelledImages(given.root / name, resize=resize, image_size=given.image_size)
+        LabelledImages(given.root / name, resize=resize, image_size=given.image_size, strict=True)
         for name in ("train", names[0])
     )
     if train.class_names != test.class_names:

@@ -1,108 +1,174 @@
-"""The kNN monitor: what the frozen trunk is worth while it is being trained."""
+"""kNN on two folders of labelled images: the monitor of a run, and the task of the command."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.evaluate.features import extract_features, raw_pixel_features
-from fastmoco.evaluate.knn import knn_accuracy
+from fastmoco.evaluate.features import (
+    BATCH_SIZE,
+    FrozenTrunk,
+    extract_features,
+    raw_pixel_features,
+    without_bad,
+)
+from fastmoco.evaluate.knn import TEMPERATURE, knn_accuracies
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
-from fastmoco.network.encoder import NormalizePixels
 
 # Raw pixels of more images than this would not fit into memory as a kNN bank.
 RAW_PIXEL_LIMIT = 200_000
-# Of the weights of neighbours, as in the kNN protocol of arXiv 1805.01978.
-TEMPERATURE = 0.07
-# Images per forward of a frozen encoder.
-BATCH = 256
 
 
-class KnnMonitor:
-    """kNN top-1 of the trunk of encoder_q on labelled images, computed by all ranks together."""
+class KnnTask:
+    """A bank and test images of the same classes, evaluated by all ranks together.
 
-    def __init__(self, config: Config, world: World) -> None:
-        self._config = config
-        self._world = world
-        knn, side = config.knn, config.augment.image_size
-        if knn.resize < side:
+    Bad images are left out on all ranks alike, and named on standard error when they are found.
+
+    Raises `ConfigError` for folders that hold no classes, or not the same ones.
+    """
+
+    def __init__(
+        self,
+        train_root: Path,
+        test_root: Path,
+        world: World,
+        *,
+        resize: int,
+        image_size: int,
+        max_pixels: int,
+        max_bank: int = 0,
+    ) -> None:
+        if resize < image_size:
             raise ConfigError(
-                f"knn.resize {knn.resize} is smaller than augment.image_size {side}, so the centre "
-                f"crop would reach beyond the image: set it to at least {side}."
+                f"knn.resize {resize} is smaller than augment.image_size {image_size}, so the "
+                f"centre crop would reach beyond the image: set it to at least {image_size}."
             )
-        self._bank = LabelledImages(
-            Path(knn.train_root), resize=knn.resize, image_size=side, max_images=knn.max_bank
+        self.bank = LabelledImages(
+            train_root,
+            resize=resize,
+            image_size=image_size,
+            max_images=max_bank,
+            max_pixels=max_pixels,
         )
-        self._test = LabelledImages(Path(knn.test_root), resize=knn.resize, image_size=side)
-        if self._bank.class_names != self._test.class_names:
-            odd = sorted(set(self._bank.class_names) ^ set(self._test.class_names))[:3]
+        self.test = LabelledImages(
+            test_root, resize=resize, image_size=image_size, max_pixels=max_pixels
+        )
+        self._world = world
+        self._told: dict[int, int] = {}  # bad images of each set that the user has heard of
+        if self.bank.class_names != self.test.class_names:
+            odd = sorted(set(self.bank.class_names) ^ set(self.test.class_names))[:3]
             raise ConfigError(
-                f"{knn.train_root} and {knn.test_root} do not hold the same classes "
+                f"{train_root} and {test_root} do not hold the same classes "
                 f"(only one has {', '.join(odd)}): point both at the same class folders."
             )
 
     @property
     def chance(self) -> float:
+        """Accuracy of the most frequent class among the test images that are not known as bad."""
+        counts = torch.bincount(self.test.labels[self.test.good(range(len(self.test)))])
+        return float(counts.max()) / float(counts.sum())
+
+    def of_trunk(
+        self, trunk: FrozenTrunk, *, ks: Sequence[int], temperature: float, batch_size: int
+    ) -> list[float]:
+        """kNN top-1 in [0, 1] for each k."""
+        world = self._world
+        bank, test = (
+            extract_features(
+                trunk,
+                images,
+                batch_size=batch_size,
+                device=world.device,
+                rank=world.rank,
+                world_size=world.size,
+            )
+            for images in (self.bank, self.test)
+        )
+        return self._accuracies(bank, test, ks, temperature)
+
+    def of_pixels(self, *, ks: Sequence[int], temperature: float) -> list[float]:
+        """The same of the pixels themselves; empty where the bank is too large for memory."""
+        if len(self.bank) > RAW_PIXEL_LIMIT:
+            return []
+        world = self._world
+        bank, test = (
+            raw_pixel_features(images, rank=world.rank, world_size=world.size).to(world.device)
+            for images in (self.bank, self.test)
+        )
+        return self._accuracies(bank, test, ks, temperature)
+
+    def _accuracies(
+        self, bank: Tensor, test: Tensor, ks: Sequence[int], temperature: float
+    ) -> list[float]:
+        kept = [self.good_features(bank, self.bank), self.good_features(test, self.test)]
+        (bank, bank_labels), (test, labels) = kept
+        return knn_accuracies(
+            bank,
+            bank_labels,
+            gather_rows(test, self._world),
+            labels,
+            ks=ks,
+            temperature=temperature,
+            num_classes=len(self.bank.class_names),
+            world=self._world,
+        )
+
+    def good_features(self, features: Tensor, images: LabelledImages) -> tuple[Tensor, Tensor]:
+        """Features of the good images of this rank's share, labels of those of all ranks."""
+        shared = without_bad(features, images, self._world)
+        if not len(shared.kept):
+            raise ConfigError(f"No image can be used: {images.bad_sentence('kNN images')}")
+        if self._world.is_main and len(images.bad) > self._told.get(id(images), 0):
+            tqdm.write(f"WARNING: {images.bad_sentence('kNN images')}", file=sys.stderr)
+            self._told[id(images)] = len(images.bad)
+        return shared.features, images.labels[shared.kept]
+
+
+class KnnMonitor:
+    """kNN top-1 of the trunk of encoder_q on labelled images, computed by all ranks together.
+
+    Bad images are left out and named on standard error when they are found.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        knn = config.knn
+        self._task = KnnTask(
+            Path(knn.train_root),
+            Path(knn.test_root),
+            world,
+            resize=knn.resize,
+            image_size=config.augment.image_size,
+            max_bank=knn.max_bank,
+            max_pixels=config.data.max_pixels,
+        )
+
+    @property
+    def chance(self) -> float:
         """Accuracy of the most frequent test class."""
-        counts = torch.bincount(self._test.labels)
-        return float(counts.max()) / len(self._test)
+        return self._task.chance
 
     def trained(self, moco: MoCo) -> float:
         """kNN top-1 of encoder_q in [0, 1], with BN statistics averaged over ranks."""
         all_reduce_mean_(moco.running_statistics(), self._world)
-        encoder = moco.encoder_q
         dtype = choose_precision(self._config.run.precision, self._world.device).dtype
-        normalize_pixels = NormalizePixels(self._world.device)
-
-        def trunk(images: Tensor) -> Tensor:
-            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-                return encoder.trunk(normalize_pixels(images))
-
-        encoder.eval()
-        features = [
-            self._gather(
-                extract_features(
-                    trunk,
-                    images,
-                    batch_size=BATCH,
-                    device=self._world.device,
-                    rank=self._world.rank,
-                    world_size=self._world.size,
-                )
-            )
-            for images in (self._bank, self._test)
-        ]
-        encoder.train()
-        return self._accuracy(*features)
+        trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
+        (top1,) = self._task.of_trunk(
+            trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
+        )
+        return top1
 
     def raw_pixels(self) -> float | None:
         """kNN top-1 of the pixels themselves; None where the bank is too large for memory."""
-        if len(self._bank) > RAW_PIXEL_LIMIT:
-            return None
-        rank, size = self._world.rank, self._world.size
-        bank, test = (
-            self._gather(raw_pixel_features(images, rank=rank, world_size=size))
-            for images in (self._bank, self._test)
-        )
-        return self._accuracy(bank, test)
-
-    def _gather(self, features: Tensor) -> Tensor:
-        return gather_rows(features, self._world)
-
-    def _accuracy(self, bank: Tensor, test: Tensor) -> float:
-        return knn_accuracy(
-            bank,
-            self._bank.labels,
-            test,
-            self._test.labels,
-            k=self._config.knn.k,
-            temperature=TEMPERATURE,
-            num_classes=len(self._bank.class_names),
-        )
+        found = self._task.of_pixels(ks=[self._config.knn.k], temperature=TEMPERATURE)
+        return found[0] if found else None

@@ -10,10 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, ModelConfig
 from fastmoco.evaluate import labelled_images
-from fastmoco.evaluate.features import extract_features, rank_share, raw_pixel_features
+from fastmoco.evaluate.features import (
+    FrozenTrunk,
+    extract_features,
+    rank_share,
+    raw_pixel_features,
+    stream_features,
+    without_bad,
+)
+from fastmoco.evaluate.knn import ALONE
 from fastmoco.evaluate.labelled_images import LabelledImages, eval_view, index_class_folders
+from fastmoco.machine.ranks import World
+from fastmoco.network.encoder import build_encoder
+from tests.support.ranks import Ranks
 
 
 def write(path: Path, pixels: np.ndarray) -> None:
@@ -60,7 +71,9 @@ def test_refuses_roots_without_classes(tmp_path: Path) -> None:
 def test_view_of_fitting_image_is_its_exact_centre(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (8, 14, 3), dtype=np.uint8)
     write(tmp_path / "x.png", pixels)
-    np.testing.assert_array_equal(eval_view(tmp_path / "x.png", 8, 6), pixels[1:7, 4:10])
+    np.testing.assert_array_equal(
+        eval_view((tmp_path / "x.png").read_bytes(), 8, 6), pixels[1:7, 4:10]
+    )
 
 
 def test_view_resizes_the_shorter_edge_and_keeps_the_ratio(tmp_path: Path) -> None:
@@ -70,12 +83,12 @@ def test_view_resizes_the_shorter_edge_and_keeps_the_ratio(tmp_path: Path) -> No
     pixels[:, :20, 0] = 255
     pixels[:, 20:, 2] = 255
     write(tmp_path / "x.png", pixels)
-    view = eval_view(tmp_path / "x.png", 10, 10)
+    view = eval_view((tmp_path / "x.png").read_bytes(), 10, 10)
     assert view.shape == (10, 10, 3)
     assert (view[:, :4] == [255, 0, 0]).all()
     assert (view[:, 6:] == [0, 0, 255]).all()
     write(tmp_path / "tall.png", pixels.transpose(1, 0, 2))
-    tall = eval_view(tmp_path / "tall.png", 10, 10)
+    tall = eval_view((tmp_path / "tall.png").read_bytes(), 10, 10)
     np.testing.assert_array_equal(tall.transpose(1, 0, 2), view)
 
 
@@ -83,23 +96,70 @@ def test_view_averages_when_it_shrinks(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     write(tmp_path / "x.png", stripes)
-    inside = eval_view(tmp_path / "x.png", 8, 8)[:, 1:-1]
+    inside = eval_view((tmp_path / "x.png").read_bytes(), 8, 8)[:, 1:-1]
     assert abs(inside.astype(float) - 127.5).max() < 4, "aliased"
 
 
 def test_view_of_gray_and_transparent_files_is_rgb(tmp_path: Path) -> None:
     write(tmp_path / "gray.png", np.full((6, 6), 77, dtype=np.uint8))
-    assert (eval_view(tmp_path / "gray.png", 6, 6) == 77).all()
+    assert (eval_view((tmp_path / "gray.png").read_bytes(), 6, 6) == 77).all()
     rgba = np.full((6, 6, 4), 99, dtype=np.uint8)
     write(tmp_path / "rgba.png", rgba)
-    assert eval_view(tmp_path / "rgba.png", 6, 6).shape == (6, 6, 3)
+    assert eval_view((tmp_path / "rgba.png").read_bytes(), 6, 6).shape == (6, 6, 3)
 
 
-def test_unreadable_file_is_named(folder: Path) -> None:
+def test_bad_images_are_counted_named_and_left_out(folder: Path) -> None:
     (folder / "b" / "3.png").write_bytes(b"not a picture")
-    images = LabelledImages(folder, resize=9, image_size=8)
-    with pytest.raises(ConfigError, match=r"Cannot decode .*3\.png"):
-        raw_pixel_features(images)
+    whole = (folder / "a" / "1.png").read_bytes()
+    (folder / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
+    write(folder / "a" / "3.png", np.zeros((40, 40, 3), dtype=np.uint8))
+    images = LabelledImages(folder, resize=9, image_size=8, max_pixels=1599)
+    found = without_bad(raw_pixel_features(images), images, ALONE)
+    assert found.kept.tolist() == [0, 2, 4, 5, 6, 8, 9, 10]
+    assert len(found.features) == 8
+    sentence = images.bad_sentence("images")
+    assert sentence.startswith("3 of 11 images are bad and left out: ")
+    assert all(name in sentence for name in ("a/1.png", "a/3.png", "b/3.png", "40 x 40"))
+
+
+def test_where_all_must_count_a_bad_image_is_an_error(folder: Path) -> None:
+    (folder / "b" / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(ConfigError, match=r"3\.png \(not an image.*repair or remove"):
+        raw_pixel_features(LabelledImages(folder, resize=9, image_size=8, strict=True))
+
+
+def kept_by_each(world: World, folder: str) -> tuple[list[int], list[int], list[int]]:
+    images = LabelledImages(Path(folder), resize=9, image_size=8)
+    rows = raw_pixel_features(images, rank=world.rank, world_size=world.size)
+    found = without_bad(rows, images, world)
+    return found.kept.tolist(), sorted(images.bad), [len(found.features)]
+
+
+def test_ranks_leave_out_the_same_images(folder: Path, two_ranks: Ranks) -> None:
+    (folder / "b" / "3.png").write_bytes(b"not a picture")  # in the share of the second rank
+    kept = [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert two_ranks.run(kept_by_each, str(folder)) == [(kept, [7], [5]), (kept, [7], [5])]
+
+
+def test_hidden_files_do_not_count(folder: Path) -> None:
+    before = index_class_folders(folder)
+    for name in ("a/._0.png", "b/.thumbs/1.png", "a/.x.jpg"):
+        write(folder / name, np.zeros((9, 12, 3), dtype=np.uint8))
+    assert index_class_folders(folder) == before
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_bits_depend_on_nothing_but_weights_file_and_batch_size(folder: Path, stem: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(arch="resnet18", width=0.25, stem=stem)  # type: ignore[arg-type]
+    trunk = FrozenTrunk(build_encoder(config), torch.float32)
+    images = LabelledImages(folder, resize=32, image_size=32)
+    # At this size a batch of one takes other kernels on the CPU, so filling up matters.
+    together = extract_features(trunk, images, batch_size=4, device="cpu", normalized=False)
+    assert together.std() > 0
+    for share in (range(3, 4), range(2, 9), range(5, 11)):  # other neighbours, places and fillings
+        alone = list(stream_features(trunk, images, share, batch_size=4, device="cpu"))
+        assert torch.equal(torch.cat(alone), together[share.start : share.stop])
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100])
@@ -127,7 +187,10 @@ def test_gathered_features_are_normalized_views_in_order(
     folder: Path, cache_bytes: int, world_size: int
 ) -> None:
     paths, _, _ = index_class_folders(folder)
-    expected = np.stack([eval_view(p, 9, 8) for p in paths]).reshape(11, -1).astype(float) - 100
+    expected = (
+        np.stack([eval_view(p.read_bytes(), 9, 8) for p in paths]).reshape(11, -1).astype(float)
+        - 100
+    )
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)
     for _ in range(2):  # the second pass reads the cache
@@ -152,11 +215,11 @@ def test_gathered_features_are_normalized_views_in_order(
 def test_images_that_fit_are_decoded_once(
     folder: Path, cache_bytes: int, decodings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[Path] = []
+    decoded: list[bytes] = []
 
-    def counted(path: Path, resize: int, image_size: int) -> np.ndarray:
-        decoded.append(path)
-        return eval_view(path, resize, image_size)
+    def counted(data: bytes, resize: int, image_size: int, max_pixels: int) -> np.ndarray:
+        decoded.append(data)
+        return eval_view(data, resize, image_size, max_pixels)
 
     monkeypatch.setattr(labelled_images, "eval_view", counted)
     images = LabelledImages(folder, resize=9, image_size=8, cache_bytes=cache_bytes)

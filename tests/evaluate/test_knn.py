@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmoco.evaluate import knn
-from fastmoco.evaluate.knn import knn_accuracy
+from fastmoco.evaluate.knn import knn_accuracies, knn_accuracy, nearest
+from fastmoco.machine.ranks import World
+from tests.support.ranks import Ranks
 
 
 def unit(angle_degrees: float) -> list[float]:
@@ -112,6 +115,44 @@ def test_similarities_held_at_a_time_are_bounded(monkeypatch: pytest.MonkeyPatch
     zeros = torch.zeros(100, dtype=torch.int64)
     assert knn_accuracy(ones, zeros, ones, zeros, k=3, temperature=0.1, num_classes=1) == 1.0
     assert held == [500] * 20
+
+
+@pytest.mark.parametrize("bank_rows", [50, 1 << 16])
+def test_a_bank_in_parts_and_on_ranks_is_the_whole_bank(
+    bank_rows: int, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    bank, queries = (
+        torch.nn.functional.normalize(torch.randn(n, 8, generator=generator)) for n in (233, 40)
+    )
+    cosines = queries.double() @ bank.double().T
+    expected = cosines.argsort(dim=1, descending=True)[:, :120]
+    for similar, number in two_ranks.run(nearest_of_share, bank, queries, 120, bank_rows):
+        assert torch.equal(number, expected)
+        torch.testing.assert_close(similar.double(), cosines.gather(1, expected))
+    monkeypatch.setattr(knn, "BANK_ROWS", bank_rows)
+    assert torch.equal(nearest(bank, 0, queries, 120)[1], expected)
+
+
+def nearest_of_share(
+    world: World, bank: Tensor, queries: Tensor, k: int, bank_rows: int
+) -> tuple[Tensor, Tensor]:
+    """A share of 3 samples on rank 0, fewer than k, and of 230 on rank 1."""
+    knn.BANK_ROWS = bank_rows
+    first, stop = ((0, 3), (3, len(bank)))[world.rank]
+    return nearest(bank[first:stop], first, queries, k, world)
+
+
+def test_several_k_are_each_k_by_itself() -> None:
+    generator = torch.Generator().manual_seed(6)
+    bank, queries = (
+        torch.nn.functional.normalize(torch.randn(n, 4, generator=generator)) for n in (90, 50)
+    )
+    labels, wanted = torch.arange(90) % 3, torch.arange(50) % 3
+    rest: dict[str, Any] = {"temperature": 0.5, "num_classes": 3}
+    many = knn_accuracies(bank, labels, queries, wanted, ks=[1, 9, 90], **rest)
+    assert many == [knn_accuracy(bank, labels, queries, wanted, k=k, **rest) for k in (1, 9, 90)]
+    assert len(set(many)) > 1
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
+from fastmoco.data.decode import is_image_name
 from fastmoco.data.sources.index import FILE_NAMES, Index, Indexed, kept_index, require_readable
-from fastmoco.data.sources.measure import CHUNK, EXTENSIONS, measure, probe_chunk, progress
+from fastmoco.data.sources.measure import CHUNK, measure, probe_chunk, progress
 
 # Kernels stamp files with the time of the last clock tick, of which there are 100 or more a second.
 _TICK_S = 0.02
@@ -48,7 +49,7 @@ def walk(root: str) -> Iterator[Listed]:
                     continue
                 if entry.is_dir():
                     inner.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif is_image_name(entry.name):
                     images.append(entry.name)
         yield folder, status.st_mtime_ns, sorted(images)
         pending += sorted(inner, reverse=True)

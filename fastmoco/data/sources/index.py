@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.machine.cache import cache_folder, exclusive
 
-_MAGIC = b"fastmoco index 1\n"
+_MAGIC = b"fastmoco index 2\n"  # 2: hidden members of shards do not count
 
 
 _ALIGN = 64

@@ -17,21 +17,6 @@ import numpy as np
 
 from fastmoco.data.decode import BadImage, image_size
 
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".ppm",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".gif",
-)
-
-
 HEAD = 1 << 16
 
 

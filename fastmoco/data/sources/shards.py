@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import BadImage, image_size
+from fastmoco.data.decode import BadImage, image_size, is_image_name
 from fastmoco.data.sources.index import Index, Indexed, load_index, require_readable, save_index
-from fastmoco.data.sources.measure import EXTENSIONS, HEAD, in_order, in_parallel, progress
+from fastmoco.data.sources.measure import HEAD, in_order, in_parallel, progress
 from fastmoco.machine.cache import cache_folder, exclusive
 
 _SUFFIX = ".fastmoco-index"
@@ -37,6 +37,7 @@ class ShardSource(Indexed):
     def __init__(self, index: Index) -> None:
         self.index = index
         self._files: dict[int, int] = {}
+        self._named: tuple[int, dict[int, str]] = (-1, {})  # a shard, its members by offset
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSource, (self.index,)  # open files stay in their process
@@ -51,14 +52,16 @@ class ShardSource(Indexed):
         return os.pread(file, int(arrays["lengths"][sample]), int(arrays["offsets"][sample]))
 
     def name(self, sample: int) -> str:
-        """Shard and member; walks the shard, as only reports need it."""
-        shard = self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])]
+        """Shard and member; walks the shard, once for neighbours, as only reports need it."""
+        number = int(self.index.arrays["shard_of"][sample])
+        shard = self.index.facts["shards"][number]
+        if self._named[0] != number:
+            names: dict[int, str] = {}
+            with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
+                names = {member.offset_data: member.name for member in tar}
+            self._named = number, names
         offset = int(self.index.arrays["offsets"][sample])
-        with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.offset_data == offset:
-                    return f"{shard}:{member.name}"
-        return f"{shard}:@{offset}"
+        return f"{shard}:{self._named[1].get(offset, f'@{offset}')}"
 
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
@@ -147,7 +150,7 @@ def _scan(shard: Path, stamp: list[Any], max_pixels: int) -> Index:
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb", buffering=0) as file:
             for member in tar:
-                if not member.isfile() or not member.name.lower().endswith(EXTENSIONS):
+                if not member.isfile() or not is_image_name(member.name):
                     continue
                 offsets.append(member.offset_data)
                 lengths.append(member.size)

@@ -110,6 +110,20 @@ def test_shards_are_named_and_refused_clearly(photos: Path, tmp_path: Path) -> N
         open_shards(str(tmp_path / "none"), LIMIT)
 
 
+def test_hidden_members_of_a_shard_do_not_count(photos: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    picture = next(path for path in sorted(photos.rglob("*.jpg")))
+    with tarfile.open(shards / "0.tar", "w") as tar:
+        for name in ("a/one.jpg", "a/._one.jpg", ".two.jpg", "a/two.jpg"):
+            tar.add(picture, name)
+    source = open_shards(str(shards), 10**9)
+    assert [source.name(i).rpartition(":")[2] for i in range(len(source.sizes))] == [
+        "a/one.jpg",
+        "a/two.jpg",
+    ]
+
+
 def test_a_changed_shard_is_indexed_again(photos: Path, tmp_path: Path) -> None:
     shards = write_shards(photos, tmp_path / "shards", 60)
     assert len(open_shards(str(shards), LIMIT).sizes) == 60
