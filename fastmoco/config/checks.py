@@ -27,7 +27,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         [f"augment.{name}" for name in ("brightness", "contrast", "saturation")]
         + [f"augment.{name}_p" for name in ("jitter", "grayscale", "blur", "flip")]
-        + ["moco.momentum", "optim.momentum"],
+        + ["moco.momentum", "moco.bank_momentum", "optim.momentum"],
         (0, 1),
     ),
     **dict.fromkeys(["data.workers", "data.threads"], (0, 1024)),
@@ -109,6 +109,8 @@ def _check_mechanism(config: Config) -> None:
             f"optim.accumulate {optim.accumulate} would leave moco.mechanism end_to_end only the "
             "keys of a part of the global batch as negatives: set optim.accumulate to 1."
         )
+    if moco.mechanism == "memory_bank":
+        _check_memory_bank(config)
     if moco.mechanism != "queue":
         return
     enqueued = config.optim.global_batch_size * (2 if config.moco.symmetric else 1)
@@ -116,6 +118,20 @@ def _check_mechanism(config: Config) -> None:
         raise ConfigError(
             f"moco.queue_size {config.moco.queue_size} is smaller than the {enqueued} keys that "
             f"one step enqueues: raise it to at least {enqueued}."
+        )
+
+
+def _check_memory_bank(config: Config) -> None:
+    if config.data.source == "synthetic":
+        raise ConfigError(
+            "moco.mechanism memory_bank needs samples that come back, and data.source synthetic "
+            "is noise without sample numbers: choose another data.source."
+        )
+    if config.moco.symmetric or config.moco.shuffle_bn not in ("auto", "none"):
+        option = "symmetric true" if config.moco.symmetric else "shuffle_bn"
+        raise ConfigError(
+            f"moco.mechanism memory_bank encodes no keys, so that moco.{option} has nothing to do: "
+            "leave it at its default."
         )
 
 

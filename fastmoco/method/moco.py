@@ -21,11 +21,13 @@ class MoCo(nn.Module):
     int64 at 0: the row that the next key overwrites. Attribute names are the official ones; the
     official queue is the transpose (see `fastmoco.run.checkpoint`).
 
-    The two older mechanisms have one encoder, which both names stand for, and a queue of no rows.
+    The two older mechanisms have one encoder, which both names stand for, and a queue of no rows;
+    `bank` (n, C) fp32 is there for the memory bank only, with a row for each of n samples.
     """
 
     queue: Tensor
     queue_ptr: Tensor
+    bank: Tensor
 
     def __init__(self, config: Config, bn_group_size: int) -> None:
         super().__init__()

@@ -178,6 +178,7 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         parse(["--config", str(file)])
 
 
+MEMORY_BANK = ["--moco.mechanism", "memory_bank", "--optim.name", "sgd"]
 END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
 
 
@@ -202,6 +203,10 @@ END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
             [*END_TO_END, "--optim.accumulate", "2"],
             *(1, ["accumulate 2", "end_to_end", "accumulate to 1"]),
         ),
+        ([*MEMORY_BANK, "--data.source", "synthetic"], 1, ["memory_bank", "another data.source"]),
+        ([*MEMORY_BANK, "--moco.symmetric", "true"], 1, ["symmetric true has nothing to do"]),
+        ([*MEMORY_BANK, "--moco.shuffle_bn", "split"], 1, ["moco.shuffle_bn has nothing to do"]),
+        (["--moco.mechanism", "memory_bank"], 1, ["one encoder", "optim.name to sgd"]),
     ],
 )
 def test_cross_field_checks(overrides: list[str], world: int, mentions: list[str]) -> None:

@@ -125,3 +125,25 @@ class OracleEndToEnd(OracleMoCo):
         self._sgd(loss, lr)
         self.k = self.q
         return float(loss.detach())
+
+
+class OracleMemoryBank(OracleMoCo):
+    """Figure 2b of the paper: one encoder, and a stored feature of every sample in `queue`."""
+
+    def step_on(
+        self, im_q: Tensor, samples: list[int], negatives: list[int], groups: Groups, lr: float
+    ) -> float:
+        """One step on the global batch; samples: of each row, negatives: of all rows alike."""
+        q = self._encode(self.q, im_q, groups)
+        losses = []
+        for i, sample in enumerate(samples):
+            logits = torch.stack([self.queue[j] @ q[i] for j in [sample, *negatives]]) / self.t
+            losses.append(torch.logsumexp(logits, 0) - logits[0])
+        loss = torch.stack(losses).mean()
+        self._sgd(loss, lr)
+        with torch.no_grad():
+            for i, sample in enumerate(samples):
+                if sample not in samples[:i]:
+                    mixed = self.m * self.queue[sample] + (1 - self.m) * q[i]
+                    self.queue[sample] = mixed / mixed.norm()
+        return float(loss.detach())
