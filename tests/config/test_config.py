@@ -65,6 +65,36 @@ def test_every_recipe_passes_its_checks(path: Path) -> None:
     check(parse(["--config", str(path)]), world_size=1)
 
 
+# Training images of each set that a recipe is for, as its publishers count them.
+IMAGES = {
+    **{"cifar10_r18": 50_000, "cifar100_r18": 50_000, "stl10_r18": 105_000},
+    **{"imagenette_r18": 9_469, "tiny_imagenet_r18": 100_000, "imagenet100_r18": 126_689},
+    **dict.fromkeys(("moco_v2_r50_b1024", "moco_v2_r50_b4096"), 1_281_167),
+}
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_recipes_for_a_known_set_warn_of_nothing_and_have_enough_steps(name: str) -> None:
+    """A queue of at most half the set, BN groups that hide the key, and key encoders that move."""
+    config, ranks = recipe(name), 16 if "_b" in name else 1
+    check(config, ranks)
+    assert warnings(config, ranks, IMAGES[name]) == []
+    steps = IMAGES[name] // config.optim.global_batch_size
+    assert 1 / (1 - config.moco.momentum) < 3 * steps  # behind by less than three epochs
+    assert steps * config.optim.epochs > 20_000
+
+
+@pytest.mark.parametrize(("batch", "lr"), [(1024, 1.2), (4096, 4.8)])
+def test_large_batches_have_what_they_fail_without(batch: int, lr: float) -> None:
+    config = recipe(f"moco_v2_r50_b{batch}")
+    assert (config.optim.name, config.optim.warmup_epochs) == ("lars", 10)
+    assert config.resolved_lr() == pytest.approx(lr)
+    published = recipe("moco_v2_r50_200ep")
+    assert config.augment == published.augment
+    age = published.moco.momentum ** (batch / published.optim.global_batch_size)
+    assert config.moco.momentum == pytest.approx(age, abs=5e-4)
+
+
 def test_no_arguments_mean_the_demo() -> None:
     assert parse([]) == recipe("demo")
 
