@@ -82,12 +82,16 @@ class Step:
             results.append(result)
             queries.append(q.detach())
             positives.append(k.local)
+        self._advance()
+        return merge(results, queries, positives)
+
+    def _advance(self) -> None:
+        """Move the encoders by the gradients that have added up."""
         self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
         if self.ema is not None:
             self.ema()
         self.moco.encoder_q.zero_grad(set_to_none=True)  # some of apex's optimizers take no options
-        return _merge(results, queries, positives)
 
     def _contrasts(
         self, micro_batches: Sequence[Batch], step: int
@@ -104,8 +108,8 @@ class Step:
         return contrasts
 
 
-def _merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResult:
-    """One result for the step, from its parts."""
+def merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResult:
+    """One result for the step, from its parts: results, detached queries, detached positives."""
     return StepResult(
         torch.stack([r.loss.detach() for r in results]).mean(),
         torch.cat([r.rank for r in results]),
