@@ -32,10 +32,9 @@ lint: $(READY)
 type: $(READY)
 	$(BIN)/mypy
 
-# Tables and pictures of the documents from the rows in bench/results.
+# Tables of the documents from the rows in bench/results.
 bench-report: $(READY)
 	$(BIN)/python -m bench.pages.tables
-	$(BIN)/python -m bench.pages.waterfall
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -3,9 +3,8 @@
     python -m bench.loader --root FOLDER_OF_IMAGES
 
 Images per second of two v2 views with two worker processes (or two DALI threads), consumed as fast
-as they come, from the folder and from tar shards of the same files. Before timing, the views of
-every backend are compared with the reference. --only takes some of: torchvision, array folder,
-array shards, pil folder, dali folder.
+as they come, from the folder and from tar shards of the same files. --only takes some of:
+torchvision, array folder, array shards, pil folder, dali folder.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
 from bench.measure.contest import in_turns
-from bench.measure.program import chosen, command, parser, progress
-from bench.measure.rows import Row, append_rows, origin, quantiles, spread
+from bench.measure.program import Options, chosen, command, parser, progress
+from bench.measure.rows import Row, quantiles, spread
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.pil import execute
@@ -125,20 +124,6 @@ def rate(start: Start) -> float:
     return COUNTED * BATCH / seconds
 
 
-def error_levels(racing: Mapping[str, Start]) -> dict[str, float]:
-    """Mean difference in levels (0..255) of each of our first batches from the reference's.
-
-    Raises `AssertionError` for one level or more.
-    """
-    first = {
-        name: next(start()).im_q.float() for name, start in racing.items() if name != "torchvision"
-    }
-    truth = first["pil folder"]
-    errors = {name: float((images - truth).abs().mean()) for name, images in first.items()}
-    assert all(error < 1.0 for error in errors.values()), errors
-    return errors
-
-
 def write_shards(config: Config, folder: Path) -> None:
     """The images of the source as tar shards of 100, in the same order."""
     source = open_source(config)
@@ -148,38 +133,33 @@ def write_shards(config: Config, folder: Path) -> None:
                 tar.add(source.name(sample), f"{sample:08d}.jpg")
 
 
-def rows_of(found: Mapping[str, Sequence[float]], errors: Mapping[str, float]) -> list[Row]:
+def rows_of(found: Mapping[str, Sequence[float]]) -> list[Row]:
     """One row per pipeline, with its ratios to torchvision's by turn."""
     base, rows = found.get("torchvision"), []
     for name, values in found.items():
         row: Row = {"benchmark": "loader", "case": CASE, "contestant": name, **spread(values, 3)}
         if base:
             row["ratios"] = quantiles([a / b for a, b in zip(values, base, strict=True)], 3)
-        rows.append(row | {"error_levels": errors.get(name)})
+        rows.append(row)
     return rows
 
 
-@command("loader")
-def main(arguments: Sequence[str]) -> None:
-    """Print the medians."""
-    made = parser("loader", __doc__, steps=False)
-    made.add_argument("--root", required=True)
-    own = made.parse_args(arguments)
+PARSER = parser("loader", __doc__, steps=False)
+PARSER.add_argument("--root", required=True)
+
+
+@command(PARSER, trains=False)
+def main(own: Options) -> Iterator[list[Row]]:
+    """One row per pipeline."""
     torch.set_num_threads(1)
-    where = origin(CPU, own.publish)
     with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as run:
         write_shards(configuration(own.root, run, "pil"), Path(shards))
         racing = contestants(own.root, shards, run)
         names = chosen(own.only, list(racing))
-        errors = error_levels(racing)  # and caches are warm
+        for name in names:
+            rate(racing[name])  # and caches are warm
         work = {name: partial(rate, racing[name]) for name in names}
-        found = in_turns(work, own.windows, after=progress(own.windows))
-    for row in (rows := rows_of(found, errors)):
-        ratio = f"{row['ratios'][1]:6.2f} x torchvision" if "ratios" in row else ""
-        print(f"{row['contestant']:16} {row['p50']:9.2f} images/s {ratio}")
-    print("mean difference from the reference in levels:", errors)
-    if own.publish:
-        append_rows("loader", rows, where)
+        yield rows_of(in_turns(work, own.windows, after=progress(own.windows)))
 
 
 if __name__ == "__main__":

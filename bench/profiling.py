@@ -1,11 +1,10 @@
 """Where the time of a step goes: `python -m bench.profiling --config FILE`.
 
-Runs the step fed by its loader under torch.profiler; `bench.throughput --profile` does the same
-after its table. Into --out (runs/profile) go `trace.json` for Perfetto or chrome://tracing and
-`operations.txt`, the costliest operations; printed are the
-shares of convolution, batch norm, elementwise, loss, update and data. Phases are ranges with
-stable names: `fastmoco.data`, `fastmoco.keys`, `fastmoco.queries`, `fastmoco.loss`,
-`fastmoco.update`, and `fastmoco.graph` for all but the first where the step is one compiled graph.
+Runs the step fed by its loader under torch.profiler. Into --out (runs/profile) go `trace.json` for
+Perfetto or chrome://tracing and `operations.txt`, the costliest operations; printed are the shares
+of convolution, batch norm, elementwise, loss, update and data. Phases are ranges with stable names:
+`fastmoco.data`, `fastmoco.keys`, `fastmoco.queries`, `fastmoco.loss`, `fastmoco.update`, and
+`fastmoco.graph` for all but the first where the step is one compiled graph.
 For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profiling --config FILE`.
 """
 
@@ -23,8 +22,8 @@ from torch import get_num_threads
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.measure.contest import synchronize
-from bench.measure.program import command, configured, parser
-from bench.measure.rows import Row, append_rows, case_of, device_of, origin
+from bench.measure.program import Options, command, parser
+from bench.measure.rows import Row, case_of
 from bench.steps.contestants import fed_step
 from fastmoco.config import Config, dump
 from fastmoco.data.batch import Batch
@@ -130,22 +129,22 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
 
     `shares` in percent, `step_ms` of wall time under the profiler, `data_wait_percent` of it.
     """
-    fed = fed_step(dump(config), ranged_batches)
-    cuda = fed.device.type == "cuda"
+    step, machine = fed_step(dump(config), ranged_batches)
+    cuda = machine.device.type == "cuda"
     try:
-        run = with_ranges(fed.step, fed.run)
+        run = with_ranges(step, machine.step)
         for _ in range(3):
             run()
-        synchronize(fed.device)
-        waited, began = fed.loader.wait_s, time.perf_counter()
+        synchronize(machine.device)
+        waited, began = machine.wait_s, time.perf_counter()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         with profile(activities=activities) as profiler:
             for _ in range(number):
                 run()
-            synchronize(fed.device)
-        seconds, waited = time.perf_counter() - began, fed.loader.wait_s - waited
+            synchronize(machine.device)
+        seconds, waited = time.perf_counter() - began, machine.wait_s - waited
     finally:
-        fed.loader.close()
+        machine.close()
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -161,30 +160,17 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
     }
 
 
-def report(row: Row, out: Path) -> None:
-    """Print the costliest operations and the shares."""
-    lines = (out / "operations.txt").read_text().splitlines()
-    print("\n".join(lines))
-    for part, percent in row["shares"].items():
-        print(f"{part:26s}{percent:6.1f} %")
-    print(
-        f"{row['step_ms']:.0f} ms per step under the profiler, waiting for data "
-        f"{row['data_wait_percent']:.1f} %; trace.json and operations.txt in {out}"
-    )
+PARSER = parser("profiling", __doc__, only=False, windows=False, steps=False)
+PARSER.add_argument("--steps", type=int, default=5)
+PARSER.add_argument("--out", type=Path, default=Path("runs/profile"))
 
 
-@command("profiling")
-def main(arguments: Sequence[str]) -> None:
-    """Print the shares."""
-    made = parser("profiling", __doc__, only=False, windows=False)
-    made.add_argument("--out", type=Path, default=Path("runs/profile"))
-    own, config, _ = configured(made, arguments)
-    where = origin(device_of(config), own.publish)
-    config = config if config.data.source == "synthetic" else resolve_folders(config)
-    row = profile_step(config, own.out, own.steps or 5)
-    report(row, own.out)
-    if own.publish:
-        append_rows("profile", [{"benchmark": "profile", "case": case_of(config), **row}], where)
+@command(PARSER)
+def main(own: Options) -> Iterator[list[Row]]:
+    """One row: the shares of the parts."""
+    config = own.config if own.config.data.source == "synthetic" else resolve_folders(own.config)
+    row = profile_step(config, own.out, own.steps)
+    yield [{"benchmark": "profile", "case": case_of(config), **row}]
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@ every contestant a process of its own, and with it its own peak memory, threads 
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any, Protocol, TypeVar
+from threading import Timer
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -30,54 +30,32 @@ from fastmoco.config import ConfigError
 from fastmoco.run.metrics import peak_memory_gib
 
 T = TypeVar("T")
+CLOSING_S = 20
 
 
 def in_turns(
     work: Mapping[str, Callable[[], T]],
     windows: int,
     *,
-    limit_s: float = math.inf,
     after: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[T]]:
-    """What each function returned in `windows` turns; `after` follows each with their number.
-
-    After `limit_s` seconds no further turn begins: every contestant has had as many as the others.
-    """
-    names, began = list(work), time.perf_counter()
+    """What each function returned in `windows` turns; `after` follows each with their number."""
+    names = list(work)
     found: dict[str, list[T]] = {name: [] for name in names}
     for done in range(windows):
         shift = done % len(names)  # nobody always runs in the wake of the same one
         for name in [*names[shift:], *names[:shift]]:
             found[name].append(work[name]())
         after(done + 1)
-        if time.perf_counter() - began > limit_s:
-            break
     return found
-
-
-class Machine(Protocol):
-    """What a contestant's factory returns."""
-
-    device: torch.device
-    wait_s: float
-    """Seconds so far in which the step waited for the loader."""
-
-    def run(self, steps: int) -> None:
-        """Do `steps` steps; may return before the device has finished."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """What else is known about a step, such as its host synchronizations."""
-        ...
-
-    def close(self) -> None:
-        """End every process of its own."""
-        ...
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do a step: `factory` is a `module:function` that is called with `arguments`."""
+    """One way to do a step: `factory` is a `module:function` that is called with `arguments`.
+
+    It returns a `bench.steps.contestants.Bench` or what looks like one.
+    """
 
     name: str
     factory: str
@@ -120,117 +98,101 @@ def contest(
     windows: int,
     steps: int,
     warmup: int,
-    limit_s: float = math.inf,
     meter: Meter | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
     Who is fed by a loader runs by itself, for loaders work ahead while others have their turn.
-    `meter` reads the GPU during the windows. After `limit_s` seconds no further turn begins.
+    `meter` reads the GPU during the windows.
 
-    Raises `RuntimeError` with the contestant's traceback when one fails.
+    Raises `RuntimeError` that names a contestant when one fails.
     """
     if not contestants:
         return {}
-    with _processes(contestants) as running:
+    with ExitStack() as stack:
+        # Built one after the other, so that none disturbs the next.
+        running = [stack.enter_context(Process(contestant)) for contestant in contestants]
         for process in running:
-            process.ask("run", warmup)
+            process.ask(timed, warmup)
         work = {process.name: partial(process.window, steps, meter) for process in running}
-        found = in_turns(work, windows, limit_s=limit_s, after=progress)
-        return {p.name: Result(found[p.name], p.ask("facts", 0)) for p in running}
+        found = in_turns(work, windows, after=progress)
+        return {p.name: Result(found[p.name], p.ask(facts)) for p in running}
 
 
-class _Process:
+class Process:
+    """A contestant in a process of its own, which answers one request after the other."""
+
     def __init__(self, contestant: Contestant) -> None:
-        context = get_context("spawn")
         self.name = contestant.name
-        self._here, there = context.Pipe()
-        # A contestant may have children of its own (loader workers), so it is no daemon.
-        self.process = context.Process(target=_serve, args=(there, contestant))
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
         with mock.patch.dict(os.environ, contestant.environment):
-            self.process.start()
-        there.close()
+            begun = self._pool.submit(_build, contestant.factory, contestant.arguments)
+        try:
+            self._answer(begun)
+        except BaseException:
+            self._pool.shutdown()
+            raise
 
-    def ask(self, what: str, steps: int) -> Any:
-        with self._alive():
-            self._here.send((what, steps))
-        return self.answer()
+    def ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What the function of the contestant returns there."""
+        return self._answer(self._pool.submit(_call, function, arguments))
 
     def window(self, steps: int, meter: Meter | None) -> Window:
         """Ask for `steps` steps and read the meter while they run."""
-        with self._alive():
-            self._here.send(("run", steps))
+        asked = self._pool.submit(_call, timed, (steps,))
         samples: list[Sample] = []
-        while meter and not self._here.poll(SAMPLE_EVERY_S):
+        while meter and not wait([asked], SAMPLE_EVERY_S).done:
             samples.append(meter())
-        answer = self.answer()
+        answer: Window = self._answer(asked)
         if meter:  # a short window has a sample, too
             samples.append(meter())
-        return replace(Window(*answer), gpu=samples)
+        return replace(answer, gpu=samples)
 
-    def answer(self) -> Any:
-        with self._alive():
-            value, trace = self._here.recv()
-        if trace:
-            raise RuntimeError(f"{self.name} failed:\n{trace}")
-        return value
-
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        """Raise `ConfigError` in the place of what a pipe to a dead process raises."""
+    def _answer(self, asked: Future[T]) -> T:
         try:
-            yield
-        except (EOFError, OSError) as error:
+            return asked.result()
+        except BrokenProcessPool as error:
             raise ConfigError(
                 f"The process of {self.name} was killed; all contestants are held in memory at "
                 "once, so that is usually too little memory: name fewer in --only, or take a "
                 "smaller optim.global_batch_size."
             ) from error
+        except Exception as error:
+            raise RuntimeError(f"{self.name} failed: {error}") from error
 
-    def close(self) -> None:
-        self._here.close()  # the contestant's next recv ends it
-        self.process.join(20)
-        if self.process.is_alive():
-            self.process.terminate()
+    def __enter__(self) -> Process:
+        return self
 
-
-@contextmanager
-def _processes(contestants: Sequence[Contestant]) -> Iterator[list[_Process]]:
-    running: list[_Process] = []
-    try:
-        for contestant in contestants:
-            running.append(_Process(contestant))
-            running[-1].answer()  # built: one after the other, so that none disturbs the next
-        yield running
-    finally:
-        for process in running:
-            process.close()
+    def __exit__(self, *_: object) -> None:
+        with suppress(BrokenProcessPool):
+            wait([self._pool.submit(_close)])
+        self._pool.shutdown()
 
 
-def _serve(connection: Connection, contestant: Contestant) -> None:
-    """What a contestant's process runs: answer requests until the other end closes."""
-    machine: Machine | None = None
-    try:
-        module, function = contestant.factory.split(":")
-        machine = getattr(import_module(module), function)(**contestant.arguments)
-        assert machine is not None
-        connection.send((None, ""))
-        while True:
-            what, steps = connection.recv()
-            answer = _timed(machine, steps) if what == "run" else _facts(machine)
-            connection.send((answer, ""))
-    except (EOFError, KeyboardInterrupt):
-        pass
-    except Exception:
-        connection.send((None, traceback.format_exc()))
-    finally:
-        if machine is not None:
-            machine.close()
+_here: list[Any] = []
+"""The contestant of this process."""
 
 
-def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]:
-    """Fields of a `Window`."""
+def _build(factory: str, arguments: Mapping[str, Any]) -> None:
+    module, function = factory.split(":")
+    _here.append(getattr(import_module(module), function)(**arguments))
+
+
+def _call(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    return function(_here[0], *arguments)
+
+
+def _close() -> None:
+    late = Timer(CLOSING_S, os._exit, (1,))
+    late.daemon = True
+    late.start()
+    _here.pop().close()
+    late.cancel()
+
+
+def timed(machine: Any, steps: int) -> Window:
+    """Let a contestant do its steps."""
     waited, used = machine.wait_s, resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
     machine.run(steps)
@@ -238,10 +200,12 @@ def _timed(machine: Machine, steps: int) -> tuple[int, float, float, float, int]
     seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     busy = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     # Minor faults: pages that were mapped without reading a disk.
-    return steps, seconds, busy, machine.wait_s - waited, now.ru_minflt - used.ru_minflt
+    faults = now.ru_minflt - used.ru_minflt
+    return Window(steps, seconds, busy, machine.wait_s - waited, faults)
 
 
-def _facts(machine: Machine) -> dict[str, Any]:
+def facts(machine: Any) -> dict[str, Any]:
+    """What a contestant knows about its step, and its peak memory."""
     peak = peak_memory_gib(machine.device)
     return {"peak_memory_gib": peak and round(peak, 3), **machine.facts()}
 
@@ -269,18 +233,14 @@ Race = tuple[str, dict[str, Any], list[Way]]
 
 
 def race(
-    ways: Sequence[Way],
-    device: torch.device,
-    windows: int = 20,
-    warmup: int = 3,
-    limit_s: float = 120.0,
+    ways: Sequence[Way], device: torch.device, windows: int = 20, warmup: int = 3
 ) -> dict[str, dict[str, Any]]:
     """Check every way, then time single calls in turns. Fields of a row by name.
 
     `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`.
     Raises `ValueError` when an output is further from its oracle than allowed.
     """
-    facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for way in ways:
         for _ in range(warmup):
             output = way.run()
@@ -288,15 +248,10 @@ def race(
         if not error <= way.allowed:
             raise ValueError(f"{way.name}: error {error:.2e} > {way.allowed:.0e}")
         del output
-        facts[way.name] = {"error": error, "peak_extra_bytes": peak_extra_bytes(way.run, device)}
+        known[way.name] = {"error": error, "peak_extra_bytes": peak_extra_bytes(way.run, device)}
     work = {way.name: partial(_milliseconds, way.run, device) for way in ways}
-    found = in_turns(work, windows, limit_s=limit_s)
-    return {name: _times(times) | facts[name] for name, times in found.items()}
-
-
-def _times(milliseconds: Sequence[float]) -> dict[str, Any]:
-    found = spread(milliseconds)
-    return {f"{name}_ms": found[name] for name in ("p20", "p50", "p80")} | {"n": found["n"]}
+    found = in_turns(work, windows)
+    return {name: spread(times, unit="ms") | known[name] for name, times in found.items()}
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -1,30 +1,47 @@
-"""What all benchmark programs share: their options, exit code, complaints, progress and table."""
+"""What all benchmark programs share: options, exit code, complaints, progress, and what is shown.
+
+A program is a function from its options to the rows that it measured. Rows are printed as they
+come, and with --publish they are kept.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from fastmoco.config import Config, ConfigError, check, parse
+from bench.measure.rows import Row, append_rows, device_of, origin
+from fastmoco.config import ConfigError, check, parse
+
+Options = argparse.Namespace
+"""Of a program: its own, `publish`, and where it trains `config`, `device` and `rest`."""
+NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config")
 
 
-def command(program: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., int]]:
-    """Decorates what a program does with its arguments, by default those of the command line.
+def command(
+    made: argparse.ArgumentParser, *, trains: bool = True
+) -> Callable[[Callable[[Options], Iterable[list[Row]]]], Callable[..., int]]:
+    """Decorates what measures; it becomes a function of the command line that returns 0 or 2.
 
-    Returns the exit code: 0, or 2 after the sentence of a `ConfigError`.
+    Where the program `trains`, arguments that are not its own are those of `fastmoco.train`. 2
+    follows the sentence of a `ConfigError`.
     """
 
-    def decorate(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
+    def decorate(measure: Callable[[Options], Iterable[list[Row]]]) -> Callable[..., int]:
         def main(arguments: Sequence[str] | None = None) -> int:
             try:
-                work(sys.argv[1:] if arguments is None else arguments)
+                own = options(made, sys.argv[1:] if arguments is None else arguments, trains)
+                where = origin(own.device, own.publish)
+                for rows in measure(own):
+                    show(rows)
+                    if own.publish:
+                        append_rows(made.prog.removeprefix("bench."), rows, where)
             except ConfigError as error:
-                complain(program, str(error))
+                complain(made.prog.removeprefix("bench."), str(error))
                 return 2
             return 0
 
@@ -64,17 +81,19 @@ def _positive(text: str) -> int:
     return value
 
 
-def configured(
-    made: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, Config, list[str]]:
-    """The program's own options; from the rest, the configuration of a run; and the rest.
-
-    Raises `ConfigError` where the configuration cannot run in one process.
-    """
-    own, rest = made.parse_known_args(arguments)
-    config = parse(rest)
-    check(config, 1)
-    return own, config, rest
+def options(made: argparse.ArgumentParser, arguments: Sequence[str], trains: bool) -> Options:
+    """The options of a program. Raises `ConfigError` where a run in one process cannot be."""
+    if not trains:
+        own = made.parse_args(arguments)
+        own.device = torch.device(getattr(own, "device", "cpu"))
+        return own
+    own, own.rest = made.parse_known_args(arguments)
+    own.config = parse(own.rest)
+    check(own.config, 1)
+    own.device = device_of(own.config)
+    if "steps" in own and not own.steps:  # long enough for the clock of the device
+        own.steps = 10 if own.device.type == "cuda" else 1
+    return own
 
 
 def chosen(only: str, known: Sequence[str]) -> list[str]:
@@ -89,13 +108,8 @@ def chosen(only: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def steps_of(steps: int | None, device: torch.device) -> int:
-    """Steps of a window: as asked for, or long enough for the clock of the device."""
-    return steps or (10 if device.type == "cuda" else 1)
-
-
 def complain(program: str, sentence: str) -> None:
-    """Say it in the program's name beside the table, not in it."""
+    """Say it in the program's name beside the rows, not among them."""
     print(f"{program}: {sentence}", file=sys.stderr)
 
 
@@ -110,20 +124,52 @@ def _progress(done: int, windows: int) -> None:
         print(f"\r{text:24s}\r", end="", file=sys.stderr, flush=True)
 
 
-def show(caption: str, headers: Sequence[str], body: Sequence[Sequence[str]], note: str) -> None:
-    """Print a table whose first column holds names and whose others hold numbers.
+def show(rows: Sequence[Row]) -> None:
+    """Print the case of some rows, then who was timed and a line for each number of it."""
+    for at, row in enumerate(rows):
+        if not at or row["case"] != rows[at - 1]["case"]:
+            print(f"\n{row['benchmark']}: {_named(row['case'])}")
+        print(row.get("contestant", ""))
+        before = set(lines(rows[at - 1])) if at else set()
+        for name, text in lines(row):
+            if ": " not in name or (name, text) not in before:  # all rows of a contest hold these
+                print(f"    {name:44s}{text}")
+    sys.stdout.flush()
 
-    On a terminal one line per name and number: ten columns do not fit 80 characters.
-    """
-    if sys.stdout.isatty():
-        lines = [caption]
-        for title, *values in body:
-            lines += ["", title]
-            lines += [f"  {a:34s}{b}" for a, b in zip(headers[1:], values, strict=True)]
-        lines += ["", *textwrap.wrap(note, 80)]
-    else:
-        lines = [caption, "", *markdown(headers, body), "", note]
-    print("\n".join(lines), flush=True)
+
+def lines(row: Row) -> Iterator[tuple[str, str]]:
+    """Names and figures of a row; a median has p20 and p80 behind it."""
+    for name, value in row.items():
+        if name in NOT_SHOWN or name.startswith(("p20", "p80")) or value is None:
+            continue
+        if name.startswith("p50"):
+            spread = [row[f"p{p}{name[3:]}"] for p in (20, 50, 80)]
+            yield name[4:] or row["case"]["unit"], cell(spread, row["n"])
+        elif isinstance(value, dict):
+            yield from ((f"{name}: {key}", _text(part, row)) for key, part in value.items())
+        else:
+            yield name, _text(value, row)
+
+
+def _text(value: Any, row: Row) -> str:
+    if isinstance(value, list) and len(value) == 3 and isinstance(value[0], float):
+        return cell(value, row["n"])
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _named(case: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in case.items())
+
+
+def figure(value: float) -> str:
+    """About four digits, none of them behind an `e`."""
+    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
+
+
+def cell(quantiles: Sequence[float], n: int, shown_as: Callable[[float], str] = figure) -> str:
+    """A median with p20 and p80, or with n where these would say nothing."""
+    p20, p50, p80 = map(shown_as, quantiles)
+    return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
 
 
 def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

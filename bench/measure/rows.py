@@ -34,11 +34,10 @@ def quantiles(values: Sequence[float], digits: int = 4) -> list[float]:
     return [round(float(value), digits) for value in np.quantile(values, [0.2, 0.5, 0.8])]
 
 
-def spread(values: Sequence[float], digits: int = 4) -> Row:
-    """p20, p50, p80 and n of some measurements, as they stand in a row."""
-    return dict(zip(("p20", "p50", "p80"), quantiles(values, digits), strict=True)) | {
-        "n": len(values)
-    }
+def spread(values: Sequence[float], digits: int = 4, unit: str = "") -> Row:
+    """p20, p50, p80 (`p20_ms` with the unit ms) and n of measurements, as they stand in a row."""
+    names = (f"p{p}_{unit}".rstrip("_") for p in (20, 50, 80))
+    return dict(zip(names, quantiles(values, digits), strict=True)) | {"n": len(values)}
 
 
 def device_of(config: Config) -> torch.device:

@@ -11,15 +11,15 @@ Stages, each of which can be run again by itself:
     loaders     array and DALI (where it is installed), alone and feeding the step; nvJPEG alone
 
 FOLDER keeps the output of every part, the rows (`*.jsonl`) and the compiled code of Inductor and
-Triton, so that stages after the first compile less. The table comes last. Needs nothing but Python
-and torch: neither `.git` (then name the commit in BENCH_COMMIT) nor what `prepare` has brought.
+Triton, so that stages after the first compile less. How each part ended comes last. Needs nothing
+but Python and torch: neither `.git` (then name the commit in BENCH_COMMIT) nor what `prepare` has
+brought.
 Options after these are those of `fastmoco.train`; loaders takes --data.root, a folder of JPEGs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -41,7 +41,6 @@ TOY = [
     *("--model.width=0.25", "--augment.image_size=32", "--optim.global_batch_size=4"),
     *("--moco.bn_group_size=2", "--moco.queue_size=64", "--data.workers=1"),
 ]
-CASE = ("batch", "data", "N", "C", "K", "dtype", "n", "c", "side")
 Parts = dict[str, list[str]]
 
 
@@ -70,7 +69,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
         },
         "compiled": {
             f"step of {batch}": [
-                *("-m", "bench.on_gpu.silent_step", *step, *windows),
+                *(*throughput, "--only", "silent_step"),
                 f"--optim.global_batch_size={batch}",
             ]
             for batch in ((4, 2) if toy else (256, 32))
@@ -137,37 +136,19 @@ def run_part(
     return ended
 
 
-def read(out: Path) -> list[str]:
-    """Every row in the folder, as text."""
-    return [line for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-
-
-def shown(rows: Sequence[str]) -> list[str]:
-    """Lines of the table, one for each row."""
-    lines = []
-    for text in rows:
-        row = json.loads(text)
-        medians = {k: v for k, v in row.items() if k.startswith("p50")}
-        found = ", ".join(f"{name} {value:.4g}" for name, value in medians.items())
-        case = {k: row["case"][k] for k in CASE if k in row["case"]}
-        lines.append(f"| {row['benchmark']} {case} | {row['contestant']} | {found} |")
-    return lines
-
-
 def run_stage(stage: str, out: Path, limit_s: float, parts: Parts) -> int:
-    """Run the parts one after the other, a failed one too; print the table; exit code."""
+    """Run the parts one after the other, a failed one too; print how each ended; exit code."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    variables, before = environment(out), set(read(out))
+    variables = environment(out)
     table = []
     for name, arguments in parts.items():
         start = time.time()
         left_s = limit_s - (start - began)
         ended = run_part(name, arguments, out, left_s, variables)
         table.append(f"| {name} | {ended} | {time.time() - start:.0f} s |")
-    new = [row for row in read(out) if row not in before]
     head = [f"\n{stage}: rows and outputs in {out}\n", "| part | how it ended | |", "|---|---|---|"]
-    print("\n".join([*head, *table, *shown(new)]), flush=True)
+    print("\n".join([*head, *table]), flush=True)
     return int(any("| done |" not in line for line in table))
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from bench.measure.contest import in_turns, synchronize
-from bench.measure.program import command, complain, configured, parser
-from bench.measure.rows import append_rows, device_of, origin, spread
+from bench.measure.program import Options, command, complain, parser
+from bench.measure.rows import Row, spread
 from fastmoco.config import Config
 from fastmoco.data.sources.choose import open_source, resolve_folders
 
@@ -43,32 +43,25 @@ def decoding(images: list[torch.Tensor], device: torch.device) -> Callable[[], f
     return run
 
 
-@command("nvjpeg")
-def main(arguments: Sequence[str]) -> None:
-    """Print images per second of each decoder."""
-    own, config, _ = configured(parser("nvjpeg", __doc__, only=False, steps=False), arguments)
-    device = device_of(config)
-    where = origin(device, own.publish)
-    images = encoded(config, config.optim.global_batch_size)
+@command(parser("nvjpeg", __doc__, only=False, steps=False))
+def main(own: Options) -> Iterator[list[Row]]:
+    """One row per decoder."""
+    images = encoded(own.config, own.config.optim.global_batch_size)
     work = {"libjpeg-turbo, one thread": decoding(images, torch.device("cpu"))}
-    if device.type == "cuda":
+    if own.device.type == "cuda":
         try:
-            decoding(images[:1], device)()
-            work["nvJPEG"] = decoding(images, device)
+            decoding(images[:1], own.device)()
+            work["nvJPEG"] = decoding(images, own.device)
         except RuntimeError as error:
             complain("nvjpeg", f"torchvision cannot decode on this GPU: {error}")
     else:
         complain("nvjpeg", "no GPU, so only the CPU's decoder is timed.")
-    found = in_turns(work, own.windows)
-    case = {"part": "decode", "unit": "images/s", "batch": len(images), "data": config.data.source}
-    rows = [
+    source = own.config.data.source
+    case = {"part": "decode", "unit": "images/s", "batch": len(images), "data": source}
+    yield [
         {"benchmark": "nvjpeg", "case": case, "contestant": name, **spread(values, 3)}
-        for name, values in found.items()
+        for name, values in in_turns(work, own.windows).items()
     ]
-    for row in rows:
-        print(f"{row['contestant']:26} {row['p50']:9.1f} images/s")
-    if own.publish:
-        append_rows("nvjpeg", rows, where)
 
 
 if __name__ == "__main__":

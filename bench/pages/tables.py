@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.measure.program import markdown
+from bench.measure.program import cell, figure, markdown
 from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,17 +35,6 @@ Made = tuple[list[str], list[list[str]]]
 """The headers and the lines of a table."""
 
 
-def figure(value: float) -> str:
-    """About four digits, none of them behind an `e`."""
-    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
-
-
-def cell(quantiles: Sequence[float], n: int, show: Callable[[float], str] = figure) -> str:
-    """A median with p20 and p80, or with n where these would say nothing."""
-    p20, p50, p80 = map(show, quantiles)
-    return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
-
-
 def _spread(row: Row, suffix: str = "") -> list[float]:
     return [row[f"p{p}{suffix}"] for p in (20, 50, 80)]
 
@@ -54,31 +43,12 @@ def _by_name(run: Run) -> dict[str, Row]:
     return {row["contestant"]: row for row in run}
 
 
-def device(row: Row) -> str:
-    """The GPU, or the processor and the class of its instructions."""
-    where = row["environment"]
-    on_cpu = where["device"] == "cpu"
-    return f"{where['cpu']} ({where['extension']})" if on_cpu else str(where["device"])
-
-
 def subject(row: Row) -> str:
     """Network, image side, batch, precision and class of machine, in a few words."""
     case, where = row["case"], row["environment"]
     place = where["extension"] if where["device"] == "cpu" else where["device"]
     network = f"{case['arch']}, {case['image_size']} px, batch {case['batch']}"
     return f"{network}, {case['precision']}, {place}"
-
-
-def caption(row: Row) -> str:
-    """What was run, where and on what, in one line."""
-    case, where = row["case"], row["environment"]
-    threads = row.get("threads", where["threads"])
-    return (
-        f"{case['arch']}, {case['image_size']} px, batch {case['batch']}, "
-        f"K = {case['queue_size']}, {case['precision']}, on {device(row)} with {threads} "
-        f"thread{'s' * (threads > 1)} (commit {where['commit'][:7]}, "
-        f"load average {where['load_average']:g})"
-    )
 
 
 def speed(runs: Sequence[Run]) -> Made:
@@ -248,7 +218,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "speed": ("throughput", speed),
     "throughput": ("throughput", throughput),
     "ablation": ("ablation", ablation),
-    "profile": ("profile", profile),
+    "profile": ("profiling", profile),
     "loader": ("loader", loader),
     "scaling": ("scaling", scaling),
     "kernels": ("kernels", kernels),

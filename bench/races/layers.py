@@ -9,7 +9,7 @@ N batch, C channels, O outputs, H W spatial, K side of the kernel.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,29 +35,18 @@ RESNET50 = (
     (32, 512, 7, 2048, 1, 1),
     (32, 512, 7, 512, 3, 1),
 )
-CONVOLUTIONS = (
-    *RESNET50,
-    (32, 256, 56, 128, 1, 1),
-    (32, 512, 28, 128, 1, 1),
-    (32, 256, 14, 256, 3, 1),
-    (64, 64, 16, 64, 3, 1),
-    (64, 512, 2, 512, 3, 1),
-)
-# In fp32 also those of ResNet-18 at 32, 64 and 96 pixels.
-FP32_CONVOLUTIONS = (
+# And of ResNet-18 at 32, 64 and 96 pixels.
+RESNET18 = (
     (64, 64, 8, 64, 3, 1),
     (64, 128, 4, 256, 3, 2),
-    (64, 256, 2, 256, 3, 1),
     (64, 512, 1, 512, 3, 1),
-    (64, 128, 8, 256, 3, 2),
     (64, 256, 4, 256, 3, 1),
     (64, 512, 2, 512, 3, 1),
     (64, 64, 24, 64, 3, 1),
-    (64, 128, 12, 256, 3, 2),
     (64, 512, 3, 512, 3, 1),
-    *RESNET50,
 )
 PARTS = ("forward", "input gradient", "weight gradient")
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def in_turns(*tensors: Tensor) -> Iterator[list[Tensor]]:
@@ -66,8 +55,8 @@ def in_turns(*tensors: Tensor) -> Iterator[list[Tensor]]:
     return itertools.cycle([[t.clone() for t in tensors] for _ in range(copies)])
 
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    values = torch.randn(shape, generator=generator).bfloat16()
+def _normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    values = torch.randn(shape, generator=generator).to(dtype)
     return values.to(memory_format=torch.channels_last)
 
 
@@ -75,7 +64,8 @@ def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device
     """Forward and backward of batch norm, addition and ReLU in bf16."""
     keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
-    x, residual, upstream = (_normal(generator, n, c, side, side) for _ in range(3))
+    shape, dtype = (n, c, side, side), torch.bfloat16
+    x, residual, upstream = (_normal(generator, shape, dtype) for _ in range(3))
     weight, bias, mean, var = (torch.linspace(0.5, 1.5, c, device=device) for _ in range(4))
     tensors = tuple(t.to(device) for t in (x, residual, upstream))
     turn = in_turns(*tensors)
@@ -134,10 +124,7 @@ class Layer(NamedTuple):
             (self.n, self.o, out, out),
             (self.o, self.c, self.k, self.k),
         )
-        return [
-            torch.randn(shape, generator=generator).to(dtype).to(memory_format=torch.channels_last)
-            for shape in shapes
-        ]
+        return [_normal(generator, shape, dtype) for shape in shapes]
 
     def aten(self, part: str, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         """One of `PARTS` as torch computes it."""
@@ -151,72 +138,67 @@ class Layer(NamedTuple):
         return both[mask.index(True)]
 
 
-def weight_gradient_race(*sizes: int) -> Race:
-    """The fp32 gradient of a weight from bf16 tensors; the error is on average, to float64.
-
-    `official` is oneDNN's, in bf16, and its conversion: what autograd does for an fp32 parameter.
-    """
-    keep_freed_memory()
-    layer = Layer(*sizes)
-    x, dy, weight = layer.tensors(torch.bfloat16)
-    truth = layer.aten("weight gradient", x.double(), dy.double(), weight.double())
-    turn = in_turns(x, dy)
-
-    def official() -> Tensor:
-        x, dy = next(turn)
-        return layer.aten("weight gradient", x, dy, weight).float()
-
-    def fused() -> Tensor:
-        x, dy = next(turn)
-        stride, padding = layer.stride, layer.k // 2
-        return convolution_cpu.weight_gradient(x, dy, weight.shape, stride, padding)
-
-    def error(dw: Tensor) -> float:
-        return float((dw.double() - truth).abs().mean() / truth.abs().mean())
-
-    ways = [Way("official", official, error, 5e-3), Way("fastmoco", fused, error, 1e-5)]
-    return "weight_gradient", layer._asdict() | {"device": "cpu"}, ways
-
-
-def convolution_race(part: str, *sizes: int) -> Race:
-    """One of `PARTS` of an fp32 convolution, by oneDNN and by each of our ways that can do it."""
-    keep_freed_memory()
-    layer = Layer(*sizes)
-    x, dy, weight = layer.tensors(torch.float32)
-    turn, where = in_turns(x, dy, weight), (layer.stride, layer.k // 2)
-    truth = layer.aten(part, x.double(), dy.double(), weight.double())
-    products: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def _ours(layer: Layer, part: str, dtype: torch.dtype) -> dict[str, Product]:
+    """Our ways of a part of a layer that can do it, as functions of input, upstream and weight."""
+    where = layer.stride, layer.k // 2
+    if dtype == torch.bfloat16:
+        gradient = convolution_cpu.weight_gradient
+        return {"fastmoco": lambda x, dy, w: gradient(x, dy, w.shape, *where)}
+    products: dict[str, Product] = {
         "forward": lambda x, dy, w: direct.forward(x, w, *where),
         "input gradient": lambda x, dy, w: direct.input_gradient(dy, w, x.shape, *where),
         "weight gradient": lambda x, dy, w: direct.weight_gradient(x, dy, w.shape, *where),
     }
-    tiles: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    tiles: dict[str, Product] = {
         "forward": lambda x, dy, w: winograd.forward(x, w),
         "input gradient": lambda x, dy, w: winograd.input_gradient(dy, w),
         "weight gradient": lambda x, dy, w: winograd.weight_gradient(x, dy),
     }
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-    found |= {"official": partial(layer.aten, part), "direct": products[part]}
-    if layer.k == 3 and layer.stride == 1:
-        found["winograd"] = tiles[part]
+    fits = layer.k == 3 and layer.stride == 1
+    return {"direct": products[part]} | ({"winograd": tiles[part]} if fits else {})
+
+
+def convolution_race(part: str, dtype: torch.dtype, *sizes: int) -> Race:
+    """One of `PARTS` of a convolution; the error is relative to float64.
+
+    `official` is oneDNN's, of a weight gradient with its conversion to the fp32 that autograd
+    makes of it for an fp32 parameter. In bf16 only weight gradients are ours.
+    """
+    keep_freed_memory()
+    layer = Layer(*sizes)
+    tensors = layer.tensors(dtype)
+    turn, truth = in_turns(*tensors), layer.aten(part, *(t.double() for t in tensors))
+
+    def official(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        return layer.aten(part, x, dy, weight).float()
 
     def error(got: Tensor) -> float:
         return float((got.double() - truth).norm() / truth.norm())
 
-    def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        return lambda: way(*next(turn))
+    def way(name: str, product: Product, allowed: float) -> Way:
+        return Way(name, lambda: product(*next(turn)), error, allowed)
 
-    ways = [Way(name, run(way), error, 1e-5) for name, way in found.items()]
-    return "convolution", {"part": part, **layer._asdict(), "device": "cpu"}, ways
+    half = dtype == torch.bfloat16
+    ways = [way("official", official, 5e-3 if half else 1e-5)]
+    ways += [way(name, product, 1e-5) for name, product in _ours(layer, part, dtype).items()]
+    case = layer._asdict() | {"device": "cpu"}
+    return (
+        ("weight_gradient", case, ways) if half else ("convolution", {"part": part, **case}, ways)
+    )
 
 
 def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     """The races of the kernels in C++ that work on this device; batch norm is not among them."""
     found: dict[str, list[Callable[[], Race]]] = {}
+    cases = (*RESNET50, *RESNET18)
     if device.type == "cpu" and not convolution_cpu.reason():
-        found["weight_gradient"] = [partial(weight_gradient_race, *case) for case in CONVOLUTIONS]
+        bf16 = partial(convolution_race, "weight gradient", torch.bfloat16)
+        wide = [sizes for sizes in cases if sizes[2] > 1]
+        found["weight_gradient"] = [partial(bf16, *sizes) for sizes in wide]
     if device.type == "cpu" and not convolution_fp32_cpu.reason():
         found["convolution"] = [
-            partial(convolution_race, part, *case) for case in FP32_CONVOLUTIONS for part in PARTS
+            partial(convolution_race, part, torch.float32, *sizes)
+            for sizes in cases
+            for part in PARTS
         ]
     return found

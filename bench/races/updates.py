@@ -44,10 +44,6 @@ def ema_race(device: torch.device) -> Race:
         for source, target in zip(sources, targets, strict=True):
             target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
 
-    def two_passes(targets: list[Tensor]) -> None:
-        torch._foreach_mul_(targets, MOMENTUM)
-        torch._foreach_add_(targets, sources, alpha=1.0 - MOMENTUM)
-
     @torch.compile
     def compiled(targets: list[Tensor]) -> None:
         for source, target in zip(sources, targets, strict=True):
@@ -77,7 +73,6 @@ def ema_race(device: torch.device) -> Race:
     ways = [
         way("official", official, parameters=True),
         way("official compiled", compiled),
-        way("foreach mul, add", two_passes),
         way("timm: foreach lerp", lambda t: torch._foreach_lerp_(t, sources, 1 - MOMENTUM)),
         way("fastmoco", lambda t: ema_(t, sources, MOMENTUM)),
     ]

@@ -7,6 +7,7 @@ N local batch, S image side.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, cycle, islice
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure.launches import Watch, launches_of
+from bench.measure.contest import synchronize
+from bench.measure.launches import launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
 from fastmoco.config import Config, parse_text
@@ -38,15 +40,13 @@ FOREVER = 10**9
 
 @dataclass
 class Bench:
-    """A `bench.measure.contest.Machine` around a function that does one step."""
+    """A contestant of `bench.measure.contest` around a function that does one step."""
 
     device: torch.device
     step: Callable[[], object]
     loader: Loader | None = None
     known: dict[str, Any] = field(default_factory=dict)
     """Facts from the beginning."""
-    count: bool = True
-    """Whether operations of a step are counted."""
     compiled: bool = False
     after: Callable[[], None] = lambda: None
     """What is left to do at the end."""
@@ -62,20 +62,13 @@ class Bench:
             self.step()
 
     def facts(self) -> dict[str, Any]:
-        """Host synchronizations, operations and, on CUDA, launches of one step; threads; notes.
-
-        Of a compiled step only what the driver sees is counted, so nothing on the CPU.
-        """
+        """Threads, notes; without a loader also launches and waits on CUDA, FLOPs on the CPU."""
         known = {"threads": torch.get_num_threads(), **self.known}
-        if self.count and not self.compiled:
-            with Watch() as watch:
-                self.step()
-            known |= {"host_syncs": len(watch.host_syncs), "operations": watch.counts.total()}
-            if self.device.type == "cpu":
-                known["gflop_per_step"] = self._gflop()
-        if self.count:
-            known |= launches_of(self.step, self.device)
-        return known
+        if self.loader:
+            return known
+        if self.device.type == "cpu" and not self.compiled:
+            known.setdefault("gflop_per_step", self._gflop())
+        return known | launches_of(self.step, self.device)
 
     def _gflop(self) -> float:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
@@ -107,17 +100,23 @@ def _synthetic(config: Config, world: World) -> Iterator[Batch]:
     return build_loader(noise, device=world.device).batches(0, FOREVER)
 
 
+def matrix_product(config: str) -> Bench:
+    """torch's product of two fp32 matrices of 2048 x 2048, a measure for the FLOPs of a step."""
+    _, world = _built(config)
+    left, right = (torch.ones(2048, 2048, device=world.device) for _ in range(2))
+    return Bench(world.device, lambda: left @ right, known={"gflop_per_step": 2e-9 * 2048**3})
+
+
 def loader_alone(config: str) -> Bench:
     """Batches on the device as fast as they come; nothing else uses the machine."""
     parsed, world = _built(config)
     loader = build_loader(parsed, device=world.device)
     batches = loader.batches(0, FOREVER)
-    accumulate, facts = parsed.optim.accumulate, {"loader": loader.description}
 
     def step() -> None:
-        list(islice(batches, accumulate))
+        list(islice(batches, parsed.optim.accumulate))
 
-    return Bench(world.device, step, loader=loader, known=facts, count=False)
+    return Bench(world.device, step, loader=loader, known={"loader": loader.description})
 
 
 def our_step(config: str, without: Sequence[str] = ()) -> Bench:
@@ -125,18 +124,38 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
 
     `without` switches improvements off, by their names in `bench.steps.switches.WITHOUT`.
     """
-    step, run, device = numbered_step(config, without)
-    compiled = compile_encoders(parse_text(config), device)
-    return Bench(device, switch_off(run, step, without), compiled=compiled)
+    step, run, world = numbered_step(config, without)
+    began = time.perf_counter()
+    compiled = compile_encoders(parse_text(config), world.device)
+    if compiled:
+        run()
+        synchronize(world.device)
+    known = {"first_step_s": round(time.perf_counter() - began, 1)} if compiled else {}
+    return Bench(world.device, switch_off(run, step, without), known=known, compiled=compiled)
 
 
-def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, torch.device]:
+def silent_step(config: str) -> Bench:
+    """Our step; on CUDA a call that makes the host wait for the device is an error."""
+    machine = our_step(config)
+    run = machine.step
+
+    def silent() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return replace(machine, step=silent) if machine.device.type == "cuda" else machine
+
+
+def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, World]:
     """Our step, and a function that runs it once on the next synthetic images."""
     parsed, world = _built(config, settled="kept_memory" not in without)
     step, batches = _ours(parsed, world), _synthetic(parsed, world)
     if "uint8_input" in without:
         batches = cycle([_as_floats(batch) for batch in islice(batches, 2)])
-    return step, _numbered(step, batches, parsed.optim.accumulate), world.device
+    return step, _numbered(step, batches, parsed.optim.accumulate), world
 
 
 def _as_floats(batch: Batch) -> Batch:
@@ -146,17 +165,9 @@ def _as_floats(batch: Batch) -> Batch:
     return Batch(im_q, im_k)
 
 
-@dataclass(frozen=True)
-class Fed:
-    """Our step, a function that runs it once on the next batch, and where batches come from."""
-
-    step: Step
-    run: Run
-    device: torch.device
-    loader: Loader
-
-
-def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter) -> Fed:
+def fed_step(
+    config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = iter
+) -> tuple[Step, Bench]:
     """The step of `fastmoco.train` fed by its loader, synthetic where the configuration says so.
 
     `over` may wrap the iterator of batches.
@@ -165,14 +176,12 @@ def fed_step(config: str, over: Callable[[Iterator[Batch]], Iterator[Batch]] = i
     step = _ours(parsed, world)
     loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
     run = _numbered(step, over(loader.batches(0, FOREVER)), parsed.optim.accumulate)
-    return Fed(step, run, world.device, loader)
+    return step, Bench(world.device, run, loader=loader, known={"loader": loader.description})
 
 
 def end_to_end(config: str) -> Bench:
     """The step of `fastmoco.train` fed by its loader."""
-    fed = fed_step(config)
-    facts = {"loader": fed.loader.description}
-    return Bench(fed.device, fed.run, loader=fed.loader, known=facts, count=False)
+    return fed_step(config)[1]
 
 
 def _ours(config: Config, world: World) -> Step:
@@ -202,8 +211,8 @@ def bare_encoder(config: str) -> Bench:
     if compiled:
         plain_q.compile(dynamic=False)
         plain_k.compile(dynamic=False)
-    labels = torch.zeros(parsed.local_batch_size(world.size), dtype=torch.long)
-    labels = labels.to(world.device)
+    batch_size = parsed.local_batch_size(world.size)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=world.device)
 
     def step() -> None:
         for batch in islice(batches, parsed.optim.accumulate):

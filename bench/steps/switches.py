@@ -49,7 +49,7 @@ class Switch:
 
 
 def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
-    """Those that make a difference here, in the order in which the waterfall switches them on."""
+    """Those that make a difference here."""
     device = torch.device("cuda" if cuda else "cpu")
     asked = config.run.precision  # by name, without asking a device that may not be there
     precision = choose_precision(asked, device).name if asked == "auto" else asked

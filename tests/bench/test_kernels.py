@@ -10,10 +10,9 @@ import torch
 
 from bench.kernels import main, races
 from bench.measure.contest import race
-from bench.races.layers import in_turns, weight_gradient_race
-from bench.races.loss import enqueue_race
+from bench.races.layers import PARTS, convolution_race, in_turns
 from bench.races.updates import sgd_ema_race
-from fastmoco_kernels import convolution_cpu
+from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
 
 CPU = torch.device("cpu")
@@ -29,15 +28,19 @@ def test_all_ways_of_the_update_move_parameters_and_averages() -> None:
         race(wrong, CPU, windows=1)
 
 
-def test_both_ways_of_the_enqueue_write_the_keys() -> None:
-    _, _, ways = enqueue_race(4, 8, 16, CPU)
-    assert len(race(ways, CPU, windows=1)) == 2
-    assert ways[0].error(torch.zeros(16, 8)) > 0
+@needs(convolution_fp32_cpu.reason())
+@pytest.mark.parametrize("part", PARTS)
+def test_each_way_of_a_part_of_a_layer_is_raced(part: str) -> None:
+    _, case, ways = convolution_race(part, torch.float32, 2, 16, 6, 32, 3, 1)
+    assert case["part"] == part
+    assert list(race(ways, CPU, windows=1)) == ["official", "direct", "winograd"]
+    _, _, ways = convolution_race(part, torch.float32, 2, 16, 6, 32, 3, 2)
+    assert list(race(ways, CPU, windows=1)) == ["official", "direct"]
 
 
 @needs(convolution_cpu.reason())
 def test_weight_gradients_of_both_ways_are_those_of_float64() -> None:
-    name, case, ways = weight_gradient_race(2, 64, 5, 128, 3, 2)
+    name, case, ways = convolution_race("weight gradient", torch.bfloat16, 2, 64, 5, 128, 3, 2)
     assert (name, case["side"], case["stride"]) == ("weight_gradient", 5, 2)
     official, fastmoco = (way.run() for way in ways)
     assert official.dtype == fastmoco.dtype == torch.float32

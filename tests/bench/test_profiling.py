@@ -37,8 +37,8 @@ CPU = torch.profiler.ProfilerActivity.CPU
 
 
 def test_profile_names_the_phases_and_shares_out_all_time() -> None:
-    fed = fed_step(dump(parse(TINY)), ranged_batches)
-    run = with_ranges(fed.step, fed.run)
+    step, machine = fed_step(dump(parse(TINY)), ranged_batches)
+    run = with_ranges(step, machine.step)
     with torch.profiler.profile(activities=[CPU]) as profiler:
         run()
     events = list(profiler.events() or [])
@@ -66,8 +66,8 @@ def slow(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def test_a_slow_loader_is_seen_as_data() -> None:
-    fed = fed_step(dump(parse(TINY)), lambda batches: ranged_batches(slow(batches)))
-    run = with_ranges(fed.step, fed.run)
+    step, machine = fed_step(dump(parse(TINY)), lambda batches: ranged_batches(slow(batches)))
+    run = with_ranges(step, machine.step)
     with torch.profiler.profile(activities=[CPU]) as profiler:
         run()
     events = list(profiler.events() or [])
@@ -80,8 +80,8 @@ def test_a_slow_loader_is_seen_as_data() -> None:
 
 
 def test_a_step_that_is_one_graph_has_one_range() -> None:
-    fed = fed_step(dump(parse(TINY)))
-    parts: dict[str, Any] = {f.name: getattr(fed.step, f.name) for f in fields(Step)}
+    step, _ = fed_step(dump(parse(TINY)))
+    parts: dict[str, Any] = {f.name: getattr(step, f.name) for f in fields(Step)}
     world = World(0, 0, 1, torch.device("cpu"), "none")
     whole = WholeStep(**parts, world=world, backend="eager")
     images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)

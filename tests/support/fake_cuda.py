@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,11 +19,19 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import launches
-
+# Operations that bring a value or a number of elements to the host, by their ATen names.
+SYNCHRONIZING = {
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.masked_select",
+    "aten._unique2",
+}
 # cuDNN convolves in channels-last as soon as one operand lies so.
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SLOTS = 80
@@ -146,23 +155,73 @@ def to_fake_cuda_(module: nn.Module) -> None:
                 tensors[name] = nn.Parameter(fake, t.requires_grad) if is_parameter else fake
 
 
-class Watch(launches.Watch):
-    """Counts operations and host waits; collects convolutions not in channels-last."""
+class Watch(TorchDispatchMode):
+    """Counts operations by name and collects those for which the host waits.
+
+    These are: a value that is read (`.item()`), a number of elements that depends on values (masks,
+    `nonzero`), a copy to the host, and a copy to the device that is not both asynchronous and from
+    page-locked memory. Where everything is on the CPU there are no copies to see. A custom op is
+    one operation. Compiled code does not run under a dispatch mode. Convolutions that are not in
+    channels-last are collected too.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        self.host_syncs: list[str] = []
         self.other_layouts: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = str(func).removesuffix(".default")
+        self.counts[name] += 1
+        waits = _copies_to_host(name, args, out) or _copies_from_pageable(name, args, kwargs, out)
+        if name in SYNCHRONIZING or waits or _selects(name, args):
+            self.host_syncs.append(name)
         if "convolution" in name:
             images = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
             if not all(_is_channels_last(t) for t in images):
                 self.other_layouts.append(f"{name} {[t.shape for t in images]}")
         return out
+
+
+def _copies_to_host(name: str, args: tuple[Any, ...], out: Any) -> bool:
+    if name == "aten.copy_":
+        return bool(args[0].device.type == "cpu" and args[1].device.type == "cuda")
+    if not isinstance(out, Tensor) or out.device.type != "cpu":
+        return False
+    return any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args)
+
+
+def _copies_from_pageable(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> bool:
+    if name == "aten.copy_":
+        there, source, asynchronous = args[0], args[1], args[2:3] == (True,)
+    elif name == "aten._to_copy":
+        there, source, asynchronous = out, args[0], False
+    else:
+        return False
+    asynchronous = asynchronous or kwargs.get("non_blocking", False)
+    crosses = bool(source.device.type == "cpu" and there.device.type == "cuda")
+    return crosses and not (asynchronous and _is_pinned(source))
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    """Whether a tensor lies in page-locked memory; a fake one carries that as an attribute."""
+    if isinstance(tensor, FakeTensor) or "pinned" in tensor.__dict__:
+        return bool(tensor.__dict__.get("pinned", False))
+    return tensor.is_pinned()
+
+
+def _selects(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a mask decides how many elements there will be."""
+    if not name.startswith(("aten.index.", "aten.index_put")):
+        return False
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def _is_channels_last(t: Tensor) -> bool:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.measure.launches import SYNCHRONIZING
 from fastmoco.config import parse, recipe_path
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
@@ -31,6 +30,7 @@ from fastmoco.method.moco import build_moco
 from fastmoco.method.update import set_lr
 from fastmoco.run.metrics import Metrics
 from tests.support.fake_cuda import (
+    SYNCHRONIZING,
     Watch,
     allow_backward_without_driver,
     cuda_without_device,

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure.program import chosen, configured, parser
+from bench.measure import program as shared
+from bench.measure.program import chosen, options, parser
 from fastmoco.config import ConfigError
 
 SYNTHETIC = ["--data.source", "synthetic", "--run.device", "cpu"]
 ROOT = ["--root", str(Path(__file__).parent)]
 # By program: the function that measures, and other arguments.
 PROGRAMS = {
-    "ablation": ("run_part", SYNTHETIC),
+    "ablation": ("measure", SYNTHETIC),
     "kernels": ("ema_race", ["--device", "cpu", "--only", "ema"]),
     "loader": ("write_shards", ROOT),
     "profiling": ("profile_step", SYNTHETIC),
@@ -70,12 +71,26 @@ def test_every_program_tells_its_options(name: str, capsys: pytest.CaptureFixtur
 
 def test_options_of_the_configuration_are_not_taken_for_ours() -> None:
     made = parser("any", "")
-    own, config, rest = configured(made, [*SYNTHETIC, "--windows", "3"])
-    assert (own.windows, own.steps, own.publish) == (3, None, False)
-    assert rest == SYNTHETIC
-    assert config.data.source == "synthetic"
+    own = options(made, [*SYNTHETIC, "--windows", "3"], trains=True)
+    assert (own.windows, own.steps, own.publish) == (3, 1, False)
+    assert own.rest == SYNTHETIC
+    assert own.config.data.source == "synthetic"
     with pytest.raises(SystemExit):
         made.parse_args(["--windows", "0"])
     with pytest.raises(ConfigError, match="--only knows a, b, not c"):
         chosen("a,c", ["a", "b"])
     assert chosen("", ["a", "b"]) == ["a", "b"]
+
+
+def test_every_number_of_a_row_is_shown_once_with_its_spread(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared_by_both = {"benchmark": "b", "case": {"batch": 8}, "ratios": {"a / b": [1.0, 2.0, 3.0]}}
+    first = shared_by_both | {"contestant": "a", "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "n": 9}
+    shared.show([first, first | {"contestant": "b", "n": 2, "gflop": 1234.5678, "peak": None}])
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
+        *(["b:", "batch", "8"], ["a"], ["ratios:", "a", "/", "b", "2.00", "(1.00-3.00)"]),
+        *(["ms", "2.00", "(1.00-3.00)"], ["n", "9"], ["b"]),
+        ["ratios:", "a", "/", "b", "2.00", "(n=2)"],
+        *(["ms", "2.00", "(n=2)"], ["n", "2"], ["gflop", "1235"]),
+    ]
