@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from unittest import mock
 
 import pytest
 import torch
 
-from bench.ablation import EVERYTHING, PLAIN, PUBLISHED, Variant, main, rows_of, variants
+from bench.ablation import ALL_OFF, OURS, PUBLISHED, Variant, rows_of, variants
 from bench.measure.contest import Result, Window
 from bench.steps.contestants import numbered_step
 from bench.steps.switches import WITHOUT, switch_off, switches
@@ -38,7 +37,7 @@ def test_what_is_switched_off_does_not_change_the_keys(without: tuple[str, ...])
 
 
 def test_everything_off_learns_the_same() -> None:
-    everything_off = variants("waterfall", parse([*TINY, "--run.precision", "bf16"]))[PLAIN]
+    everything_off = variants(parse([*TINY, "--run.precision", "bf16"]))[ALL_OFF]
     off = queue_after_two_steps(everything_off.without, *everything_off.overrides)
     assert float((off - queue_after_two_steps(())).abs().max()) < 1e-3
 
@@ -121,38 +120,33 @@ def test_convolutions_are_a_switch_in_fp32_where_our_kernels_compute_them() -> N
 
 def test_rows_are_relative_to_the_whole() -> None:
     results = {
-        EVERYTHING: Result([Window(1, 2.0, 4.0, 0.0)] * 3, {}),
+        OURS: Result([Window(1, 2.0, 4.0, 0.0)] * 3, {}),
         "other": Result([Window(1, 3.0, 8.0, 0.0)] * 3, {}),
     }
-    rows = rows_of(results, {"benchmark": "ablation", "case": {"batch": 8}})
+    rows = rows_of(results, {"batch": 8})
     assert rows[0]["relative"] == [1.0, 1.0, 1.0]
     assert rows[1]["relative"] == [1.5, 1.5, 1.5]
     assert rows[1]["relative_cpu"] == 2.0
     assert rows[1]["step_ms"] == [3000.0, 3000.0, 3000.0]
 
 
-def test_waterfall_switches_one_thing_on_at_a_time() -> None:
-    chain = variants("waterfall", parse([*TINY, "--run.precision", "bf16"]))
-    names = list(chain)
-    assert names[:3] == [PUBLISHED, PLAIN, "freed memory kept"]
-    assert names[-1] == EVERYTHING
-    assert chain[EVERYTHING] == Variant()
-    off = [len(v.overrides) // 2 + len(v.without) for v in list(chain.values())[1:]]
-    assert all(more - fewer == 1 for more, fewer in pairwise(off))
+def test_one_thing_is_off_at_a_time_and_then_all_of_them() -> None:
+    found = variants(parse([*TINY, "--run.precision", "bf16"]))
+    assert found.pop(OURS) == Variant()
+    assert found.pop(PUBLISHED).factory == "official_step"
+    off = [len(v.overrides) // 2 + len(v.without) for v in found.values()]
+    assert set(off[:-1]) == {1}
+    assert off[-1] == len(found) - 1
+    assert list(found)[-1] == ALL_OFF
 
 
 def test_variants_that_change_nothing_here_are_left_out() -> None:
     config = parse([*TINY, "--optim.name", "sgd"])
-    names = " ".join(variants("switches", config))
+    names = " ".join(variants(config))
     for absent in ("fp32 (", "fused update", "torch.compile"):
         assert absent not in names
     on_cuda = mock.patch("bench.ablation.device_of", return_value=torch.device("cuda"))
     with on_cuda:
-        names = " ".join(variants("switches", parse([*TINY, "--run.precision", "bf16"])))
+        names = " ".join(variants(parse([*TINY, "--run.precision", "bf16"])))
         assert "torch.compile (eager" in names
         assert "malloc" not in names
-
-
-def test_a_part_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--only", "nonsense"]) == 2
-    assert "--only knows switches, waterfall, not nonsense" in capsys.readouterr().err

@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.measure.wire import Wire
-from bench.scaling import LINKS, OURS, Size, count, model, seconds
+from bench.scaling import LINKS, OURS, RANKS, Size, model, seconds
 from bench.steps.published import gather, shuffle_batch, unshuffle_batch
+from fastmoco.config import ShuffleBN
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
+from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.update import set_lr
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, build_tiny, images
+from tests.support.wire import Wire
 
 Counts = dict[str, dict[str, int]]
+
+
+def count(strategy: ShuffleBN, size: Size, world: World) -> dict[str, int]:
+    """Bytes that this rank receives in the key path, by purpose, from the calls made."""
+    shuffle = build_shuffle(strategy, world=world, local=size.local, seed=0)
+    order = shuffle.indices(0).clone()
+    pixels = torch.zeros(size.local, size.side, size.side, 3, dtype=torch.uint8)
+
+    def encode(x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), size.dim, dtype=torch.float32)
+
+    with Wire() as wire:
+        keys = shuffle(encode, shuffle.send(pixels, order), order)
+        assert keys.gathered.shape == (size.local * world.size, size.dim)
+    return {"images": wire.received["all_to_all"], "keys": wire.received["all_gather"]}
+
+
+@contextmanager
+def imagined(ranks: int) -> Iterator[World]:
+    """Rank 0 of a process group whose other ranks do not exist; collectives bring nothing."""
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        backend = "fake" if ranks > 1 else "none"
+        yield World(0, 0, ranks, torch.device("cpu"), backend)
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 def counts(world: World, size: Size) -> Counts:
@@ -44,6 +79,15 @@ def test_key_path_brings_what_the_model_says(
             assert moved == batch * (ranks.size - 1) // ranks.size
         # Where W does not divide N, the whole rows that a rank keeps are fewer than N / W.
         assert moved <= batch - (local // ranks.size) * size.pixels
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_key_path_of_many_ranks_brings_what_the_model_says(ranks: int) -> None:
+    for strategy in OURS:
+        expected = model(strategy, Size(), ranks)
+        with imagined(ranks) as world, FakeTensorMode(allow_non_fake_inputs=True):
+            found = count(strategy, Size(), world)
+        assert found == {name: expected[name] for name in ("images", "keys")}
 
 
 def whole_step(world: World) -> dict[str, int]:

@@ -90,6 +90,8 @@ def test_the_watch_sees_what_it_is_to_see() -> None:
         lambda: x[x > 1],
         lambda: bool(x.any()),
         lambda: torch.equal(x, x),
+        lambda: x.masked_select(x > 2),
+        lambda: x.unique(),
     ):
         with Watch() as watch:
             synchronize()

@@ -86,7 +86,13 @@ def test_every_number_of_a_row_is_shown_once_with_its_spread(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shared_by_both = {"benchmark": "b", "case": {"batch": 8}, "ratios": {"a / b": [1.0, 2.0, 3.0]}}
-    first = shared_by_both | {"contestant": "a", "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "n": 9}
+    first = shared_by_both | {
+        "contestant": "a",
+        "p20_ms": 1.0,
+        "p50_ms": 2.0,
+        "p80_ms": 3.0,
+        "n": 9,
+    }
     shared.show([first, first | {"contestant": "b", "n": 2, "gflop": 1234.5678, "peak": None}])
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line] == [
         *(["b:", "batch", "8"], ["a"], ["ratios:", "a", "/", "b", "2.00", "(1.00-3.00)"]),

@@ -14,7 +14,8 @@ from PIL import Image
 
 from bench.measure import rows
 from bench.on_gpu import __main__ as on_gpu
-from bench.on_gpu import silent_step
+from bench.steps import contestants
+from bench.steps.contestants import Bench
 from fastmoco.config import ConfigError
 from tests.support import one_process
 
@@ -34,7 +35,7 @@ def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     ("stage", "written"),
     [
         ("kernels", {"ema official", "ema fastmoco"}),
-        ("compiled", {"silent_step step"}),
+        ("compiled", {"throughput silent_step"}),
         ("throughput", {"throughput step", "throughput official", "throughput encoder"}),
         ("loaders", {"throughput loader", "throughput end_to_end", "nvjpeg libjpeg-turbo"}),
     ],
@@ -51,11 +52,11 @@ def test_every_part_of_a_stage_runs(
             continue
         monkeypatch.setattr(sys, "argv", ["one_process", *arguments])
         assert one_process.main() == 0, name
-    found = [json.loads(line) for line in on_gpu.read(tmp_path / "rows")]
+    files = (tmp_path / "rows").glob("*.jsonl")
+    found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     names = {f"{row['benchmark']} {row['contestant'].split(',')[0]}" for row in found}
     assert written <= names
     assert {row["environment"]["commit"] for row in found} == {"abc123"}
-    assert len(on_gpu.shown([json.dumps(row) for row in found])) == len(found)
 
 
 def test_both_sizes_of_the_compiled_step_and_pairs_that_fit_into_the_memory() -> None:
@@ -86,15 +87,13 @@ def test_a_failed_part_is_told_the_next_runs_and_the_limit_holds(
 
 
 @pytest.mark.usefixtures("no_git")
-def test_rows_go_to_the_folder_and_stand_last_in_the_table(
+def test_rows_go_to_the_folder_and_are_shown(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parts = {"ops": on_gpu.parts_of("kernels", [], toy=True)["ops"]}
-    for _ in range(2):  # of the second stage only its own rows are shown
-        assert on_gpu.run_stage("kernels", tmp_path, 300.0, parts) == 0
-        lines = [x for x in capfd.readouterr().out.splitlines() if x.startswith("| ema")]
-        assert 2 * len(lines) >= len(on_gpu.read(tmp_path)) > 0
-        assert "p50_ms" in lines[-1]
+    assert on_gpu.run_stage("kernels", tmp_path, 300.0, parts) == 0
+    assert "ema: model resnet50" in capfd.readouterr().out
+    assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) >= 3
 
 
 def test_what_was_carried_is_found_after_what_is_installed(
@@ -118,12 +117,15 @@ def test_loaders_without_images_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--data.root" in capsys.readouterr().err
 
 
-def test_a_step_that_waits_is_one_sentence() -> None:
-    def waits() -> None:
-        raise RuntimeError("called a synchronizing CUDA operation")
-
-    with pytest.raises(ConfigError, match=r"makes the host wait.*synchronizing CUDA"):
-        silent_step.window(waits, 1, CPU)
+def test_a_silent_step_forbids_waiting_while_it_runs_and_no_longer() -> None:
+    modes: list[str] = []
+    machine = Bench(torch.device("cuda"), lambda: modes.append("step"))
+    with (
+        mock.patch.object(contestants, "our_step", return_value=machine),
+        mock.patch.object(torch.cuda, "set_sync_debug_mode", modes.append),
+    ):
+        contestants.silent_step("").step()
+    assert modes == ["error", "step", "default"]
 
 
 def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

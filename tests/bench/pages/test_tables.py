@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench.measure import program
 from bench.measure.contest import Result, Window
+from bench.measure.program import cell, figure
 from bench.measure.rows import RESULTS, case_of
 from bench.pages import tables
-from bench.throughput import cells, ratios_of, sentence, summary
+from bench.throughput import ratios_of, summary
 from fastmoco.config import Config
 
 WHERE = {
@@ -78,8 +78,8 @@ def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
 
 
 def test_no_quantile_of_fewer_than_three_measurements() -> None:
-    assert tables.cell([1.0, 2.0, 3.0], 3) == "2.00 (1.00-3.00)"
-    assert tables.cell([2.0, 2.0, 2.0], 1) == "2.00 (n=1)"
+    assert cell([1.0, 2.0, 3.0], 3) == "2.00 (1.00-3.00)"
+    assert cell([2.0, 2.0, 2.0], 1) == "2.00 (n=1)"
 
 
 def test_the_loaders_table_holds_pipelines_only(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_documents_are_not_stale() -> None:
 def test_every_committed_row_says_who_was_timed_and_where() -> None:
     for file in sorted(RESULTS.glob("*.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
-            assert "contestant" in row or file.stem == "profile", file
+            assert "contestant" in row or file.stem == "profiling", file
             assert {"extension", "commit", "date", "dirty", "command"} <= set(row["environment"])
 
 
@@ -187,34 +187,6 @@ def test_stale_file_is_found_and_mended(tmp_path: Path) -> None:
 
 
 def test_figures_have_about_four_digits() -> None:
-    assert [tables.figure(x) for x in (2051.22, 117.43, 25.214, 1.5)] == [
+    assert [figure(x) for x in (2051.22, 117.43, 25.214, 1.5)] == [
         *("2051", "117.4", "25.21", "1.50")
     ]
-
-
-def test_columns_of_a_gpu_stand_only_where_a_row_has_them() -> None:
-    plain = rows("2026-01-01", 2.0)
-    headers, _ = cells(plain)
-    assert "power" not in headers
-    assert "kernel launches per step" not in headers
-    on_gpu = [dict(row) for row in plain]
-    on_gpu[0] |= {"power_w": 612.4, "kernel_launches": 321, "kwh_per_million_images": 0.04567}
-    headers, body = cells(on_gpu)
-    first, second = (dict(zip(headers, line, strict=True)) for line in body)
-    assert first["power"] == "612 W"
-    assert first["kernel launches per step"] == "321"
-    assert first["kWh per million images"] == "0.0457"
-    assert second["power"] == "-"
-
-
-def test_narrow_terminal_shows_every_digit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    contest = rows("2026-01-01", 2.0)
-    headers, body = cells(contest)
-    program.show(tables.caption(contest[0]), headers, [*body, *body, body[0]], sentence(contest))
-    printed = capsys.readouterr().out
-    assert max(len(line) for line in printed.splitlines()[1:]) <= 80
-    assert printed.count("256.0 - 256.0") == 3
-    assert "|" not in printed
