@@ -70,7 +70,7 @@ class Run:
         self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
-        self.request = StopRequest()
+        self.request, self.stopping = StopRequest(), False
         self.lines += start_lines(
             config,
             world,
@@ -105,9 +105,9 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
-                if not self.request.made:
+                if not self.stopping:
                     log.say(export_trunk(self.step.moco, self.folder, self.done // self.per_epoch))
-            end = "stopped by a signal, the same command resumes" if self.request.made else "done"
+            end = "stopped by a signal, the same command resumes" if self.stopping else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
     def _loop(self, log: Logbook) -> None:
@@ -131,16 +131,16 @@ class Run:
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
-                self.request.made = collectives.any_rank(self.request.made, self.world)
+                self.stopping = collectives.any_rank(self.request.made, self.world)
                 self._evaluate_and_save(progress)
-                if self.request.made:
+                if self.stopping:  # not the request, which may have come since
                     return
                 progress.restart()
 
     def _evaluate_and_save(self, progress: Progress) -> None:
         """kNN and checkpoint where they are due, or where the run ends here."""
         epoch, within = divmod(self.done, self.per_epoch)
-        last, stopping = self.done == self.stop_at, self.request.made
+        last, stopping = self.done == self.stop_at, self.stopping
         every = self.config.knn.every
         if self.monitor and not stopping and (last or (not within and epoch % every == 0)):
             progress.knn(self.done, self.monitor.trained(self.step.moco))
