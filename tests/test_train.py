@@ -122,7 +122,7 @@ def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:
         return 0.5
 
     assert run.monitor is not None
-    run.monitor.trained = trained  # type: ignore[method-assign]
+    run.monitor.trained = trained  # type: ignore[method-assign, assignment]
     run.train()
     assert calls == [0, 3]
     saved = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)
