@@ -8,6 +8,7 @@ import torch
 
 from fastmoco.config import Config, warnings
 from fastmoco.data.backends.choose import missing_dali
+from fastmoco.data.loader import Loader
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import compile_encoders, compile_reason
@@ -15,9 +16,7 @@ from fastmoco.network.batchnorm import norm_choice
 from fastmoco.network.convolution import convolution_choice
 
 
-def start_lines(
-    config: Config, world: World, *, num_samples: int, steps_per_epoch: int, loader: str, done: int
-) -> list[str]:
+def start_lines(config: Config, world: World, loader: Loader, done: int) -> list[str]:
     """Every resolved choice with its reason; one line per subject."""
     moco, optim, local = config.moco, config.optim, config.local_batch_size(world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -28,10 +27,11 @@ def start_lines(
     precision = choose_precision(config.run.precision, world.device)
     scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
     wide = f" x {config.model.width:g}" * (config.model.width != 1)
+    steps_per_epoch, images = loader.steps_per_epoch, f"{loader.num_samples:,} images"
     total = steps_per_epoch * optim.epochs
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
-        f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
+        f"data      {images} in {config.data.root or config.data.source}; {loader.description}",
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
         f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
