@@ -22,6 +22,7 @@ from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import lr_at, set_lr
 from fastmoco.run import directory, resuming
@@ -65,13 +66,11 @@ class Run:
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
+        rows = self.step.shuffle.key_rows
         self.loader = build_loader(
-            config,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            key_rows=self.step.shuffle.key_rows,
+            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
         )
+        allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
         resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
         self.done = resumed.step
@@ -80,8 +79,9 @@ class Run:
         self.request, self.shared = StopRequest(), collectives.SharedRequest(world)
         self.stopping = False  # on every rank in the same step
         self.saver = Saver(self.step, config, world, self.per_epoch)
-        self.lines += [*start_lines(config, world, self.loader, self.done), *started_from]
-        told = [*resumed.notes, *start_warnings(config, world, self.loader.num_samples)]
+        self.lines += start_lines(config, world, loader=self.loader, done=self.done)
+        self.lines += started_from
+        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:

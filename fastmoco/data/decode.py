@@ -18,6 +18,8 @@ IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
     ".jpe",
+    ".jfif",
+    ".pjpeg",
     ".png",
     ".webp",
     ".bmp",
@@ -26,6 +28,7 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
     ".gif",
+    ".avif",
 )
 """How the name of an image ends, in lower case, in every source and evaluation."""
 JPEG_START = b"\xff\xd8"
@@ -37,15 +40,6 @@ _FRAMES = frozenset(
 _HUFFMAN_8_BIT = frozenset({0xC0, 0xC1, 0xC2})
 _ADOBE = 0xEE
 _YCBCR = 1
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a path names an image that counts: by its suffix, and not hidden.
-
-    Hidden are names that start with a dot; macOS puts `._*` files into archives.
-    """
-    name = path.rpartition("/")[2].lower()
-    return not name.startswith(".") and name.endswith(IMAGE_SUFFIXES)
 
 
 class BadImage(Exception):

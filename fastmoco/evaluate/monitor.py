@@ -47,6 +47,7 @@ class KnnTask:
         image_size: int,
         max_pixels: int,
         max_bank: int = 0,
+        any_name: bool = False,
     ) -> None:
         if resize < image_size:
             raise ConfigError(
@@ -59,10 +60,18 @@ class KnnTask:
             image_size=image_size,
             max_images=max_bank,
             max_pixels=max_pixels,
+            any_name=any_name,
         )
         self.test = LabelledImages(
-            test_root, resize=resize, image_size=image_size, max_pixels=max_pixels
+            test_root,
+            resize=resize,
+            image_size=image_size,
+            max_pixels=max_pixels,
+            any_name=any_name,
         )
+        if world.is_main:
+            for sentence in dict.fromkeys(self.bank.warnings + self.test.warnings):
+                tqdm.write(f"WARNING: kNN: {sentence}", file=sys.stderr)
         self._world = world
         self._told: dict[int, int] = {}  # bad images of each set that the user has heard of
         if self.bank.class_names != self.test.class_names:
@@ -151,6 +160,7 @@ class KnnMonitor:
             image_size=config.augment.image_size,
             max_bank=knn.max_bank,
             max_pixels=config.data.max_pixels,
+            any_name=config.data.any_name,
         )
 
     @property
