@@ -13,7 +13,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
         (1, _INFINITE),
     ),
     **dict.fromkeys(
-        [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
+        [f"run.{name}" for name in ("seed", "keep_checkpoints", "keep_every", "max_steps")]
+        + ["run.checkpoint_minutes"]
         + [
             "optim.lr",
             "optim.weight_decay",

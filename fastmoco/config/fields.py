@@ -51,8 +51,12 @@ class RunConfig:
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints. The last epoch is always saved."""
+    checkpoint_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last checkpoint; 0 does not."""
     keep_checkpoints: int = 3
     """Number of most recent checkpoints kept; 0 keeps all of them."""
+    keep_every: int = 0
+    """The checkpoints at the ends of epochs that are multiples of this stay for good; 0: none."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
     timeout_s: float = 600.0
@@ -280,7 +284,8 @@ class Config:
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.max_steps"),
+    *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
+    "run.max_steps",
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

@@ -20,7 +20,7 @@ from fastmoco.evaluate.features import (
 )
 from fastmoco.evaluate.knn import TEMPERATURE, knn_accuracies
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
+from fastmoco.machine.collectives import averaged, gather_rows
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
@@ -168,14 +168,19 @@ class KnnMonitor:
         """Accuracy of the most frequent test class."""
         return self._task.chance
 
+    def due(self, done: int, per_epoch: int, stop: int) -> bool:
+        """Whether to evaluate after `done` steps: regularly at an epoch's end, and at the end."""
+        epoch, within = divmod(done, per_epoch)
+        return done == stop or (not within and epoch % self._config.knn.every == 0)
+
     def trained(self, moco: MoCo) -> float:
         """kNN top-1 of encoder_q in [0, 1], with BN statistics averaged over ranks."""
-        all_reduce_mean_(moco.running_statistics(), self._world)
         dtype = choose_precision(self._config.run.precision, self._world.device).dtype
-        trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
-        (top1,) = self._task.of_trunk(
-            trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
-        )
+        with averaged(moco.running_statistics(), self._world):
+            trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
+            (top1,) = self._task.of_trunk(
+                trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
+            )
         return top1
 
     def raw_pixels(self) -> float | None:
