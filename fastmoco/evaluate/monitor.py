@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.evaluate.features import (
     BATCH_SIZE,
     FrozenTrunk,
@@ -45,7 +46,7 @@ class KnnTask:
         *,
         resize: int,
         image_size: int,
-        max_pixels: int,
+        rule: PixelRule,
         max_bank: int = 0,
     ) -> None:
         if resize < image_size:
@@ -58,11 +59,9 @@ class KnnTask:
             resize=resize,
             image_size=image_size,
             max_images=max_bank,
-            max_pixels=max_pixels,
+            rule=rule,
         )
-        self.test = LabelledImages(
-            test_root, resize=resize, image_size=image_size, max_pixels=max_pixels
-        )
+        self.test = LabelledImages(test_root, resize=resize, image_size=image_size, rule=rule)
         self._world = world
         self._told: dict[int, int] = {}  # bad images of each set that the user has heard of
         if self.bank.class_names != self.test.class_names:
@@ -150,7 +149,7 @@ class KnnMonitor:
             resize=knn.resize,
             image_size=config.augment.image_size,
             max_bank=knn.max_bank,
-            max_pixels=config.data.max_pixels,
+            rule=PixelRule.of(config.data),
         )
 
     @property

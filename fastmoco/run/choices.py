@@ -8,6 +8,7 @@ import torch
 
 from fastmoco.config import Config, warnings
 from fastmoco.data.backends.choose import missing_dali
+from fastmoco.data.pixels.survey import survey_of
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import compile_encoders, compile_reason
@@ -32,6 +33,7 @@ def start_lines(
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
+        *pixel_lines(config),
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
         f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
@@ -53,9 +55,23 @@ def start_lines(
     return lines
 
 
+def pixel_lines(config: Config) -> list[str]:
+    """How pixels are read, in one line; none where there are no files."""
+    survey, data = survey_of(config.data), config.data
+    if survey is None:
+        return []
+    turned = {"ignore": "ignored", "apply": "applied"}[data.exif]
+    return [
+        f"pixels    8-bit RGB, transparency over {data.alpha_over}; EXIF orientation {turned}, "
+        f"{survey.turned} of {survey.looked_at} sampled files carry one"
+    ]
+
+
 def start_warnings(config: Config, world: World, num_samples: int) -> list[str]:
     """What this rank warns of before the first step, one sentence each."""
     sentences = warnings(config, world.size, num_samples)
+    if survey := survey_of(config.data):
+        sentences += survey.warnings()
     if warning := choose_precision(config.run.precision, world.device).warning:
         sentences.append(warning)
     if lost := missing_dali(config, world.device):
