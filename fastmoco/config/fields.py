@@ -92,6 +92,10 @@ class DataConfig:
     """Decode every image once before training, with all cores, to find the bad ones."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
+    alpha_over: tuple[int, int, int] = (255, 255, 255)
+    """RGB that transparent pixels are composed over; the default is white."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """`apply` turns an image as its EXIF orientation says; torchvision's ImageFolder ignores it."""
     max_bad_share: float = 0.01
     """Stop the run once more than this share of the samples had to be replaced."""
     synthetic_samples: int = 1_281_167
