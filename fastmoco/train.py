@@ -21,6 +21,7 @@ from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import lr_at, set_lr
 from fastmoco.run import checkpoint, directory
@@ -57,13 +58,11 @@ class Run:
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
+        rows = self.step.shuffle.key_rows
         self.loader = build_loader(
-            config,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            key_rows=self.step.shuffle.key_rows,
+            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
         )
+        allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
         resumed = checkpoint.Resumed(0)
         if resume_from:

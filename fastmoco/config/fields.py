@@ -18,6 +18,7 @@ Arch = Literal[
     "resnet50_w2x",
     "resnet50_w4x",
 ]
+Mechanism = Literal["queue", "end_to_end", "memory_bank"]
 ShuffleBN = Literal["auto", "all_to_all", "loader", "split", "none"]
 
 
@@ -148,8 +149,13 @@ class ModelConfig:
 class MocoConfig:
     """Momentum Contrast itself."""
 
+    mechanism: Mechanism = "queue"
+    """Where negatives come from: `queue` is MoCo; `end_to_end`: the other keys of the global batch,
+    trained by gradient too; `memory_bank`: one stored feature per sample (arXiv 1805.01978)."""
     queue_size: int = 65536
-    """K, the number of keys in the queue."""
+    """K, the number of keys in the queue; negatives drawn per step from a memory bank."""
+    bank_momentum: float = 0.5
+    """Weight of the old entry where a sample that was seen renews it in the memory bank."""
     momentum: float = 0.999
     """m of theta_k <- m theta_k + (1 - m) theta_q."""
     temperature: float = 0.2
@@ -243,10 +249,17 @@ class Config:
             )
         return self.optim.global_batch_size // ranks_and_micro
 
+    def negatives(self) -> int:
+        """Negatives of each query: K, or the other keys of the batch for `end_to_end`."""
+        end_to_end = self.moco.mechanism == "end_to_end"
+        return self.optim.global_batch_size - 1 if end_to_end else self.moco.queue_size
+
     def shuffle_bn(self, world_size: int) -> ShuffleBN:
         """The shuffle-BN strategy that `auto` stands for on this number of ranks."""
         if self.moco.shuffle_bn != "auto":
             return self.moco.shuffle_bn
+        if self.moco.mechanism == "memory_bank":  # encodes no keys
+            return "none"
         return "all_to_all" if world_size > 1 else "split"
 
     def bn_group_size(self, world_size: int) -> int:

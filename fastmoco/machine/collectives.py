@@ -71,11 +71,34 @@ def _operation(error: RuntimeError) -> str:
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:
-    """(N, ...) on each rank to (size * N, ...) in rank order on every rank."""
+    """(N, ...) on each rank to (size * N, ...) in rank order on every rank.
+
+    A gradient flows back to the rank that `x` came from: the sum of those of all ranks.
+    """
     if world.size == 1:
         return x
+    if x.requires_grad and torch.is_grad_enabled():
+        with_gradient: Tensor = _GatherWithGradient.apply(x, world)
+        return with_gradient
     gathered: Tensor = functional.wait_tensor(_all_gather(x.contiguous(), 0, _group()))
     return gathered
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """`all_gather`, whose backward hands every rank the summed gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, len(x)
+        return all_gather(x.detach(), world)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # (size * N, C) floats are few beside the gradients of an encoder; gloo sums everywhere.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        first = ctx.world.rank * ctx.rows
+        return total[first : first + ctx.rows], None
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: World) -> Tensor:
@@ -114,7 +137,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
-    """Replace fp32 tensors by their mean over ranks, in one collective."""
+    """Replace tensors of one floating-point type by their mean over ranks, in one collective."""
     if world.size == 1 or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])

@@ -30,6 +30,7 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
     wide = f" x {config.model.width:g}" * (config.model.width != 1)
     steps_per_epoch = loader.steps_per_epoch
     total = steps_per_epoch * optim.epochs
+    slow = f", m = {moco.momentum:g}" * (moco.mechanism == "queue")
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {loader.num_samples:,} images in {config.data.root or config.data.source}; "
@@ -37,8 +38,8 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
         *(f"files     {note}" for note in [*recognized(config), *loader.notes]),
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
-        f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
-        f"loss of a random guess {math.log(1 + moco.queue_size):.2f}"
+        f"moco      {moco.mechanism}, K = {config.negatives()}{slow}, T = {moco.temperature:g}, "
+        f"loss of a random guess {math.log(1 + config.negatives()):.2f}"
         f"{', symmetric' * moco.symmetric}",
         f"batch     {optim.global_batch_size} global = {world.size} ranks x {optim.accumulate} "
         f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
