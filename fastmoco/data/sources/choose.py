@@ -14,9 +14,11 @@ from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.source import Source
 
 OPEN: dict[str, Callable[[DataConfig], Source]] = {
-    "folder": lambda data: open_folder(data.root, data.max_pixels, any_name=data.any_name),
-    "list": lambda data: open_list(data.root, data.max_pixels),
-    "shards": lambda data: open_shards(data.root, data.max_pixels),
+    "folder": lambda data: open_folder(
+        data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
+    ),
+    "list": lambda data: open_list(data.root, data.max_pixels, rescan=data.rescan),
+    "shards": lambda data: open_shards(data.root, data.max_pixels, rescan=data.rescan),
 }
 
 
