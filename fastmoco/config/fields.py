@@ -71,8 +71,9 @@ class DataConfig:
     """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
     files; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
-    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
-    For a list its file; for shards a folder of tar files, or one of them."""
+    """Folder of images: flat, nested or class folders; its `train` subfolder where `test` or `val`
+    is beside it. For a list its file; for shards tar files or their folder. `~`, `${HOME}`,
+    `{00..11}` and `*` are understood."""
     any_name: bool = False
     """Whether files of a folder count as images by their content too, whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
@@ -90,6 +91,8 @@ class DataConfig:
     within this many samples, for storage that is slow at random reads."""
     verify: bool = False
     """Decode every image once before training, with all cores, to find the bad ones."""
+    rescan: bool = False
+    """Index the images anew although nothing seems to have changed."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
     alpha_over: tuple[int, int, int] = (255, 255, 255)
@@ -291,7 +294,7 @@ _NOT_IDENTITY = {
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
     "run.max_steps",
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
-    *("data.verify", "data.max_bad_share"),
+    *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),
 }
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.rule import RGB8, PixelRule
+from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
@@ -180,18 +181,23 @@ class ImageSet:
 def index_class_folders(
     root: Path, *, any_name: bool = False, passed: Passed | None = None
 ) -> tuple[list[Path], list[int], list[str]]:
-    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
+    """Image paths, their labels and the class names of `root/<class>/.../<image>`, or of a list.
 
     Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
     What counts as an image, and which files and folders are hidden, is as in training; `passed`
     takes note of the rest. A class folder without images keeps its label.
 
+    A file is read as a list with a column of labels, see `labelled_list`.
+
     Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
     holds a folder that cannot be listed.
     """
+    if root.is_file():
+        return labelled_list(root)
     if not root.is_dir():
         raise ConfigError(
-            f"No folder {root}: labels need a folder that holds one folder per class."
+            f"No folder {root}: labels need a folder that holds one folder per class, or a list "
+            "with labels."
         )
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:

@@ -10,6 +10,7 @@ from fastmoco.config import Config, warnings
 from fastmoco.data.backends.choose import missing_dali
 from fastmoco.data.loader import Loader
 from fastmoco.data.pixels.survey import survey_of
+from fastmoco.data.sources.choose import recognized, shared_images
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import compile_encoders, compile_reason
@@ -35,7 +36,7 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {loader.num_samples:,} images in {config.data.root or config.data.source}; "
         f"{loader.description}",
-        *(f"files     {note}" for note in loader.notes),
+        *(f"files     {note}" for note in [*recognized(config), *loader.notes]),
         *pixel_lines(config),
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
@@ -72,7 +73,8 @@ def pixel_lines(config: Config) -> list[str]:
 
 def start_warnings(config: Config, world: World, loader: Loader) -> list[str]:
     """What this rank warns of before the first step, one sentence each."""
-    sentences = [*loader.warnings, *warnings(config, world.size, loader.num_samples)]
+    sentences = [*loader.warnings, *shared_images(config)]
+    sentences += warnings(config, world.size, loader.num_samples)
     if survey := survey_of(config.data):
         sentences += survey.warnings()
     if warning := choose_precision(config.run.precision, world.device).warning:

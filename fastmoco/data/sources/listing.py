@@ -175,19 +175,26 @@ class Passed:
         return found
 
 
-def walk(root: str, passed: Passed | None = None, *, any_name: bool = False) -> Iterator[Listed]:
+def walk(
+    root: str,
+    passed: Passed | None = None,
+    *,
+    any_name: bool = False,
+    seen: set[tuple[int, int]] | None = None,
+) -> Iterator[Listed]:
     """Every folder below root, itself included, in depth-first sorted order.
 
     Links are followed; a folder that was already visited is not visited again. Folders without
     images are yielded too, because a file added to one later must be noticed. Folders without
     permission and what is no regular file go to `passed`. any_name: files of every name count.
+    seen: device and number of folders that were visited before; grows.
 
     Raises `OSError` where the root, or for another reason a folder, cannot be listed: leaving it
     out would train on less than the user named.
     """
     passed = Passed() if passed is None else passed
     counts = (lambda name: True) if any_name else is_image_name
-    seen: set[tuple[int, int]] = set()
+    seen = set() if seen is None else seen
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -249,3 +256,38 @@ def _let_tick_pass(changed: int) -> None:
     """Waits until a change from now on gives the folder another modification time than this one."""
     if abs(time.time_ns() - changed) < _TICK_S * 1e9:
         time.sleep(_TICK_S)
+
+
+def stamp_of(path: str) -> list[int]:
+    """Size and modification time in ns of a file; empty where it cannot be reached."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def file_system(path: str) -> str:
+    """The type of the file system of an absolute path, such as `ext4`; empty where unknown."""
+    best, kind = "", ""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                before, _, after = line.partition(" - ")
+                place = before.split()[4].encode().decode("unicode_escape")  # a space is \040
+                inside = path == place or path.startswith(place.rstrip("/") + "/")
+                if inside and len(place) >= len(best):
+                    best, kind = place, after.split()[0]
+    except (OSError, IndexError, ValueError):
+        return ""
+    return kind
+
+
+def times_tell(root: str, times: Iterable[int]) -> bool:
+    """Whether the modification times of folders show that a file came or went.
+
+    Mounted buckets make them up: zero, or the time of the mount for every folder.
+    """
+    known = list(times)
+    made_up = any(time <= 0 for time in known) or (len(known) > 2 and len(set(known)) == 1)
+    return not made_up and not file_system(root).startswith("fuse")
