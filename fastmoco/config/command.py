@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastmoco.config.fields import ConfigError
+from fastmoco.config.paths import spelled_out
 
 
 class CommandParser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` that prints no usage before an error; exit code 2."""
+    """`argparse.ArgumentParser` that prints no usage before an error; exit code 2.
+
+    Options of type `Path` take `~` and `${HOME}`, which shells leave as they are after `=`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """End with the sentence."""
         self.exit(2, f"fastmoco: {message} (see {self.prog} --help)\n")
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(spelled_out(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -19,6 +19,7 @@ from fastmoco.data.backends.engine import Engine
 from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
@@ -29,8 +30,13 @@ from fastmoco.data.sources.verify import verify
 class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
-    def __init__(self, plan: Plan, engine: Engine, bad: BadSamples) -> None:
+    def __init__(
+        self, plan: Plan, engine: Engine, bad: BadSamples, source: Source | None = None
+    ) -> None:
         self.plan, self._engine, self.bad_samples = plan, engine, bad
+        self.notes = source.notes if source else []
+        """What the source passed over, one sentence each; `warnings` those to act on."""
+        self.warnings = (source.warnings if source else []) + bad.sentences()
         self.num_samples = plan.order.num_samples
         self.steps_per_epoch = plan.steps_per_epoch
         self.backend, self.description = engine.backend, engine.description
@@ -90,13 +96,13 @@ def build_loader(
     bad = BadSamples(config, source, rank)
     reader: Reader | None = None
     if source is not None:
-        reader = Reader(source, config.run.seed, config.data.max_pixels)
+        reader = Reader(source, config.run.seed, PixelRule.of(config.data))
         if config.data.verify:
-            found = verify(source, config.data.max_pixels)
+            found = verify(source, reader.rule)
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    return Loader(plan, build_engine(config, plan, reader, device), bad)
+    return Loader(plan, build_engine(config, plan, reader, device), bad, source)
 
 
 def make_plan(

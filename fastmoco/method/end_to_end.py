@@ -19,7 +19,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import gradient_sync
 from fastmoco.machine.ranks import World
 from fastmoco.method.shuffle_bn import Keys
-from fastmoco.method.step import Step, merge
+from fastmoco.method.step import Step, StepResult, merge
 from fastmoco_kernels import InfoNCE
 from fastmoco_kernels.reference import TIE_MARGIN
 
@@ -33,10 +33,10 @@ class EndToEndStep(Step):
 
     world: World
 
-    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
-        """Advance the encoder by one step; loss and ranks of the positives as `Step` gives them."""
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """Advance the encoder by one step; what it returns: see `Step`."""
         contrasts = self._contrasts(micro_batches, step)
-        results = []
+        results, queries, positives = [], [], []
         for index, (im_q, im_k, order) in enumerate(contrasts):
             with gradient_sync(self.embed_q, index == len(contrasts) - 1):
                 sent = self.shuffle.send(im_k, order)
@@ -45,9 +45,11 @@ class EndToEndStep(Step):
                 # The positives' place among the gathered keys: rank r owns rows r N .. r N + N - 1.
                 result = contrast(q, k, self.world.rank * len(q), self.temperature)
                 self.scaler.scale(result.loss / len(contrasts)).backward()
+            queries.append(q.detach())
+            positives.append(k.local.detach())
             results.append(result)
         self._advance()
-        return merge(results)
+        return merge(results, queries, positives)
 
 
 def contrast(q: Tensor, k: Keys, first: int, temperature: float) -> InfoNCE:

@@ -22,8 +22,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import all_gather, gradient_sync
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
-from fastmoco.method.step import Step, merge
-from fastmoco_kernels import InfoNCE, info_nce
+from fastmoco.method.step import Step, StepResult, merge
+from fastmoco_kernels import info_nce
 
 
 @dataclass
@@ -35,7 +35,7 @@ class MemoryBankStep(Step):
     negatives: int
     bank_momentum: float
 
-    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Advance the encoder and the batch's entries by one step; what it returns: see `Step`.
 
         All parts of the batch meet the bank as it stands before the step and the same negatives.
@@ -44,17 +44,19 @@ class MemoryBankStep(Step):
         seen = [self._sample_numbers(batch) for batch in micro_batches]
         everyone = all_gather(torch.cat(seen), self.world)
         negatives = bank[self._draw(everyone, step)]
-        results, queries = [], []
+        results, queries, positives = [], [], []
         for index, (batch, samples) in enumerate(zip(micro_batches, seen, strict=True)):
             with gradient_sync(self.embed_q, index == len(seen) - 1):
                 q = self.embed_q(batch.im_q)
-                result = info_nce(q, bank[samples], negatives, self.temperature)
+                positive = bank[samples]
+                result = info_nce(q, positive, negatives, self.temperature)
                 self.scaler.scale(result.loss / len(seen)).backward()
             queries.append(q.detach())
+            positives.append(positive)
             results.append(result)
         renew_(bank, everyone, all_gather(torch.cat(queries), self.world), self.bank_momentum)
         self._advance()
-        return merge(results)
+        return merge(results, queries, positives)
 
     def _sample_numbers(self, batch: Batch) -> Tensor:
         """(N,) int64: of the samples whose images these are, also where one replaces another."""

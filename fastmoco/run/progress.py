@@ -7,11 +7,11 @@ import math
 from fastmoco.config import Config
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
+from fastmoco.method.step import StepResult
 from fastmoco.run.alarms import alarms
 from fastmoco.run.logbook import Logbook, train_line
 from fastmoco.run.metrics import Clock, Metrics, peak_memory_gib
 from fastmoco.run.record import Record
-from fastmoco_kernels import InfoNCE
 
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
 WARMUP_STEPS = 3
@@ -39,12 +39,12 @@ class Progress:
         self._per_epoch = per_epoch
         self._warm = start + WARMUP_STEPS
         self._estimate_at = self._warm + WARMUP_STEPS
-        self._metrics = Metrics(world)
+        self._metrics = Metrics(world, config.model.dim)
         self._clock = Clock(world.device)
         self._waited = 0.0
         self._bad = 0
 
-    def add(self, result: InfoNCE) -> None:
+    def add(self, result: StepResult) -> None:
         """Count one step."""
         self._metrics.add(result)
         self._clock.mark()

@@ -22,10 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import BadImage, image_size, is_image_name
-from fastmoco.data.sources.index import Index, Indexed, load_index, require_readable, save_index
+from fastmoco.data.decode import BadImage, image_size
+from fastmoco.data.sources.index import (
+    Index,
+    Indexed,
+    kept_index,
+    load_index,
+    require_readable,
+    save_index,
+)
+from fastmoco.data.sources.listing import is_hidden_path, is_image_name, stamp_of
 from fastmoco.data.sources.measure import HEAD, in_order, in_parallel, progress
-from fastmoco.machine.cache import cache_folder, exclusive
+from fastmoco.machine.cache import cache_folder
 
 _SUFFIX = ".fastmoco-index"
 _OPEN_FILES = 64
@@ -63,6 +71,9 @@ class ShardSource(Indexed):
         offset = int(self.index.arrays["offsets"][sample])
         return f"{shard}:{self._named[1].get(offset, f'@{offset}')}"
 
+    def stamp(self, sample: int) -> list[int]:
+        return stamp_of(self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])])
+
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
         if file is None:
@@ -73,8 +84,10 @@ class ShardSource(Indexed):
         return file
 
 
-def open_shards(root: str, max_pixels: int) -> ShardSource:
+def open_shards(root: str, max_pixels: int, *, rescan: bool = False) -> ShardSource:
     """The images in a tar file or in all tar files below a folder, in sorted order.
+
+    root: may be a pattern of several. rescan: read all shards anew.
 
     Raises `ConfigError` for no shard, a compressed or unreadable one, or no image in them.
     """
@@ -85,15 +98,12 @@ def open_shards(root: str, max_pixels: int) -> ShardSource:
     if not shards:
         raise ConfigError(f"data.root {root} holds no .tar file.")
     stamps = [_stamp(shard) for shard in shards]
-    digest = hashlib.sha256(repr((stamps, max_pixels)).encode()).hexdigest()[:20]
-    cached = cache_folder() / "index" / digest
-    with exclusive(cached.with_suffix(".lock")):
-        try:
-            index = load_index(str(cached))
-        except (OSError, ValueError, KeyError):
-            index = _join(shards, max_pixels)
-            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
-                index = save_index(index, cached)
+    index = kept_index(
+        repr((stamps, max_pixels)),
+        holds=lambda index: True,
+        scan=lambda: _join(shards, max_pixels),
+        rescan=rescan,
+    )
     require_readable(index, f"data.root {root}")
     return ShardSource(index)
 
@@ -150,7 +160,9 @@ def _scan(shard: Path, stamp: list[Any], max_pixels: int) -> Index:
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb", buffering=0) as file:
             for member in tar:
-                if not member.isfile() or not is_image_name(member.name):
+                if not member.isfile() or is_hidden_path(member.name):
+                    continue
+                if not is_image_name(member.name):
                     continue
                 offsets.append(member.offset_data)
                 lengths.append(member.size)
