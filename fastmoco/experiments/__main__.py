@@ -46,7 +46,7 @@ def _check(grids: Sequence[Grid], common: Options, budget: float | None) -> None
         if mine := sorted(owned & {name for name, _ in common}):
             raise ConfigError(f"the grid {grid.name} sets {', '.join(mine)} itself: leave it out.")
     fixed = {"run.max_steps", "optim.epochs"} & {
-        name for grid in grids for name, _ in (*common, *grid.points[0].options)
+        name for grid in grids for point in grid.points for name, _ in (*common, *point.options)
     }
     if budget is None and not fixed:
         raise ConfigError("say how long all runs may take: --budget MINUTES.")
@@ -74,7 +74,7 @@ def experiment(
         found = measured
 
     def more(grid: Grid, point: Point) -> Options:
-        options = merged(common, point.options)
+        options = merged(point.options, common)
         return merged(common, found.get(kind(grid, options), ()))
 
     plan = Plan(grids, out, more)

@@ -68,7 +68,7 @@ def lengths(
     count: dict[str, int] = {}
     for grid in grids:
         for point in grid.points:
-            options = merged(common, point.options)
+            options = merged(point.options, common)
             name = kind(grid, options)
             runs.setdefault(name, trial(grid, options, out / f"trial{len(runs)}"))
             count[name] = count.get(name, 0) + len(grid.seeds)

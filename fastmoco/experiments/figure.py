@@ -118,15 +118,20 @@ def _over_points(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -
             ms=14,
             capsize=3,
         )
+    _level_and_range(axes, found, metric)
+    _ticks(axes, grid, [point.x for point in grid.points])
+
+
+def _level_and_range(axes: Axes, found: Sequence[Result], metric: str) -> None:
+    """The untrained encoder as a line, and a range in which noise does not look like an effect."""
     untrained = [u for r in found if metric == "knn_top1" and (u := r.untrained()) is not None]
     if untrained:
         mean = mean_and_spread(untrained)[0]
         axes.axhline(mean, color=FAINT, ls="--", lw=1.2, label=f"untrained encoder: {mean:.1f}")
     low, high = axes.get_ylim()
-    if metric in PER_CENT and high - low < _LEAST_RANGE:  # noise must not look like an effect
+    if metric in PER_CENT and high - low < _LEAST_RANGE:
         middle = (low + high) / 2
         axes.set_ylim(middle - _LEAST_RANGE / 2, middle + _LEAST_RANGE / 2)
-    _ticks(axes, grid, [point.x for point in grid.points])
 
 
 def _ticks(axes: Axes, grid: Grid, shown: Sequence[X]) -> None:
@@ -173,6 +178,7 @@ def _over_epochs(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -
         if len(here) > 1:
             low, high = ([m + sign * s for m, s in full.values()] for sign in (-1, 1))
             axes.fill_between(list(full), low, high, color=colour, alpha=0.15, lw=0)
+    _level_and_range(axes, found, metric)
     axes.set_xlabel("epoch")
 
 

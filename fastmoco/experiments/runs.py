@@ -83,7 +83,8 @@ def configuration(recipe: str, options: Options) -> Config:
 class Plan:
     """The runs of all points and seeds, by (grid, line, x, seed); equal runs are one.
 
-    `more` gives further options of each point. Raises `ConfigError` for options that cannot train.
+    `more` gives further options of each point, which override those of the grid. Raises
+    `ConfigError` for options that cannot train.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Plan:
         for grid in grids:
             for point in grid.points:
                 for seed in grid.seeds:
-                    options = merged(more(grid, point), point.options)
+                    options = merged(point.options, more(grid, point))
                     options = merged(options, (("run.seed", str(seed)),))
                     run = Run(out / grid.name / folder_name(point, seed), options, grid.recipe)
                     run = equal.setdefault(configuration(grid.recipe, options), run)

@@ -21,7 +21,10 @@ SMALL: dict[str, Any] = {
     "set": {"optim.epochs": 7, "moco.symmetric": True},
     "lines": {
         "a": {"option": "moco.momentum", "values": ["0", 0.9]},
-        "b": {"points": {0.5: {"optim.epochs": 9}}, "set": {"moco.temperature": 0.3}},
+        "b": {
+            "points": {0.5: {"optim.epochs": 9}},
+            "set": {"moco.temperature": 0.3, "optim.epochs": 8},
+        },
     },
     "seeds": [4, 5],
 }
@@ -113,6 +116,8 @@ def test_mini_draws_every_other_grid_and_repeats_no_equal_run(tmp_path: Path) ->
     assert len(runs) < len(plan.runs)
     assert len({configuration(run.recipe, run.options) for run in runs}) == len(runs)
     assert all(configuration(r.recipe, r.options).run.max_steps <= 10 for r in runs)
+    mine = Plan(grids, tmp_path, lambda *_: (("run.max_steps", "2"),)).distinct()
+    assert {configuration(r.recipe, r.options).run.max_steps for r in mine} == {2}
 
 
 def test_the_last_of_two_options_holds() -> None:

@@ -148,6 +148,7 @@ def test_curves_show_where_a_run_failed(tmp_path: Path) -> None:
     grid = replace(GRID, over="epochs", paper=None)
     _, lines = drawn(grid, plan_with_a_failure(tmp_path), tmp_path / "figure.png")
     assert [90.0] in lines  # the last value of the failed run, as a cross
+    assert [25.0, 25.0] in lines  # the untrained encoder, across the panel
 
 
 def test_words_stand_one_after_another_and_numbers_at_themselves() -> None:
