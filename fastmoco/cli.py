@@ -58,7 +58,7 @@ VERBS = {
         words=("--to", "--out", *FORMATS),
     ),
     "linear": Verb(
-        "fastmoco.evaluate.linear",
+        "fastmoco.evaluate.linear.__main__",
         "linear classification on a frozen encoder",
         words=("--checkpoint", "--data.root", "--cached", "--crops", "--labels", "--out"),
     ),
