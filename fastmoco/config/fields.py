@@ -51,8 +51,12 @@ class RunConfig:
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints. The last epoch is always saved."""
+    checkpoint_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last checkpoint; 0 does not."""
     keep_checkpoints: int = 3
     """Number of most recent checkpoints kept; 0 keeps all of them."""
+    keep_every: int = 0
+    """The checkpoints at the ends of epochs that are multiples of this stay for good; 0: none."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
     timeout_s: float = 600.0
@@ -92,6 +96,10 @@ class DataConfig:
     """Index the images anew although nothing seems to have changed."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
+    alpha_over: tuple[int, int, int] = (255, 255, 255)
+    """RGB that transparent pixels are composed over; the default is white."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """`apply` turns an image as its EXIF orientation says; torchvision's ImageFolder ignores it."""
     max_bad_share: float = 0.01
     """Stop the run once more than this share of the samples had to be replaced."""
     synthetic_samples: int = 1_281_167
@@ -284,7 +292,8 @@ class Config:
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.max_steps"),
+    *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
+    "run.max_steps",
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

@@ -19,6 +19,7 @@ from fastmoco.data.backends.engine import Engine
 from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
@@ -95,9 +96,9 @@ def build_loader(
     bad = BadSamples(config, source, rank)
     reader: Reader | None = None
     if source is not None:
-        reader = Reader(source, config.run.seed, config.data.max_pixels)
+        reader = Reader(source, config.run.seed, PixelRule.of(config.data))
         if config.data.verify:
-            found = verify(source, config.data.max_pixels)
+            found = verify(source, reader.rule)
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)

@@ -26,8 +26,6 @@ from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.network.encoder import NormalizePixels, build_encoder
 from fastmoco.weights.read import read
 
-MAX_PIXELS = 178_956_970
-
 
 def crop_and_flip(side: int) -> AugmentConfig:
     """The augmentation of linear classification: RandomResizedCrop of area 0.08-1, and flip."""
@@ -81,7 +79,7 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     def one(index: int) -> None:
         row, canvas = rows[index], Canvas(side, augment.recipe)
         try:
-            image = canvas.decode(images.paths[row].read_bytes(), MAX_PIXELS)
+            image = canvas.decode(images.paths[row].read_bytes(), images.rule)
         except (OSError, ValueError) as error:
             raise ConfigError(f"Cannot decode {images.paths[row]} ({error}).") from error
         size = np.array([[image.shape[2], image.shape[1]]], np.int32)

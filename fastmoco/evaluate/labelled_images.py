@@ -18,19 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ConfigError, DataConfig
+from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
-MAX_PIXELS = DataConfig().max_pixels
 
 
-def eval_view(
-    data: bytes, resize: int, image_size: int, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8) -> np.ndarray:
     """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
 
     The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
@@ -39,7 +37,7 @@ def eval_view(
 
     Raises `BadImage` as `decode` does.
     """
-    image = decode(data, max_pixels)
+    image = decode(data, rule)
     width, height = image.size
     shorter = min(width, height)
     if shorter != resize:
@@ -69,7 +67,7 @@ class ImageSet:
         resize: int,
         image_size: int,
         known_bad: dict[int, str] | None = None,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
         strict: bool = False,
@@ -79,7 +77,7 @@ class ImageSet:
         self.image_size = image_size
         self.bad: dict[int, str] = dict(known_bad or {})
         """Reason by image, of those that this rank knows to be bad."""
-        self._read, self._max_pixels, self._strict = read, max_pixels, strict
+        self._read, self.rule, self._strict = read, rule, strict
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._cache_bytes = cache_bytes
         self._resize_to(n)
@@ -154,7 +152,7 @@ class ImageSet:
             data = self._read(i)
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        return eval_view(data, self.resize, self.image_size, self._max_pixels)
+        return eval_view(data, self.resize, self.image_size, self.rule)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
@@ -246,7 +244,7 @@ class LabelledImages(ImageSet):
         resize: int,
         image_size: int,
         max_images: int = 0,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
         any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
@@ -268,7 +266,7 @@ class LabelledImages(ImageSet):
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,
-            max_pixels=max_pixels,
+            rule=rule,
             threads=threads,
             cache_bytes=cache_bytes,
             strict=strict,

@@ -116,7 +116,7 @@ def _retrieve(given: argparse.Namespace, world: World) -> None:
         world,
         resize=evaluation.resize,
         image_size=evaluation.image_size,
-        max_pixels=given.max_pixels,
+        rule=evaluation.rule,
         any_name=given.any_name == "true",
     )
     bank_share, test_share = (

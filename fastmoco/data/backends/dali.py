@@ -113,7 +113,7 @@ class DaliEngine:
     def _bad(self, data: bytes) -> str:
         """Why PIL does not decode these bytes; empty if it does."""
         try:
-            decode(data, self.reader.max_pixels)
+            decode(data, self.reader.rule)
         except BadImage as bad:
             return str(bad)
         return ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.config import ConfigError
+from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.sources import folder as folder_module
 from fastmoco.data.sources import index as index_module
 from fastmoco.data.sources import listing
@@ -70,15 +71,15 @@ def test_verify_decodes_repaired_files_again(
     root.mkdir()
     for number in range(4):
         (root / f"{number}.jpg").write_bytes(jpeg[: len(jpeg) // 2] if number < 2 else jpeg)
-    assert sorted(verify(open_folder(str(root), LIMIT), LIMIT)) == [0, 1]
+    assert sorted(verify(open_folder(str(root), LIMIT), RGB8)) == [0, 1]
     (root / "0.jpg").write_bytes(jpeg)
     source: Source = open_folder(str(root), LIMIT)
     assert not source.bad  # headers never showed it
-    assert sorted(verify(source, LIMIT)) == [1]
+    assert sorted(verify(source, RGB8)) == [1]
     from fastmoco.data.sources import verify as module
 
     monkeypatch.setattr(module, "decode_sample", lambda *_: pytest.fail("decodes again"))
-    assert sorted(verify(source, LIMIT)) == [1]
+    assert sorted(verify(source, RGB8)) == [1]
 
 
 def test_a_disk_that_is_mounted_later_is_found(
