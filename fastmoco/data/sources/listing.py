@@ -179,6 +179,7 @@ def walk(
     root: str,
     passed: Passed | None = None,
     *,
+    counts: Callable[[str], bool] = is_image_name,
     any_name: bool = False,
     seen: set[tuple[int, int]] | None = None,
 ) -> Iterator[Listed]:
@@ -186,14 +187,16 @@ def walk(
 
     Links are followed; a folder that was already visited is not visited again. Folders without
     images are yielded too, because a file added to one later must be noticed. Folders without
-    permission and what is no regular file go to `passed`. any_name: files of every name count.
-    seen: device and number of folders that were visited before; grows.
+    permission and what is no regular file go to `passed`.
+
+    counts: which names of files do; any_name: every one does. seen: device and number of folders
+    that were visited before; grows.
 
     Raises `OSError` where the root, or for another reason a folder, cannot be listed: leaving it
     out would train on less than the user named.
     """
     passed = Passed() if passed is None else passed
-    counts = (lambda name: True) if any_name else is_image_name
+    counts = (lambda name: True) if any_name else counts
     seen = set() if seen is None else seen
     pending = [""]
     while pending:
