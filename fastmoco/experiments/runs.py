@@ -27,7 +27,7 @@ from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.config.parsing import recipe_path
 from fastmoco.experiments.grid import Grid, Options, Point, merged
 from fastmoco.machine.host import machine_cores
-from fastmoco.run.stopping import StopRequest
+from fastmoco.machine.stopping import StopRequest
 from fastmoco_kernels import processor
 
 RESULT = "experiment.json"
