@@ -17,22 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmoco.config import AugmentConfig, ConfigError
+from fastmoco.config import ConfigError
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.decode import BadImage
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco.evaluate.features import filled_up
 from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.evaluate.labelled_training import crop_and_flip
 from fastmoco.network.encoder import NormalizePixels, build_encoder
 from fastmoco.weights.read import read
-
-
-def crop_and_flip(side: int) -> AugmentConfig:
-    """The augmentation of linear classification: RandomResizedCrop of area 0.08-1, and flip."""
-    return AugmentConfig(
-        image_size=side, min_area=0.08, jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0.5
-    )
 
 
 class FrozenTrunk(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastmoco.config import ConfigError
+from fastmoco.evaluate.labelled_part import choose_labels, hold_out
 from fastmoco.evaluate.linear.cached import (
     Classifiers,
     Schedule,
@@ -15,7 +16,6 @@ from fastmoco.evaluate.linear.cached import (
     sweep,
     train_sweep,
 )
-from fastmoco.evaluate.linear.labelled_part import choose_labels, hold_out
 
 SHORT = Schedule(epochs=5, batch_size=8, milestones=(2, 4), seed=3)
 
