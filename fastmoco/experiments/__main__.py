@@ -79,6 +79,8 @@ def experiment(
 
     plan = Plan(grids, out, more)
     runs = plan.distinct()
+    for run in runs:
+        run.require_same()
     with tqdm(total=len(runs), unit="run", disable=not sys.stderr.isatty()) as bar:
 
         def say(line: str) -> None:

@@ -61,6 +61,15 @@ class Run:
             return None
         return result if isinstance(result, dict) and "code" in result else None
 
+    def require_same(self) -> None:
+        """Raise `ConfigError` if the directory holds what a run with other options ended with."""
+        command = str((self.ended() or {}).get("command", self.command()))
+        if _options(command) != _options(self.command()):
+            raise ConfigError(
+                f"{self.folder} holds a run with other options ({command}): choose another --out, "
+                "or give the options of then."
+            )
+
 
 @cache
 def configuration(recipe: str, options: Options) -> Config:
@@ -97,6 +106,12 @@ class Plan:
     def distinct(self) -> list[Run]:
         """Every run once, in order."""
         return list(dict.fromkeys(self.runs.values()))
+
+
+def _options(command: str) -> set[str]:
+    """Of a command line, without the places of files."""
+    words = shlex.split(command)
+    return {w for w in words if w.startswith("--") and not w.startswith(("--config", "--run.dir="))}
 
 
 def folder_name(point: Point, seed: int) -> str:

@@ -78,6 +78,25 @@ def test_the_table_has_mean_spread_and_every_failure(tmp_path: Path) -> None:
     assert words[2] == "MoCo 0.99 knn_top1 -, pretext_top1 -, 2 of 2 not ended"
 
 
+def test_a_directory_with_a_run_of_other_options_is_refused(tmp_path: Path) -> None:
+    """Its numbers would be drawn as if they were those that were asked for."""
+
+    def planned(epochs: int) -> Run:
+        options = (("optim.epochs", str(epochs)),)
+        return Plan([GRID], tmp_path, lambda *_: options).distinct()[0]
+
+    run = planned(3)
+    record(run, [0.5])
+    ended = {"code": 0, "sentence": "", "command": run.command()}
+    (run.folder / RESULT).write_text(json.dumps(ended))
+    planned(3).require_same()
+    moved = ended | {"command": run.command().replace(str(tmp_path), "elsewhere")}
+    (run.folder / RESULT).write_text(json.dumps(moved))
+    planned(3).require_same()
+    with pytest.raises(ConfigError, match=r"with other options .*epochs=3.*another --out"):
+        planned(4).require_same()
+
+
 def test_rows_keep_every_run_with_its_command(tmp_path: Path) -> None:
     found = results(GRID, plan_with_a_failure(tmp_path))
     write_rows(GRID, found, tmp_path / "rows.jsonl")
