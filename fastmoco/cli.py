@@ -58,9 +58,14 @@ VERBS = {
         words=("--to", "--out", *FORMATS),
     ),
     "linear": Verb(
-        "fastmoco.evaluate.linear",
+        "fastmoco.evaluate.linear.__main__",
         "linear classification on a frozen encoder",
         words=("--checkpoint", "--data.root", "--cached", "--crops", "--labels", "--out"),
+    ),
+    "experiment": Verb(
+        "fastmoco.experiments.__main__",
+        "a named grid of runs, drawn beside the paper's numbers",
+        words=("--data.root", "--budget", "--out", "--jobs", "mini", "momentum", "mechanism"),
     ),
     "report": Verb(
         "fastmoco.report", "one page about a run, or several compared", words=("--out",)

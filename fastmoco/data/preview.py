@@ -57,7 +57,7 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
             for row, image in enumerate(images)
         ]
         columns.append(Column(f"{name}, by PIL", views, captions(table, [i.size for i in images])))
-    if has_dali():
+    if has_dali() and config.data.backend in ("auto", "dali"):
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
             columns.append(Column(f"{name}, by DALI", list(batch)))
     sheet(columns, side).save(path)

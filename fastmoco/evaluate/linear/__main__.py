@@ -14,13 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fastmoco.config import Config, ConfigError
 from fastmoco.config.command import CommandParser
-from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.evaluate.labelled_part import choose_labels, hold_out
-from fastmoco.evaluate.linear_cached import Schedule, sweep
-from fastmoco.evaluate.linear_protocol import Protocol, TrunkChangedError
+from fastmoco.evaluate.linear.cached import Schedule, sweep
+from fastmoco.evaluate.linear.frozen import FrozenTrunk, stored_features
+from fastmoco.evaluate.linear.labelled_part import choose_labels, hold_out
+from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.cache import cache_folder
 
@@ -54,6 +57,8 @@ def schedule_of(given: argparse.Namespace) -> Schedule:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
     if given.cached and given.lr is not None:
         raise ConfigError("--cached trains many learning rates at once: leave out --lr.")
+    if given.cached and given.workers:
+        raise ConfigError("--workers is for the full protocol: leave it out with --cached.")
     if given.crops and not given.cached:
         raise ConfigError("--crops is for --cached; the full protocol draws new crops each epoch.")
     if given.lr is not None and not 0 < given.lr < float("inf"):
@@ -72,7 +77,7 @@ def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledIma
     if resize < given.image_size:
         raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
     train, test = (
-        LabelledImages(given.root / name, resize=resize, image_size=given.image_size, strict=True)
+        LabelledImages(given.root / name, resize=resize, image_size=given.image_size)
         for name in ("train", names[0])
     )
     if train.class_names != test.class_names:
@@ -93,12 +98,13 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
     crops = stored_features(trunk, train, store, crops=given.crops, **options)
     centre = crops if not given.crops else stored_features(trunk, train, store, **options)
     tested = stored_features(trunk, test, store, **options)
-    learn, choose = hold_out(train.labels, 0.1, given.seed)
+    known, good = good_rows(train, crops, centre), good_rows(test, tested)
+    learn, choose = (known[part] for part in hold_out(train.labels[known], 0.1, given.seed))
     device = world.device
     found = sweep(
         (crops[:, learn].to(device), train.labels[learn].to(device)),
         (centre[0, choose].to(device), train.labels[choose].to(device)),
-        (tested[0].to(device), test.labels.to(device)),
+        (tested[0, good].to(device), test.labels[good].to(device)),
         classes=len(train.class_names),
         schedule=schedule,
         progress=show,
@@ -111,8 +117,25 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
         "weight_decay": decay,
         "held_out_top1": found.held_out[found.best],
         "val_top1": found.test[found.best],
-        "images": len(train),
+        "val_top5": found.test_top5[found.best],
+        "images": len(known),
+        "test_images": len(good),
     }
+
+
+def good_rows(images: LabelledImages, *stored: Tensor) -> Tensor:
+    """Indices of the images whose features of (V, n, D) are not NaN; a warning names the others.
+
+    Raises `ConfigError` where none is left.
+    """
+    bad = torch.stack([features[:, :, 0].isnan().any(dim=0) for features in stored]).any(dim=0)
+    images.exclude(bad.nonzero().flatten().tolist())
+    sentence = images.bad_sentence("images")
+    if bad.all():
+        raise ConfigError(f"No image can be used: {sentence}")
+    if sentence:
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+    return (~bad).nonzero().flatten()
 
 
 def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
