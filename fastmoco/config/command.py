@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,11 +20,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        print_any_name()
         self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """End with the sentence."""
         self.exit(2, f"fastmoco: {message} (see {self.prog} --help)\n")
+
+
+def print_any_name() -> None:
+    """From now on names that are no valid text are printed with escapes instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _path(text: str) -> Path:

@@ -75,7 +75,8 @@ class DataConfig:
     is beside it. For a list its file; for shards tar files or their folder. `~`, `${HOME}`,
     `{00..11}` and `*` are understood."""
     any_name: bool = False
-    """Whether files of a folder count as images by their content too, whatever their names."""
+    """Whether files of a folder, and members of shards, count as images by their content too,
+    whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""

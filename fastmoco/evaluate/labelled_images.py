@@ -54,7 +54,6 @@ class ImageSet:
     read: encoded bytes of image i; raises `OSError` where the file cannot be read.
     name: what to call image i in a report.
     known_bad: reasons of images that need no second look.
-    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
     Decoded pixels stay in memory when all n views fit into `cache_bytes`.
     """
 
@@ -70,14 +69,13 @@ class ImageSet:
         rule: PixelRule = RGB8,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         self.name = name
         self.resize = resize
         self.image_size = image_size
         self.bad: dict[int, str] = dict(known_bad or {})
         """Reason by image, of those that this rank knows to be bad."""
-        self._read, self.rule, self._strict = read, rule, strict
+        self._read, self.rule = read, rule
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._cache_bytes = cache_bytes
         self._resize_to(n)
@@ -147,12 +145,15 @@ class ImageSet:
     def _shape(self, n: int) -> tuple[int, int, int, int]:
         return (n, self.image_size, self.image_size, 3)
 
-    def _view(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises `BadImage` where they cannot be read."""
         try:
-            data = self._read(i)
+            return self._read(i)
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        return eval_view(data, self.resize, self.image_size, self.rule)
+
+    def _view(self, i: int) -> np.ndarray:
+        return eval_view(self.read(i), self.resize, self.image_size, self.rule)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
@@ -164,11 +165,6 @@ class ImageSet:
                     raise BadImage(self.bad[i])
                 rows[i - offset] = self._view(i)
             except BadImage as error:
-                if self._strict:
-                    place = self.name(i)
-                    raise ConfigError(
-                        f"Cannot use {place} ({error}): repair or remove it."
-                    ) from error
                 rows[i - offset] = 0
                 self.bad[i] = str(error)
 
@@ -248,7 +244,6 @@ class LabelledImages(ImageSet):
         any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         passed = Passed()
         paths, labels, self.class_names = index_class_folders(
@@ -269,7 +264,6 @@ class LabelledImages(ImageSet):
             rule=rule,
             threads=threads,
             cache_bytes=cache_bytes,
-            strict=strict,
         )
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fastmoco.config import ConfigError, parse
+from fastmoco.config import ConfigError, dump, parse, parse_text
 from fastmoco.config.command import CommandParser
 from fastmoco.config.paths import matching, spelled_out
 from fastmoco.data.sources.choose import resolve_folders
@@ -76,6 +78,18 @@ def test_stars_are_sorted_and_what_is_missing_is_named(tmp_path: Path) -> None:
     for pattern, missing in (("b/{0..2}.tar", "b/2.tar"), ("*.tar", r"\*.tar")):
         with pytest.raises(ConfigError, match=f"{missing} does not exist"):
             found(pattern)
+
+
+def test_names_that_are_no_text_are_kept_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"/data/b\xe4d")
+    config = parse([f"--data.root={name}"])
+    assert parse_text(dump(config)) == config
+    for start in (lambda: CommandParser(prog="fastmoco any"), lambda: parse(["--data.root=a"])):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", "strict"))
+        start()
+        print(name, flush=True)
+        assert written.getvalue() == b"/data/b\\udce4d\n"
 
 
 def test_every_folder_of_a_run_and_of_a_command_is_spelled_out(

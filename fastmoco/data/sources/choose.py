@@ -18,7 +18,9 @@ OPEN: dict[str, Callable[[DataConfig], Source]] = {
         data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
     ),
     "list": lambda data: open_list(data.root, data.max_pixels, rescan=data.rescan),
-    "shards": lambda data: open_shards(data.root, data.max_pixels, rescan=data.rescan),
+    "shards": lambda data: open_shards(
+        data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
+    ),
 }
 
 
