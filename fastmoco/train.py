@@ -107,7 +107,7 @@ class Run:
         step, accumulate = self.step, self.config.optim.accumulate
         start, stop = self.done, self.stop_at
         progress = Progress(
-            self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
+            self.config, self.world, log, step.moco.queue, range(start, stop), self.per_epoch
         )
         if self.monitor and start == 0:
             raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
@@ -141,6 +141,7 @@ class Run:
         if regular or last or stopping:
             place = {"steps": self.done, "epoch": epoch}
             checkpoint.save(self.folder, self.step, **place, config=self.config, world=self.world)
+            progress.draw_report()
 
 
 def join_world(config: Config) -> ranks.World:
