@@ -25,8 +25,8 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
+from fastmoco.machine import stopping
 from fastmoco.method.moco import build_moco
-from fastmoco.run import stopping
 
 ROOT = Path(__file__).resolve().parent.parent
 

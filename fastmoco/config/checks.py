@@ -13,7 +13,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
         (1, _INFINITE),
     ),
     **dict.fromkeys(
-        [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
+        [f"run.{name}" for name in ("seed", "keep_checkpoints", "keep_every", "max_steps")]
+        + ["run.checkpoint_minutes"]
         + [
             "optim.lr",
             "optim.weight_decay",
@@ -62,6 +63,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
             f"{config.optim.epochs}: choose fewer."
+        )
+    if not all(0 <= level <= 255 for level in config.data.alpha_over):
+        raise ConfigError(
+            f"data.alpha_over is {list(config.data.alpha_over)}, but takes three levels from 0 to "
+            "255."
         )
     if config.model.width * 64 % 1:
         raise ConfigError(

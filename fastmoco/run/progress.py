@@ -116,9 +116,14 @@ class Progress:
             self._meter = None
             return {}
 
-    def draw_report(self) -> None:
-        """Renew the page about the run; what fails there is a warning, never the end of a run."""
-        if not self._world.is_main:
+    def draw_report(self, done: int, *, now: bool = False) -> None:
+        """Renew the page about the run where a checkpoint is due after `done` steps, or `now`.
+
+        What fails there is a warning, never the end of a run.
+        """
+        every = self._per_epoch * self._config.run.checkpoint_every
+        due = now or done % every == 0 or done == self._stop
+        if not due or not self._world.is_main:
             return
         folder = Path(self._config.run.dir)
         try:

@@ -79,9 +79,11 @@ def test_a_report_that_fails_is_a_warning_of_the_main_rank(tmp_path: Path) -> No
         mock.patch.object(log, "say", said.append),
         mock.patch("fastmoco.run.progress.write_report", side_effect=OSError("full")),
     ):
-        progress_of(tmp_path, log, World(1, 1, 2, torch.device("cpu"), "none")).draw_report()
+        other = World(1, 1, 2, torch.device("cpu"), "none")
+        progress_of(tmp_path, log, other).draw_report(10)
+        progress_of(tmp_path, log).draw_report(9)  # no checkpoint is due
         assert said == []
-        progress_of(tmp_path, log).draw_report()
+        progress_of(tmp_path, log).draw_report(10)
     assert said == ["WARNING: report.html was not renewed (OSError: full)."]
 
 
