@@ -114,7 +114,7 @@ PANELS = (
             Curve("train", "effective_rank_k", "keys"),
         ),
         low=1,
-        note="How many directions features use. It falls at first and rises again in a good run.",
+        note="How many directions features use; it falls in the first steps of any run.",
     ),
     Panel(
         "Uniformity of the features",
