@@ -117,7 +117,7 @@ class Run:
         step, accumulate = self.step, self.config.optim.accumulate
         start, stop = self.done, self.stop_at
         progress = Progress(
-            self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
+            self.config, self.world, log, step.moco.queue, range(start, stop), self.per_epoch
         )
         if self.monitor and start == 0:
             raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
@@ -141,6 +141,7 @@ class Run:
                 if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):
                     log.warn(warning)
                 self._evaluate(progress, log)
+                progress.draw_report(done, now=bool(asked))
                 if self.stopping:
                     break
                 progress.restart()

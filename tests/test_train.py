@@ -92,6 +92,7 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     assert main(arguments) == 0  # nothing left to do is no error
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "curves.png", "views.png", "latest.pth.tar"} <= names
+    assert "step 6, epoch 2.00" in (run / "report.html").read_text()
     assert [n for n in names if n.startswith("checkpoint_")] == [
         "checkpoint_0002_step00000006.pth.tar"
     ]

@@ -14,8 +14,15 @@ from html import escape
 from pathlib import Path
 
 from fastmoco.config import ConfigError, load
-from fastmoco.run.alarms import alarms
-from fastmoco.run.record import Record, knn_summary, read_metrics, series, train_summary
+from fastmoco.run.alarms import Alarm, Watch
+from fastmoco.run.record import (
+    WARMUP_STEPS,
+    Record,
+    knn_summary,
+    read_metrics,
+    series,
+    train_summary,
+)
 from fastmoco.run.svg_plot import Level, Line, level_swatch, number, plot, swatch
 
 NAME = "report.html"
@@ -100,6 +107,32 @@ PANELS = (
         (Curve("knn", "knn_top1", "trained encoder", 100),),
         low=0,
     ),
+    Panel(
+        "Effective rank of the features (RankMe)",
+        (
+            Curve("train", "effective_rank_q", "queries"),
+            Curve("train", "effective_rank_k", "keys"),
+        ),
+        low=1,
+        note="How many directions features use; it falls in the first steps of any run.",
+    ),
+    Panel(
+        "Uniformity of the features",
+        (Curve("train", "uniformity_q", "queries"), Curve("train", "uniformity_k", "keys")),
+        high=0,
+        note="Lower is more spread; 0 is one point.",
+    ),
+    Panel(
+        "Alignment of positive pairs",
+        (Curve("train", "alignment", "squared distance of query and key"),),
+        low=0,
+        note="Lower is closer; it counts only together with the uniformity.",
+    ),
+    Panel(
+        "Standard deviation per dimension",
+        (Curve("train", "std_q", "queries"), Curve("train", "std_k", "keys")),
+        low=0,
+    ),
     Panel("Learning rate", (Curve("train", "lr", "learning rate"),), low=0),
     Panel("Image pairs per second", (Curve("train", "images_per_second", "images/s"),), low=0),
     Panel(
@@ -109,6 +142,19 @@ PANELS = (
         high=100,
     ),
     Panel("Peak memory (GiB)", (Curve("train", "peak_memory_gib", "memory"),), low=0),
+    Panel(
+        "GPU utilization (%)",
+        (Curve("train", "gpu_utilization_percent", "GPU of rank 0"),),
+        low=0,
+        high=100,
+        note="One reading of NVML per point.",
+    ),
+    Panel(
+        "GPU power (W)",
+        (Curve("train", "power_w", "GPU of rank 0"),),
+        low=0,
+        note="One reading of NVML per point.",
+    ),
 )
 
 
@@ -160,6 +206,11 @@ def write_report(folders: Sequence[Path], out: Path, pictures: Sequence[Picture]
         partial.unlink(missing_ok=True)
 
 
+def _words(text: str) -> str:
+    """Text for the page, in which a number and its percent sign stay on one line."""
+    return escape(text).replace(" %", "\u00a0%")
+
+
 def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
     """The whole HTML text."""
     title = " and ".join(run.name for run in runs)
@@ -194,7 +245,7 @@ def _sentences(run: RunRecords, index: int, several: bool) -> str:
     metrics = run.folder / "metrics.jsonl"
     look = f"{swatch(index)} <b>{escape(run.name)}</b><br>" if several else ""
     lines = [train_summary(metrics), knn_summary(metrics)]
-    return f'<p class="summary">{look}{"<br>".join(map(escape, lines))}</p>'
+    return f'<p class="summary">{look}{"<br>".join(map(_words, lines))}</p>'
 
 
 def _alarms(runs: Sequence[RunRecords]) -> str:
@@ -202,13 +253,12 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
     items = []
     for run in runs:
         found: dict[str, tuple[str, float, float]] = {}
-        for epoch, sentence in _sentences_of_alarms(run):
-            kind = sentence.split()[0]
-            first = found.get(kind, (sentence, epoch, epoch))
-            found[kind] = (first[0], first[1], epoch)
+        for epoch, alarm in _alarms_of(run):
+            first = found.get(alarm.kind, (alarm.sentence, epoch, epoch))
+            found[alarm.kind] = (first[0], first[1], epoch)
         who = f"{run.name}, " if len(runs) > 1 else ""
         items += [
-            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {escape(sentence)}</li>"
+            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {_words(sentence)}</li>"
             for sentence, first, last in found.values()
         ]
     if not items:
@@ -216,18 +266,13 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
     return f'<section class="alarms"><h2>Alarms</h2><ul>{"".join(items)}</ul></section>'
 
 
-def _sentences_of_alarms(run: RunRecords) -> list[tuple[float, str]]:
-    """Epoch and sentence of every alarm, told again from the records and `config.yaml`."""
+def _alarms_of(run: RunRecords) -> list[tuple[float, Alarm]]:
+    """Every alarm with its epoch, told again from the records and `config.yaml`."""
     try:
-        config = load(run.folder / "config.yaml")
+        watch = Watch(load(run.folder / "config.yaml"))
     except (OSError, ConfigError):
         return []
-    return [
-        (record.epoch, sentence)
-        for record in run.records
-        if record.kind == "train" and {"loss", "pretext_top1"} <= record.values.keys()
-        for sentence in alarms(record, config)
-    ]
+    return [(record.epoch, alarm) for record in run.records for alarm in watch.see(record)]
 
 
 def _figure(panel: Panel, runs: Sequence[RunRecords]) -> str:
@@ -269,6 +314,12 @@ def _levels_of(panel: Panel, run: RunRecords) -> list[Level]:
     if name == "loss":
         guess = series(run.records, "train", "loss_random")[1]
         return [Level("ln(1 + K), a random guess", guess[-1])] if guess else []
+    if name == "std_q":
+        even = series(run.records, "train", "std_even")[1]
+        return [Level("spread evenly, 1/√C", even[-1])] if even else []
+    if name == "effective_rank_q":
+        first = [r for r in run.records if r.step <= WARMUP_STEPS and name in r.values][-1:]
+        return [Level("untrained encoder", r.values[name]) for r in first]
     if name == "knn_top1":
         marks = [r.values for r in run.records if r.kind == "knn_baseline"][-1:]
         words = (("untrained", "untrained encoder"), ("raw_pixel", "raw pixels"))
