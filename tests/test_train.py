@@ -105,6 +105,31 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     assert state(run)["module.queue_ptr"].item() == 6 * 8 % 40
 
 
+def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:
+    """It stops the run at the next step, and what was trained until then is saved."""
+    images(tmp_path / "data" / "train", 24, 0)
+    images(tmp_path / "data" / "test", 10, 1)
+    arguments = [
+        *(*NARROW, "--data.source", "folder", "--data.root", str(tmp_path / "data")),
+        *("--data.workers", "1", "--run.dir", str(tmp_path / "run"), "--optim.epochs", "9"),
+        *("--knn.every", "1", "--knn.resize", "32", "--run.checkpoint_every", "1000"),
+    ]
+    run = Run(parse(arguments), World(0, 0, 1, torch.device("cpu"), "none"))
+    calls = []
+
+    def trained(_: object) -> float:
+        calls.append(run.done)
+        run.request.made = len(calls) == 2  # the first is of the untrained encoder
+        return 0.5
+
+    assert run.monitor is not None
+    run.monitor.trained = trained  # type: ignore[method-assign, assignment]
+    run.train()
+    assert calls == [0, 3]
+    saved = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)
+    assert saved["fastmoco"]["step"] == run.done == 4
+
+
 def test_bad_files_are_replaced_counted_and_listed(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -64,6 +64,11 @@ def check(config: Config, world_size: int) -> None:
             f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
             f"{config.optim.epochs}: choose fewer."
         )
+    if not all(0 <= level <= 255 for level in config.data.alpha_over):
+        raise ConfigError(
+            f"data.alpha_over is {list(config.data.alpha_over)}, but takes three levels from 0 to "
+            "255."
+        )
     if config.model.width * 64 % 1:
         raise ConfigError(
             f"model.width {config.model.width} makes {config.model.width * 64:g} of the stem's 64 "

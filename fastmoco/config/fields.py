@@ -73,10 +73,12 @@ class DataConfig:
     """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
     files; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
-    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
-    For a list its file; for shards a folder of tar files, or one of them."""
+    """Folder of images: flat, nested or class folders; its `train` subfolder where `test` or `val`
+    is beside it. For a list its file; for shards tar files or their folder. `~`, `${HOME}`,
+    `{00..11}` and `*` are understood."""
     any_name: bool = False
-    """Whether files of a folder count as images by their content too, whatever their names."""
+    """Whether files of a folder, and members of shards, count as images by their content too,
+    whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
@@ -92,8 +94,14 @@ class DataConfig:
     within this many samples, for storage that is slow at random reads."""
     verify: bool = False
     """Decode every image once before training, with all cores, to find the bad ones."""
+    rescan: bool = False
+    """Index the images anew although nothing seems to have changed."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
+    alpha_over: tuple[int, int, int] = (255, 255, 255)
+    """RGB that transparent pixels are composed over; the default is white."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """`apply` turns an image as its EXIF orientation says; torchvision's ImageFolder ignores it."""
     max_bad_share: float = 0.01
     """Stop the run once more than this share of the samples had to be replaced."""
     synthetic_samples: int = 1_281_167
@@ -297,7 +305,7 @@ _NOT_IDENTITY = {
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
     *("run.max_steps", "run.timeout_s"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
-    *("data.verify", "data.max_bad_share"),
+    *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from fastmoco.config.command import print_any_name
 from fastmoco.config.fields import Config, ConfigError
 
 
@@ -97,6 +98,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") 
     Raises `ConfigError` for an unknown key, a wrong type or an unreadable file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    print_any_name()
     parser = _parser(prog)
     try:
         return _assemble(

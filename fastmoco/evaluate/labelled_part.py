@@ -1,14 +1,18 @@
-"""Which of the labelled images a classifier may learn from: shares that keep every class."""
+"""Which labelled images a classifier learns from: two folders, and shares that keep every class."""
 
 from __future__ import annotations
 
+import argparse
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastmoco.config import ConfigError
+from fastmoco.config.command import CommandParser
 from fastmoco.data.order import stream_key
+from fastmoco.evaluate.labelled_images import LabelledImages
 
 _LABELS, _HELD_OUT = 11, 12  # purposes of random streams
 
@@ -61,3 +65,46 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
             "One image per class leaves none to choose a learning rate on: use more --labels."
         )
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def labelled_parser(prog: str, description: str) -> CommandParser:
+    """The options of every command that trains on labels."""
+    options = CommandParser(prog=prog, description=description)
+    add = options.add_argument
+    add("--checkpoint", required=True, type=Path, help="any file or folder of weights")
+    add("--data.root", required=True, type=Path, dest="root", help="folder with train and test/val")
+    add("--out", type=Path, help="folder of results; default: a new one beside the checkpoint")
+    add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
+    add("--batch_size", type=int, default=256, help="over all ranks")
+    add("--image_size", type=int, default=224)
+    add("--resize", type=int, default=0, help="shorter edge before the centre crop; 0: 8/7 of size")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="reader processes; 0 chooses")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return options
+
+
+def check_numbers(given: argparse.Namespace, **least: int) -> None:
+    """Raises `ConfigError` for numbers that are too small; `least` names further options."""
+    for name, low in {"epochs": 1, "batch_size": 1, "image_size": 8, **least}.items():
+        if getattr(given, name) < low:
+            raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
+
+
+def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images in the evaluation view. Raises `ConfigError`."""
+    names = [n for n in ("test", "val") if (given.root / n).is_dir()]
+    if not (given.root / "train").is_dir() or not names:
+        raise ConfigError(f"{given.root} needs a folder train, and test or val, of class folders.")
+    resize = given.resize or given.image_size * 8 // 7
+    if resize < given.image_size:
+        raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
+    train, test = (
+        LabelledImages(given.root / name, resize=resize, image_size=given.image_size)
+        for name in ("train", names[0])
+    )
+    if train.class_names != test.class_names:
+        raise ConfigError(f"train and {names[0]} of {given.root} do not hold the same classes.")
+    kept = choose_labels(train.labels, given.labels, given.seed)
+    train.keep(kept.tolist())
+    return train, test

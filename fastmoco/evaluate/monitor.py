@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.evaluate.features import (
     BATCH_SIZE,
     FrozenTrunk,
@@ -45,7 +46,7 @@ class KnnTask:
         *,
         resize: int,
         image_size: int,
-        max_pixels: int,
+        rule: PixelRule,
         max_bank: int = 0,
         any_name: bool = False,
     ) -> None:
@@ -59,15 +60,11 @@ class KnnTask:
             resize=resize,
             image_size=image_size,
             max_images=max_bank,
-            max_pixels=max_pixels,
+            rule=rule,
             any_name=any_name,
         )
         self.test = LabelledImages(
-            test_root,
-            resize=resize,
-            image_size=image_size,
-            max_pixels=max_pixels,
-            any_name=any_name,
+            test_root, resize=resize, image_size=image_size, rule=rule, any_name=any_name
         )
         if world.is_main:
             for sentence in dict.fromkeys(self.bank.warnings + self.test.warnings):
@@ -159,7 +156,7 @@ class KnnMonitor:
             resize=knn.resize,
             image_size=config.augment.image_size,
             max_bank=knn.max_bank,
-            max_pixels=config.data.max_pixels,
+            rule=PixelRule.of(config.data),
             any_name=config.data.any_name,
         )
 

@@ -7,6 +7,7 @@ curves as inline SVG, no script, no network, light and dark and print.
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,6 +38,8 @@ h2{font-size:1.15rem;margin:1.6em 0 .6em}
 .alarms h2{margin:.3em 0}
 .alarms ul{margin:.3em 0;padding-left:1.2em}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:20px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:20px}
+.pictures img{max-width:100%;height:auto;background:#fff}
 figure{margin:0;min-width:0;break-inside:avoid}
 figcaption{font-weight:600}
 figure p{margin:.2em 0;color:var(--faint);font-size:13px}
@@ -134,15 +137,19 @@ def name_apart(folders: Sequence[Path]) -> list[str]:
     return [f"{i}: {folder.name}" for i, folder in enumerate(folders, 1)]
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write the page about these runs to `out`.
+Picture = tuple[str, str, bytes]
+"""Title, caption and PNG."""
+
+
+def write_report(folders: Sequence[Path], out: Path, pictures: Sequence[Picture] = ()) -> None:
+    """Write the page about these runs to `out`, with pictures behind the curves.
 
     The file appears whole, whoever reads it. Raises `ConfigError` for a folder without a run and
     where `out` cannot be written.
     """
     names = name_apart(folders)
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    text = page(runs)
+    text = page(runs, pictures)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -153,7 +160,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def page(runs: Sequence[RunRecords]) -> str:
+def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
     """The whole HTML text."""
     title = " and ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>"]
@@ -161,6 +168,7 @@ def page(runs: Sequence[RunRecords]) -> str:
     body += [_alarms(runs)]
     figures = [figure for panel in PANELS if (figure := _figure(panel, runs))]
     body += ['<h2>Curves over epochs</h2><div class="panels">', *figures, "</div>"]
+    body += [_pictures(pictures)] if pictures else []
     body += [_configuration(run) for run in runs]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -169,6 +177,17 @@ def page(runs: Sequence[RunRecords]) -> str:
         f"<title>{escape(title)}: fastmoco report</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _pictures(pictures: Sequence[Picture]) -> str:
+    figures = [
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<img alt="{escape(title)}" src="data:image/png;base64,{b64encode(png).decode()}">'
+        f"<p>{escape(caption)}</p></figure>"
+        for title, caption, png in pictures
+    ]
+    heading = "<h2>What the encoder holds to be alike</h2>"
+    return f'{heading}<div class="pictures">{"".join(figures)}</div>'
 
 
 def _sentences(run: RunRecords, index: int, several: bool) -> str:
