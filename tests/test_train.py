@@ -20,6 +20,7 @@ from PIL import Image
 from fastmoco.config import ConfigError, parse
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import REQUEUE
 from fastmoco.train import Run, main
 
 ROOT = Path(__file__).parent.parent
@@ -190,9 +191,17 @@ def test_run_directory_of_another_run_is_not_touched(
     assert "moco.temperature" in refused(
         capfd, *other, "--run.resume", str(latest), "--moco.temperature", "0.5"
     )
+    changed = ["--optim.epochs", "3", "--run.resume_changes", "allow"]
+    assert main([*NARROW, *run, *changed]) == 0
+    assert "optim.epochs 2 -> 3" in capfd.readouterr().out
+    assert records(tmp_path / "run")[-1]["step"] == 18
+    run += changed
     assert "not a file" in refused(capfd, *other, "--run.resume", str(tmp_path / "no.pth.tar"))
-    latest.resolve().write_bytes(b"half a checkpoint")
+    for path in (tmp_path / "run").glob("checkpoint_*"):
+        path.write_bytes(b"half a checkpoint")
     assert "cannot be resumed" in refused(capfd, *run)
+    (tmp_path / "run" / "config.yaml").write_text("optim: [")
+    assert "config.yaml cannot be read as a configuration" in refused(capfd, *run)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the super user may write anywhere")
@@ -264,7 +273,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.returncode == REQUEUE, output
     assert "stopped by a signal" in output
     done = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)["fastmoco"]["step"]
     assert done == records(tmp_path / "run")[-1]["step"]

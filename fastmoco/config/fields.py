@@ -37,6 +37,8 @@ class RunConfig:
     resume: str = "auto"
     """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or the path of
     a checkpoint, ours or the official trainer's, to go on from until `run.dir` has its own."""
+    resume_changes: Literal["refuse", "allow"] = "refuse"
+    """`allow` resumes with other settings than before, such as more epochs, and lists them."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -291,9 +293,17 @@ class Config:
 
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
-    *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
+    *(
+        "run.dir",
+        "run.resume",
+        "run.resume_changes",
+        "run.device",
+        "run.compile",
+        "run.log_every",
+        "run.timeout_s",
+    ),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
-    "run.max_steps",
+    *("run.max_steps", "run.timeout_s"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

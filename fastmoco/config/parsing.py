@@ -85,6 +85,13 @@ def _assemble(parser: ArgumentParser, parsed: Namespace) -> Config:
     return Config(**{field.name: groups[field.name] for field in fields(Config)})
 
 
+# What jsonargparse and yaml raise for a file or an option that is no configuration.
+UNREADABLE = (
+    *(ArgumentError, OSError, TypeError, LookupError, ValueError, AttributeError),
+    *(RecursionError, yaml.YAMLError),
+)
+
+
 def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") -> Config:
     """Configuration from `--config FILE` and dotted overrides; none at all means the demo recipe.
 
@@ -97,7 +104,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") 
         return _assemble(
             parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
         )
-    except (ArgumentError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -135,7 +142,7 @@ def validated(config: Config) -> Config:
 
 
 def load(path: Path) -> Config:
-    """Configuration from a file that `dump` wrote."""
+    """Configuration from a file that `dump` wrote. Raises `ConfigError` where it is damaged."""
     return parse(["--config", str(path)])
 
 

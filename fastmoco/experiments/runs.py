@@ -27,7 +27,7 @@ from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.config.parsing import recipe_path
 from fastmoco.experiments.grid import Grid, Options, Point, merged
 from fastmoco.machine.host import machine_cores
-from fastmoco.machine.stopping import StopRequest
+from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
 from fastmoco_kernels import processor
 
 RESULT = "experiment.json"
@@ -131,6 +131,7 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
     running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
     done = len(runs) - len(waiting)
     with StopRequest() as request:
+        request.patient = True
         try:
             while running or (waiting and not request.made):
                 while waiting and len(running) < jobs and not request.made:
@@ -175,7 +176,7 @@ def _close(run: Run, code: int, seconds: float) -> bool:
     """Write down how the run ended; False for one that a signal stopped, which has not."""
     log = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line for line in reversed(log) if line.strip()), "")
-    if code == 130 or (code == 0 and last.startswith("stopped by a signal")):
+    if code in (INTERRUPTED, REQUEUE):
         return False
     told = next((x for x in reversed(log) if x.startswith("fastmoco: ")), last)
     if code < 0:
