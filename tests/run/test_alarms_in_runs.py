@@ -56,7 +56,7 @@ def test_a_healthy_run_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_collapse_by_a_high_learning_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    collapse, *_ = warnings(tmp_path, capsys, "--optim.lr", "3")
+    collapse, *_ = warnings(tmp_path, capsys, "--optim.lr", "30")
     assert collapse.startswith("features collapse: the effective rank of the queries is 1.")
     assert "lower optim.lr" in collapse
 
