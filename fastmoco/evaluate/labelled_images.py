@@ -201,11 +201,15 @@ def index_class_folders(
         raise ConfigError(
             f"{root} holds {found}: labels need one folder of images per class in it."
         )
+    passed = Passed() if passed is None else passed
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
         try:
             listed = list(walk(str(folder), passed, any_name=any_name))
+        except PermissionError:
+            passed.shut.append(str(folder))
+            continue
         except OSError as error:
             raise ConfigError(
                 f"The folder {error.filename} cannot be listed: {error.strerror}; "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastmoco.config import ConfigError
+from fastmoco.config import Config, ConfigError, DataConfig, KnnConfig
 from fastmoco.config.command import CommandParser
 from fastmoco.data.order import stream_key
+from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.labelled_images import LabelledImages
 
 _LABELS, _HELD_OUT = 11, 12  # purposes of random streams
@@ -72,7 +75,10 @@ def labelled_parser(prog: str, description: str) -> CommandParser:
     options = CommandParser(prog=prog, description=description)
     add = options.add_argument
     add("--checkpoint", required=True, type=Path, help="any file or folder of weights")
-    add("--data.root", required=True, type=Path, dest="root", help="folder with train and test/val")
+    add("--data.root", default="", dest="root", help="folder with train and test/val")
+    add("--train", default="", help="class folders or a labelled list; else from the root")
+    add("--test", default="", help="class folders or a labelled list; else from the root")
+    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
     add("--out", type=Path, help="folder of results; default: a new one beside the checkpoint")
     add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
     add("--batch_size", type=int, default=256, help="over all ranks")
@@ -93,18 +99,27 @@ def check_numbers(given: argparse.Namespace, **least: int) -> None:
 
 def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images in the evaluation view. Raises `ConfigError`."""
-    names = [n for n in ("test", "val") if (given.root / n).is_dir()]
-    if not (given.root / "train").is_dir() or not names:
-        raise ConfigError(f"{given.root} needs a folder train, and test or val, of class folders.")
+    named = KnnConfig(train_root=given.train, test_root=given.test)
+    knn = resolve_folders(Config(data=DataConfig(root=given.root), knn=named)).knn
+    roots = Path(knn.train_root), Path(knn.test_root)
+    if not (knn.train_root and knn.test_root) or roots[1].is_relative_to(roots[0]):
+        where = given.root or "--data.root"
+        raise ConfigError(
+            f"{where} needs a folder train, and test or val, of class folders: or name folders or "
+            "labelled lists in --train and --test."
+        )
     resize = given.resize or given.image_size * 8 // 7
     if resize < given.image_size:
         raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
+    view = {"resize": resize, "image_size": given.image_size}
     train, test = (
-        LabelledImages(given.root / name, resize=resize, image_size=given.image_size)
-        for name in ("train", names[0])
+        LabelledImages(root, **view, any_name=given.any_name == "true") for root in roots
     )
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in dict.fromkeys(train.warnings + test.warnings):
+            print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     if train.class_names != test.class_names:
-        raise ConfigError(f"train and {names[0]} of {given.root} do not hold the same classes.")
+        raise ConfigError(f"{roots[0]} and {roots[1]} do not hold the same classes.")
     kept = choose_labels(train.labels, given.labels, given.seed)
     train.keep(kept.tolist())
     return train, test

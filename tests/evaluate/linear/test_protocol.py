@@ -192,6 +192,15 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(
     assert printed.count("chosen") == 1
     assert len([x for x in printed.splitlines() if x.count("%") == 3]) == 30
     assert json.loads((place / "o" / "results.jsonl").read_text())["images"] == 12
+    lists = []
+    for split in ("train", "test"):  # the same images and labels as lists
+        rows = [f"{path},{path.parent.name}" for path in sorted((place / split).glob("*/*.*"))]
+        (place / "o" / f"{split}.csv").write_text("\n".join(rows))
+        lists += [f"--{split}", str(place / "o" / f"{split}.csv")]
+    assert linear.main([*root[:2], *lists, *small, "--out", str(place / "o")]) == 0
+    by_folder, by_list = (place / "o" / "results.jsonl").read_text().splitlines()
+    assert by_list == by_folder
+    capsys.readouterr()
     for arguments, part in (
         ([*root, "--labels", "9-per-class"], "has only 8"),
         ([*root, "--epochs", "0"], "--epochs is 0"),
@@ -200,7 +209,7 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(
         ([*root, "--crops", "2"], "--crops is for --cached"),
         ([*root, "--workers", "2", "--cached"], "leave it out with --cached"),
         (["--checkpoint", "nowhere", "--data.root", "x"], "nowhere does not exist"),
-        ([*root[:2], "--data.root", str(place / "train")], "needs a folder train"),
+        ([*root[:2], "--data.root", str(place / "o")], "needs a folder train"),
     ):
         assert linear.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
