@@ -14,7 +14,7 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.run.curves import draw_curves
-from fastmoco.run.html_report import NAME, Picture, write_report
+from fastmoco.run.page.html_report import NAME, Picture, write_report
 from fastmoco.run.record import knn_summary, train_summary
 
 

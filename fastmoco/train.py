@@ -33,12 +33,12 @@ from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
 from fastmoco.run.record import knn_summary
+from fastmoco.run.tracker import tracked
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
-
 
 # Errors whose message is one sentence for the user.
 SENTENCES = (
@@ -90,6 +90,7 @@ class Run:
             directory.claimed(self.config, main),
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
+            tracked(self.config, log.warn, enabled=main) as log.send,
         ):
             for line in self.lines:
                 log.say(line)

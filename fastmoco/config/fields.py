@@ -59,6 +59,8 @@ class RunConfig:
     """Number of most recent checkpoints kept; 0 keeps all of them."""
     keep_every: int = 0
     """The checkpoints at the ends of epochs that are multiples of this stay for good; 0: none."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Sends the records of metrics.jsonl to Weights & Biases, MLflow or trackio as well."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
     timeout_s: float = 600.0
@@ -303,7 +305,7 @@ _NOT_IDENTITY = {
         "run.timeout_s",
     ),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
-    *("run.max_steps", "run.timeout_s"),
+    *("run.max_steps", "run.timeout_s", "run.tracker"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

@@ -13,9 +13,9 @@ from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
 from fastmoco.run.alarms import Watch
-from fastmoco.run.html_report import NAME, write_report
 from fastmoco.run.logbook import Logbook, train_line
 from fastmoco.run.metrics import Clock, Metrics, QueueChange, peak_memory_gib
+from fastmoco.run.page.html_report import NAME, write_report
 from fastmoco.run.record import WARMUP_STEPS, Record, read_metrics
 
 # A demo that takes longer than this has gone wrong, and its user should not wait to find out.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastmoco.config import ConfigError, load
 from fastmoco.run.alarms import Alarm, Watch
+from fastmoco.run.page.svg_plot import Level, Line, level_swatch, number, plot, swatch
 from fastmoco.run.record import (
     WARMUP_STEPS,
     Record,
@@ -23,7 +24,6 @@ from fastmoco.run.record import (
     series,
     train_summary,
 )
-from fastmoco.run.svg_plot import Level, Line, level_swatch, number, plot, swatch
 
 NAME = "report.html"
 # Six colours that stay apart for colour-blind readers (Okabe and Ito), darkened for white paper.

@@ -13,8 +13,8 @@ import pytest
 
 from fastmoco.config import ConfigError
 from fastmoco.report import main
-from fastmoco.run.html_report import name_apart, write_report
-from fastmoco.run.svg_plot import Line, number, plot, thinned, ticks
+from fastmoco.run.page.html_report import name_apart, write_report
+from fastmoco.run.page.svg_plot import Line, number, plot, thinned, ticks
 
 CONFIG = "optim: {global_batch_size: 64}\nmoco: {symmetric: false, queue_size: 128}\n"
 
