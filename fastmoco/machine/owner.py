@@ -150,7 +150,7 @@ class Owner:
     def _claim(self) -> None:
         """Of several processes that find a dead owner's mark at once, one gets the folder."""
         path = self._folder / NAME
-        whole = path.with_name(f".{NAME}.{os.getpid()}")
+        whole = path.with_name(f".{NAME}.{self._mark.token}")
         whole.write_text(json.dumps(asdict(self._mark)), encoding="utf-8")
         try:
             while not self.holds():
