@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from fastmoco.config.fields import Config, ConfigError, flatten
 
 _INFINITE = float("inf")
@@ -13,7 +15,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
         (1, _INFINITE),
     ),
     **dict.fromkeys(
-        [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
+        [f"run.{name}" for name in ("seed", "keep_checkpoints", "keep_every", "max_steps")]
+        + ["run.checkpoint_minutes"]
         + [
             "optim.lr",
             "optim.weight_decay",
@@ -63,6 +66,11 @@ def check(config: Config, world_size: int) -> None:
             f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
             f"{config.optim.epochs}: choose fewer."
         )
+    if not all(0 <= level <= 255 for level in config.data.alpha_over):
+        raise ConfigError(
+            f"data.alpha_over is {list(config.data.alpha_over)}, but takes three levels from 0 to "
+            "255."
+        )
     if config.model.width * 64 % 1:
         raise ConfigError(
             f"model.width {config.model.width} makes {config.model.width * 64:g} of the stem's 64 "
@@ -86,6 +94,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"A BN group of {group} sample has no variance to normalize with: raise "
             f"optim.global_batch_size above {world_size * config.optim.accumulate}."
+        )
+    if config.run.tracker != "none" and importlib.util.find_spec(config.run.tracker) is None:
+        raise ConfigError(
+            f"run.tracker is {config.run.tracker}, but the package is not installed: pip install "
+            f"{config.run.tracker}, or set run.tracker to none."
         )
     _check_mechanism(config)
 

@@ -19,6 +19,7 @@ from fastmoco.data.backends.engine import Engine
 from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
@@ -81,8 +82,11 @@ def build_loader(
     world_size: int = 1,
     device: torch.device,
     key_rows: KeyRows | None = None,
+    labelled: bool = False,
 ) -> Loader:
     """The loader that the configuration describes, for one rank.
+
+    labelled: one view of each image, and the incomplete last batch of an epoch too; see `Plan`.
 
     key_rows(micro_step) permutes the rows of the global micro-batch, identically on every rank, and
     must be picklable; without it the keys are views of the queries' samples. config: from
@@ -91,13 +95,13 @@ def build_loader(
     synthetic = config.data.source == "synthetic"
     source = None if synthetic else open_source(config)
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
-    plan = make_plan(config, source, samples, rank, world_size, key_rows)
+    plan = make_plan(config, source, samples, rank, world_size, key_rows, labelled=labelled)
     bad = BadSamples(config, source, rank)
     reader: Reader | None = None
     if source is not None:
-        reader = Reader(source, config.run.seed, config.data.max_pixels)
+        reader = Reader(source, config.run.seed, PixelRule.of(config.data))
         if config.data.verify:
-            found = verify(source, config.data.max_pixels)
+            found = verify(source, reader.rule)
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
@@ -111,10 +115,12 @@ def make_plan(
     rank: int = 0,
     world_size: int = 1,
     key_rows: KeyRows | None = None,
+    *,
+    labelled: bool = False,
 ) -> Plan:
     """Which samples and rows every micro-batch has. Raises `ConfigError` for too few samples."""
     global_batch = config.optim.global_batch_size
-    if samples < global_batch:
+    if samples < global_batch and not labelled:
         raise ConfigError(
             f"optim.global_batch_size {global_batch} exceeds the {samples} samples of the data "
             f"set: choose at most {samples}."
@@ -126,10 +132,11 @@ def make_plan(
     return Plan(
         order=order,
         seed=config.run.seed,
-        steps_per_epoch=samples // global_batch,
+        steps_per_epoch=-(-samples // global_batch) if labelled else samples // global_batch,
         accumulate=config.optim.accumulate,
         local_batch=config.local_batch_size(world_size),
         rank=rank,
         world_size=world_size,
         key_rows=key_rows,
+        views=1 if labelled else 2,
     )

@@ -18,18 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ConfigError, DataConfig
+from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from fastmoco.data.pixels.rule import RGB8, PixelRule
+from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
-MAX_PIXELS = DataConfig().max_pixels
 
 
-def eval_view(
-    data: bytes, resize: int, image_size: int, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8) -> np.ndarray:
     """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
 
     The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
@@ -38,7 +37,7 @@ def eval_view(
 
     Raises `BadImage` as `decode` does.
     """
-    image = decode(data, max_pixels)
+    image = decode(data, rule)
     width, height = image.size
     shorter = min(width, height)
     if shorter != resize:
@@ -55,7 +54,6 @@ class ImageSet:
     read: encoded bytes of image i; raises `OSError` where the file cannot be read.
     name: what to call image i in a report.
     known_bad: reasons of images that need no second look.
-    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
     Decoded pixels stay in memory when all n views fit into `cache_bytes`.
     """
 
@@ -68,17 +66,16 @@ class ImageSet:
         resize: int,
         image_size: int,
         known_bad: dict[int, str] | None = None,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         self.name = name
         self.resize = resize
         self.image_size = image_size
         self.bad: dict[int, str] = dict(known_bad or {})
         """Reason by image, of those that this rank knows to be bad."""
-        self._read, self._max_pixels, self._strict = read, max_pixels, strict
+        self._read, self.rule = read, rule
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._cache_bytes = cache_bytes
         self._resize_to(n)
@@ -148,12 +145,15 @@ class ImageSet:
     def _shape(self, n: int) -> tuple[int, int, int, int]:
         return (n, self.image_size, self.image_size, 3)
 
-    def _view(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises `BadImage` where they cannot be read."""
         try:
-            data = self._read(i)
+            return self._read(i)
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        return eval_view(data, self.resize, self.image_size, self._max_pixels)
+
+    def _view(self, i: int) -> np.ndarray:
+        return eval_view(self.read(i), self.resize, self.image_size, self.rule)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
@@ -165,11 +165,6 @@ class ImageSet:
                     raise BadImage(self.bad[i])
                 rows[i - offset] = self._view(i)
             except BadImage as error:
-                if self._strict:
-                    place = self.name(i)
-                    raise ConfigError(
-                        f"Cannot use {place} ({error}): repair or remove it."
-                    ) from error
                 rows[i - offset] = 0
                 self.bad[i] = str(error)
 
@@ -182,18 +177,23 @@ class ImageSet:
 def index_class_folders(
     root: Path, *, any_name: bool = False, passed: Passed | None = None
 ) -> tuple[list[Path], list[int], list[str]]:
-    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
+    """Image paths, their labels and the class names of `root/<class>/.../<image>`, or of a list.
 
     Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
     What counts as an image, and which files and folders are hidden, is as in training; `passed`
     takes note of the rest. A class folder without images keeps its label.
 
+    A file is read as a list with a column of labels, see `labelled_list`.
+
     Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
     holds a folder that cannot be listed.
     """
+    if root.is_file():
+        return labelled_list(root)
     if not root.is_dir():
         raise ConfigError(
-            f"No folder {root}: labels need a folder that holds one folder per class."
+            f"No folder {root}: labels need a folder that holds one folder per class, or a list "
+            "with labels."
         )
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
@@ -201,11 +201,15 @@ def index_class_folders(
         raise ConfigError(
             f"{root} holds {found}: labels need one folder of images per class in it."
         )
+    passed = Passed() if passed is None else passed
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
         try:
             listed = list(walk(str(folder), passed, any_name=any_name))
+        except PermissionError:
+            passed.shut.append(str(folder))
+            continue
         except OSError as error:
             raise ConfigError(
                 f"The folder {error.filename} cannot be listed: {error.strerror}; "
@@ -240,11 +244,10 @@ class LabelledImages(ImageSet):
         resize: int,
         image_size: int,
         max_images: int = 0,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
         any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         passed = Passed()
         paths, labels, self.class_names = index_class_folders(
@@ -262,10 +265,9 @@ class LabelledImages(ImageSet):
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,
-            max_pixels=max_pixels,
+            rule=rule,
             threads=threads,
             cache_bytes=cache_bytes,
-            strict=strict,
         )
 
     def keep(self, rows: Sequence[int]) -> None:

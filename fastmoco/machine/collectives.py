@@ -147,6 +147,18 @@ def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
         target.copy_(mean.view_as(target))
 
 
+@contextmanager
+def averaged(tensors: Sequence[Tensor], world: World) -> Iterator[None]:
+    """Inside, fp32 tensors hold their mean over ranks; afterwards each rank has its own again."""
+    own = [t.clone() for t in tensors] if world.size > 1 else []
+    all_reduce_mean_(tensors, world)
+    try:
+        yield
+    finally:
+        for target, value in zip(tensors, own, strict=False):
+            target.copy_(value)
+
+
 def gather_rows(x: Tensor, world: World) -> Tensor:
     """(n, D) with an n of its own on each rank to all rows in rank order, on every rank."""
     if world.size == 1:
@@ -176,6 +188,36 @@ def any_rank(flag: bool, world: World) -> bool:
     total = torch.tensor(int(flag), device=world.device)
     dist.all_reduce(total, dist.ReduceOp.MAX)
     return bool(total.item())
+
+
+class SharedRequest:
+    """The most urgent request of any rank, known to all of them after the same step.
+
+    Requests travel by gloo beside the step: no rank waits for its device, and each learns at step
+    n what was asked for until step n - 1.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._level = torch.zeros((), dtype=torch.int64)
+        self._sent: Any = None
+
+    def poll(self, level: int) -> int:
+        """Tell the others `level`; the highest one that anybody told. Call it once per step."""
+        if self._group is None:
+            return level
+        asked = self.settle()
+        self._level.fill_(max(level, asked))
+        self._sent = dist.all_reduce(self._level, dist.ReduceOp.MAX, self._group, async_op=True)
+        return asked
+
+    def settle(self) -> int:
+        """Wait for what is on its way; 0 where nothing is."""
+        if self._sent is None:
+            return 0
+        self._sent.wait()
+        self._sent = None
+        return int(self._level)
 
 
 def barrier(world: World) -> None:

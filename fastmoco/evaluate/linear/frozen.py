@@ -17,23 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmoco.config import AugmentConfig, ConfigError
+from fastmoco.config import ConfigError
 from fastmoco.data.backends.array import Canvas
+from fastmoco.data.decode import BadImage
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco.evaluate.features import filled_up
 from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.evaluate.labelled_training import crop_and_flip
 from fastmoco.network.encoder import NormalizePixels, build_encoder
 from fastmoco.weights.read import read
-
-MAX_PIXELS = 178_956_970
-
-
-def crop_and_flip(side: int) -> AugmentConfig:
-    """The augmentation of linear classification: RandomResizedCrop of area 0.08-1, and flip."""
-    return AugmentConfig(
-        image_size=side, min_area=0.08, jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0.5
-    )
 
 
 class FrozenTrunk(nn.Module):
@@ -70,7 +63,7 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     """Crop number `crop` of some images, uint8 (len(rows), S, S, 3): what training would show.
 
     It is the view that the training loader shows of the image in epoch `crop`, drawn from the
-    image's position in that epoch. Raises `ConfigError` for unreadable files.
+    image's position in that epoch. That of a bad image is black, and `images.bad` has the reason.
     """
     n, side = len(images), images.image_size
     augment = crop_and_flip(side)
@@ -81,9 +74,10 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     def one(index: int) -> None:
         row, canvas = rows[index], Canvas(side, augment.recipe)
         try:
-            image = canvas.decode(images.paths[row].read_bytes(), MAX_PIXELS)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"Cannot decode {images.paths[row]} ({error}).") from error
+            image = canvas.decode(images.read(row), images.rule)
+        except BadImage as error:
+            images.bad[row], out[index] = str(error), 0
+            return
         size = np.array([[image.shape[2], image.shape[1]]], np.int32)
         uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
         out[index] = canvas.execute(image, view_table(augment, uniforms, size), 0)
@@ -106,9 +100,10 @@ def stored_features(
 ) -> Tensor:
     """Features (V, n, D) fp32 on the CPU, mapped from a file in `folder` that is computed once.
 
-    crops 0: V = 1, the centre crop; else V = crops random ones, fixed by `seed`. The file's name
-    holds a hash of the weights, the list of images and the view. An interrupted computation goes
-    on at the batch it had reached. Raises `ConfigError` where the file cannot be written.
+    crops 0: V = 1, the centre crop; else V = crops random ones, fixed by `seed`. Features of a bad
+    image are NaN. The file's name holds a hash of the weights, the list of images and the view. An
+    interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
+    cannot be written.
     """
     said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
@@ -129,6 +124,7 @@ def stored_features(
             pixels = random_crops(images, rows, view, seed) if crops else images.load(start, stop)
             full = filled_up(pixels, batch_size).to(device)
             stored[view, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
+            stored[view, [row for row in rows if row in images.bad]] = np.nan
             if number % 64 == 63 or number + 1 == len(starts):
                 stored.flush()
                 note.write_text(json.dumps({"batches": number + 1}))

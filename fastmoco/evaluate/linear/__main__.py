@@ -12,48 +12,45 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.config.command import CommandParser
-from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.evaluate.labelled_part import choose_labels, hold_out
-from fastmoco.evaluate.linear_cached import Schedule, sweep
-from fastmoco.evaluate.linear_protocol import Protocol, TrunkChangedError
+from fastmoco.evaluate.labelled_part import (
+    both_folders,
+    check_numbers,
+    hold_out,
+    labelled_parser,
+)
+from fastmoco.evaluate.linear.cached import Schedule, sweep
+from fastmoco.evaluate.linear.frozen import FrozenTrunk, stored_features
+from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.cache import cache_folder
 
 
 def parser() -> CommandParser:
     """The options."""
-    options = CommandParser(prog="fastmoco linear", description=__doc__)
+    options = labelled_parser("fastmoco linear", __doc__ or "")
     add = options.add_argument
-    add("--checkpoint", required=True, type=Path, help="any file or folder of weights")
-    add("--data.root", required=True, type=Path, dest="root", help="folder with train and test/val")
-    add("--out", type=Path, help="folder of results; default: linear beside the checkpoint")
     add("--cached", action="store_true", help="sweep on stored features of fixed crops")
     add("--crops", type=int, default=0, help="cached: fixed random crops per image; 0: the centre")
-    add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
     add("--lr", type=float, help="full protocol: learning rate; default 30")
     add("--epochs", type=int, default=100)
     add("--milestones", type=int, nargs="*", help="epochs that divide lr by 10; default 60%%, 80%%")
-    add("--batch_size", type=int, default=256, help="over all ranks")
-    add("--image_size", type=int, default=224)
-    add("--resize", type=int, default=0, help="shorter edge before the centre crop; 0: 8/7 of size")
-    add("--seed", type=int, default=0)
-    add("--workers", type=int, default=0, help="reader processes of the full protocol; 0 chooses")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return options
 
 
 def schedule_of(given: argparse.Namespace) -> Schedule:
     """Raises `ConfigError` for numbers that cannot train."""
-    for name, low in (("epochs", 1), ("batch_size", 1), ("image_size", 8), ("crops", 0)):
-        if getattr(given, name) < low:
-            raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
+    check_numbers(given, crops=0)
     if given.cached and given.lr is not None:
         raise ConfigError("--cached trains many learning rates at once: leave out --lr.")
+    if given.cached and given.workers:
+        raise ConfigError("--workers is for the full protocol: leave it out with --cached.")
     if given.crops and not given.cached:
         raise ConfigError("--crops is for --cached; the full protocol draws new crops each epoch.")
     if given.lr is not None and not 0 < given.lr < float("inf"):
@@ -61,25 +58,6 @@ def schedule_of(given: argparse.Namespace) -> Schedule:
     scaled = (given.epochs * 6 // 10, given.epochs * 8 // 10)
     steps = scaled if given.milestones is None else tuple(given.milestones)
     return Schedule(given.epochs, given.batch_size, steps, seed=given.seed)
-
-
-def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test images in the evaluation view. Raises `ConfigError`."""
-    names = [n for n in ("test", "val") if (given.root / n).is_dir()]
-    if not (given.root / "train").is_dir() or not names:
-        raise ConfigError(f"{given.root} needs a folder train, and test or val, of class folders.")
-    resize = given.resize or given.image_size * 8 // 7
-    if resize < given.image_size:
-        raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
-    train, test = (
-        LabelledImages(given.root / name, resize=resize, image_size=given.image_size, strict=True)
-        for name in ("train", names[0])
-    )
-    if train.class_names != test.class_names:
-        raise ConfigError(f"train and {names[0]} of {given.root} do not hold the same classes.")
-    kept = choose_labels(train.labels, given.labels, given.seed)
-    train.keep(kept.tolist())
-    return train, test
 
 
 def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
@@ -93,12 +71,13 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
     crops = stored_features(trunk, train, store, crops=given.crops, **options)
     centre = crops if not given.crops else stored_features(trunk, train, store, **options)
     tested = stored_features(trunk, test, store, **options)
-    learn, choose = hold_out(train.labels, 0.1, given.seed)
+    known, good = good_rows(train, crops, centre), good_rows(test, tested)
+    learn, choose = (known[part] for part in hold_out(train.labels[known], 0.1, given.seed))
     device = world.device
     found = sweep(
         (crops[:, learn].to(device), train.labels[learn].to(device)),
         (centre[0, choose].to(device), train.labels[choose].to(device)),
-        (tested[0].to(device), test.labels.to(device)),
+        (tested[0, good].to(device), test.labels[good].to(device)),
         classes=len(train.class_names),
         schedule=schedule,
         progress=show,
@@ -111,8 +90,25 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
         "weight_decay": decay,
         "held_out_top1": found.held_out[found.best],
         "val_top1": found.test[found.best],
-        "images": len(train),
+        "val_top5": found.test_top5[found.best],
+        "images": len(known),
+        "test_images": len(good),
     }
+
+
+def good_rows(images: LabelledImages, *stored: Tensor) -> Tensor:
+    """Indices of the images whose features of (V, n, D) are not NaN; a warning names the others.
+
+    Raises `ConfigError` where none is left.
+    """
+    bad = torch.stack([features[:, :, 0].isnan().any(dim=0) for features in stored]).any(dim=0)
+    images.exclude(bad.nonzero().flatten().tolist())
+    sentence = images.bad_sentence("images")
+    if bad.all():
+        raise ConfigError(f"No image can be used: {sentence}")
+    if sentence:
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+    return (~bad).nonzero().flatten()
 
 
 def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
@@ -129,7 +125,7 @@ def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> d
         world=world,
         workers=given.workers,
     )
-    return protocol.run()
+    return protocol.run() | {"lr": protocol.lr, "weight_decay": 0.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
