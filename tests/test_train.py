@@ -22,6 +22,7 @@ from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import REQUEUE
 from fastmoco.train import Run, main
+from tests.support.final_state import assert_same_bits, final_state
 
 ROOT = Path(__file__).parent.parent
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -38,20 +39,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(folder / "latest.pth.tar", weights_only=True)
-    tensors = dict(content["state_dict"])
-    for index, buffers in content["optimizer"]["state"].items():
-        tensors[f"momentum.{index}"] = buffers["momentum_buffer"]
-    return tensors
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
 @pytest.mark.processor
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: str) -> None:
@@ -60,7 +47,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: st
     assert main([*common, "--run.dir", str(tmp_path / "whole")]) == 0
     for stop in ("4", "7", "0"):
         assert main([*common, "--run.dir", str(tmp_path / "parts"), "--run.max_steps", stop]) == 0
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     steps = {r["step"]: r["loss"] for r in records(tmp_path / "whole")}
     again = {r["step"]: r["loss"] for r in records(tmp_path / "parts")}
     assert steps[12] == pytest.approx(again[12], rel=1e-6)
@@ -103,7 +90,7 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     accuracies = [r["knn_top1"] for r in records(run) if r["kind"] == "knn"]
     assert len(accuracies) >= 2
     assert all(0 <= a <= 1 for a in accuracies)
-    assert state(run)["module.queue_ptr"].item() == 6 * 8 % 40
+    assert final_state(run)["module.queue_ptr"].item() == 6 * 8 % 40
 
 
 def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:

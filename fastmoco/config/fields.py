@@ -295,15 +295,7 @@ class Config:
 
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
-    *(
-        "run.dir",
-        "run.resume",
-        "run.resume_changes",
-        "run.device",
-        "run.compile",
-        "run.log_every",
-        "run.timeout_s",
-    ),
+    *("run.dir", "run.resume", "run.resume_changes", "run.device", "run.compile", "run.log_every"),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
     *("run.max_steps", "run.timeout_s", "run.tracker"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),

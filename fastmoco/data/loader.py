@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
@@ -20,6 +21,7 @@ from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.pixels.survey import Survey, survey
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
@@ -31,9 +33,10 @@ class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
     def __init__(
-        self, plan: Plan, engine: Engine, bad: BadSamples, source: Source | None = None
+        self, plan: Plan, engine: Engine, bad: BadSamples, reader: Reader | None = None
     ) -> None:
-        self.plan, self._engine, self.bad_samples = plan, engine, bad
+        self.plan, self._engine, self.bad_samples, self._reader = plan, engine, bad, reader
+        source = reader.source if reader else None
         self.notes = source.notes if source else []
         """What the source passed over, one sentence each; `warnings` those to act on."""
         self.warnings = (source.warnings if source else []) + bad.sentences()
@@ -44,6 +47,11 @@ class Loader:
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data; host time, without device syncs."""
         self._next: int | None = None
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """What a sample of the pictures looks like; None where there are no files."""
+        return survey(self._reader.source, self._reader.rule) if self._reader else None
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps start_step .. end_step - 1, `optim.accumulate` for each, in order.
@@ -105,7 +113,7 @@ def build_loader(
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    return Loader(plan, build_engine(config, plan, reader, device), bad, source)
+    return Loader(plan, build_engine(config, plan, reader, device), bad, reader)
 
 
 def make_plan(

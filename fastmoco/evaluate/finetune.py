@@ -11,7 +11,6 @@ n local batch, C classes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,14 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
+from fastmoco.evaluate.features import trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import both_folders, check_numbers, labelled_parser
-from fastmoco.evaluate.labelled_training import LabelledTraining
+from fastmoco.evaluate.labelled_training import LabelledTraining, keep_result, new_head
 from fastmoco.evaluate.options import command
 from fastmoco.machine.collectives import averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import NormalizePixels, build_encoder
+from fastmoco.network.encoder import NormalizePixels
 from fastmoco.weights import files
 from fastmoco.weights.checksums import checksums
 from fastmoco.weights.read import Weights, read
@@ -39,22 +39,12 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Classifier(nn.Module):
-    """The trunk of a file and a new linear head: uint8 (n, S, S, 3) to logits (n, C) in fp32.
-
-    The head starts with weights from N(0, 0.01^2), by `seed`, and bias 0.
-    """
+    """The trunk of a file and a `new_head`: uint8 (n, S, S, 3) to logits (n, C) in fp32."""
 
     def __init__(self, weights: Weights, classes: int, seed: int, device: torch.device) -> None:
         super().__init__()
-        self.network = build_encoder(weights.architecture.config())
-        self.network.add_module("fc", nn.Identity())
-        self.network.load_state_dict(weights.trunk)
-        head = nn.Linear(weights.features, classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
-            head.bias.zero_()
-        self.network.add_module("fc", head)
+        self.network = trunk_of(weights)
+        self.network.add_module("fc", new_head(weights.features, classes, seed))
         self.normalize_pixels = NormalizePixels(device)
         self.to(device)
 
@@ -233,8 +223,7 @@ def _finetune(given: argparse.Namespace, world: World) -> None:
     saved = files.load(given.out / "finetune.pth.tar")["state_dict"]
     files.write_torch(given.out / "classifier.pth", saved)
     recipe = {name: getattr(given, name) for name in ("lr", "head_lr", "layer_decay", "labels")}
-    with (given.out / "results.jsonl").open("a") as file:
-        file.write(json.dumps({**result, **recipe, "seed": given.seed}) + "\n")
+    keep_result(given.out, {**result, **recipe, "seed": given.seed})
     print(
         f"fine-tuned top-1 {100 * training.best:.2f} %; the network, in torchvision's format with "
         f"{len(train.class_names)} classes, is {given.out / 'classifier.pth'}"

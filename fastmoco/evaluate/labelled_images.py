@@ -159,19 +159,21 @@ class ImageSet:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
         rows = into.numpy()
 
-        def one(i: int) -> None:
+        def one(i: int) -> str:
             try:
                 if i in self.bad:
                     raise BadImage(self.bad[i])
                 rows[i - offset] = self._view(i)
             except BadImage as error:
                 rows[i - offset] = 0
-                self.bad[i] = str(error)
+                return str(error)
+            return ""
 
         if indices:
             with ThreadPoolExecutor(self._threads) as pool:
-                # Consuming the results raises what a thread raised.
-                list(pool.map(one, indices))
+                reasons = list(pool.map(one, indices))
+            # In the order of the images, whichever thread was the first.
+            self.bad |= {i: why for i, why in zip(indices, reasons, strict=True) if why}
 
 
 def index_class_folders(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
@@ -47,13 +47,32 @@ def names_digest(images: LabelledImages) -> str:
 
 
 def place_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """int64 (n,): how many classes of (n, C) are not less likely than the label's own.
+    """How many of C classes are not less likely than the label's own, int64.
+
+    logits: (n, C), labels: (n,); or with more dimensions, (n, S, C) and (n, S).
 
     Equal logits count against the label, and a logit that is not finite puts it last, so a
     classifier that says nothing scores nothing.
     """
-    own = logits.gather(1, labels[:, None])
-    return (~(logits < own)).sum(dim=1) - 1 + (~own[:, 0].isfinite()) * logits.shape[1]
+    own = logits.gather(-1, labels[..., None])
+    return (~(logits < own)).sum(dim=-1) - 1 + (~own[..., 0].isfinite()) * logits.shape[-1]
+
+
+def new_head(features: int, classes: int, seed: int) -> nn.Linear:
+    """A classifier that has learned nothing: weights from N(0, 0.01^2), by `seed`, and bias 0."""
+    head = nn.Linear(features, classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
+        head.bias.zero_()
+    return head
+
+
+def keep_result(out: Path, record: dict[str, object]) -> None:
+    """Add a line to `results.jsonl`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 class LabelledTraining:

@@ -60,15 +60,15 @@ def pictures(run: Path, root: str, device: torch.device) -> list[tuple[str, str,
     """
     parser = evaluation_parser("fastmoco report", "")
     labelled_options(parser)
+    world = World(0, 0, 1, device, "none")
     found: list[tuple[str, str, bytes]] = []
     sets: tuple[LabelledImages, LabelledImages] | None = None
     for path in checkpoints(run):
         given = parser.parse_args(["--checkpoint", str(path), "--data.root", root])
-        evaluation = Evaluation.of(given, World(0, 0, 1, device, "none"))
+        evaluation = Evaluation.of(given, world)
         if sets is None:
             sets = _both(evaluation, *evaluation.labelled_roots(given))
-            fresh = untrained(evaluation, World(0, 0, 1, device, "none"))
-            found += _of_checkpoint(fresh, *sets, "untrained")
+            found += _of_checkpoint(untrained(evaluation, world), *sets, "untrained")
         epoch = evaluation.weights.epoch
         when = path.name if epoch is None else f"epoch {epoch}"
         found += _of_checkpoint(evaluation.trunk, *sets, when)

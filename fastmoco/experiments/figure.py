@@ -8,7 +8,6 @@ another data set, encoder and measure.
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from fastmoco.config import ConfigError
 from fastmoco.experiments.grid import Grid, X
 from fastmoco.experiments.results import PER_CENT, Result, mean_and_spread
+from fastmoco.machine import durable
 from fastmoco.run.curves import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
@@ -52,14 +52,12 @@ def draw(grid: Grid, found: Sequence[Result], out: Path) -> None:
         caption(grid, found, int(15 * width)), color=FAINT, fontsize=8, x=0.02, ha="left"
     )
     FigureCanvasAgg(figure)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        figure.savefig(partial, format="png", facecolor="white")
-        partial.replace(out)
+        durable.replace(
+            out, lambda partial: figure.savefig(partial, format="png", facecolor="white")
+        )
     except OSError as error:
         raise ConfigError(f"Cannot write the figure {out}: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def caption(grid: Grid, found: Sequence[Result], width: int) -> str:

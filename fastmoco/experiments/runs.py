@@ -26,6 +26,7 @@ from fastmoco import __version__
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.config.parsing import recipe_path
 from fastmoco.experiments.grid import Grid, Options, Point, merged
+from fastmoco.machine import durable
 from fastmoco.machine.host import machine_cores
 from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
 from fastmoco_kernels import processor
@@ -183,10 +184,8 @@ def _close(run: Run, code: int, seconds: float) -> bool:
         told = f"killed by signal {-code}"
     sentence = "" if code == 0 else told.removeprefix("fastmoco: ")
     result = {"code": code, "sentence": sentence, "seconds": round(seconds, 1)}
-    partial = run.folder / f".{RESULT}"
-    row = {**result, "command": run.command(), **environment()}
-    partial.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    partial.replace(run.folder / RESULT)
+    row = json.dumps({**result, "command": run.command(), **environment()}) + "\n"
+    durable.replace(run.folder / RESULT, lambda partial: partial.write_text(row, encoding="utf-8"))
     return True
 
 

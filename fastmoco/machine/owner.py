@@ -122,7 +122,7 @@ class Owner:
             os.getpid(),
             start_of(os.getpid()) or "",
             time.strftime("%Y-%m-%d %H:%M:%S"),
-            uuid.uuid4().hex,
+            str(uuid.uuid4().int),  # digits: such a name is swept where a killed claim left it
         )
 
     def __enter__(self) -> Owner:

@@ -17,7 +17,7 @@ from fastmoco.evaluate import embed
 from fastmoco.evaluate.features import extract_features
 from fastmoco.evaluate.knn import ALONE
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.evaluate.linear.frozen import FrozenTrunk, stored_features
+from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
 from fastmoco.evaluate.options import Evaluation, evaluation_parser
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
@@ -83,7 +83,7 @@ def test_features_are_those_of_knn_and_linear_bit_for_bit(
     assert torch.equal(mine, normalized[good])
 
     linear = stored_features(
-        FrozenTrunk(checkpoint, torch.device("cpu")),
+        CheckedTrunk(checkpoint, torch.device("cpu")),
         LabelledImages(images, resize=32, image_size=32),
         tmp_path / "store",
         device=torch.device("cpu"),

@@ -15,6 +15,7 @@ import pytest
 
 from fastmoco.machine import owner
 from fastmoco.machine.owner import Mark, OwnedError, Owner, read_mark, require_free
+from fastmoco.weights import files
 
 
 def leave(folder: Path, mark: Mark) -> None:
@@ -47,6 +48,16 @@ def test_a_killed_owner_gives_way(tmp_path: Path) -> None:
     assert read_mark(tmp_path) is not None
     with Owner(tmp_path) as now:
         assert now.holds()
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_claims_is_swept(tmp_path: Path) -> None:
+    code = "import sys, os, pathlib; from fastmoco.machine import owner\n"
+    code += "owner._link = lambda *_: os.kill(os.getpid(), 9)\n"
+    code += "with owner.Owner(pathlib.Path(sys.argv[1])): pass"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="the system does not tell start times")

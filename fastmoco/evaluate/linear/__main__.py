@@ -8,7 +8,6 @@ of learning rate and weight decay are trained at once, on one process.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco.config import Config, ConfigError
+from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import (
@@ -25,10 +24,12 @@ from fastmoco.evaluate.labelled_part import (
     hold_out,
     labelled_parser,
 )
+from fastmoco.evaluate.labelled_training import keep_result
 from fastmoco.evaluate.linear.cached import Schedule, sweep
-from fastmoco.evaluate.linear.frozen import FrozenTrunk, stored_features
+from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
 from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
-from fastmoco.machine import collectives, ranks
+from fastmoco.evaluate.options import command
+from fastmoco.machine import ranks
 from fastmoco.machine.cache import cache_folder
 
 
@@ -60,7 +61,7 @@ def schedule_of(given: argparse.Namespace) -> Schedule:
     return Schedule(given.epochs, given.batch_size, steps, seed=given.seed)
 
 
-def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
+def cached(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -> dict[str, object]:
     """Sweep; prints the table. Raises `ConfigError`."""
     if world.size > 1:
         raise ConfigError("--cached runs on one process: start it without torchrun.")
@@ -111,7 +112,7 @@ def good_rows(images: LabelledImages, *stored: Tensor) -> Tensor:
     return (~bad).nonzero().flatten()
 
 
-def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
+def full(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -> dict[str, object]:
     """The published protocol. Raises `ConfigError`."""
     schedule = schedule_of(given)
     train, test = both_folders(given)
@@ -128,36 +129,26 @@ def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> d
     return protocol.run() | {"lr": protocol.lr, "weight_decay": 0.0}
 
 
+def _classify(given: argparse.Namespace, world: ranks.World) -> None:
+    trunk = CheckedTrunk(given.checkpoint, world.device)
+    if given.out is None:
+        given.out = trunk.weights.path.parent / "linear"
+    if world.is_main:
+        print(trunk.weights.describe(), flush=True)
+    result = (cached if given.cached else full)(given, trunk, world)
+    if world.is_main:
+        keep_result(given.out, {**result, "seed": given.seed})
+        print(f"linear top-1 {100 * float(str(result['val_top1'])):.2f} %, in {given.out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 with one sentence for input that cannot be evaluated."""
-    first = os.environ.get("RANK", "0") == "0"
-    given = parser().parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    """Exit code 0; 2 with one sentence for input that cannot be evaluated, 1 for a lost trunk."""
     try:
-        try:
-            world = ranks.start(given.device, Config().run.timeout_s)
-        except ValueError as error:
-            raise ConfigError(str(error).replace("run.device", "--device")) from error
-        trunk = FrozenTrunk(given.checkpoint, world.device)
-        if given.out is None:
-            given.out = trunk.weights.path.parent / "linear"
-        if world.is_main:
-            print(trunk.weights.describe(), flush=True)
-        with collectives.naming_failures(world, lambda: 0):
-            result = (cached if given.cached else full)(given, trunk, world)
-        if world.is_main:
-            given.out.mkdir(parents=True, exist_ok=True)
-            with (given.out / "results.jsonl").open("a") as file:
-                file.write(json.dumps({**result, "seed": given.seed}) + "\n")
-            print(f"linear top-1 {100 * float(str(result['val_top1'])):.2f} %, in {given.out}")
-    except (ConfigError, OSError, collectives.CollectiveError, TrunkChangedError) as error:
-        if first or isinstance(error, collectives.CollectiveError):
+        return command(parser(), arguments, _classify)
+    except TrunkChangedError as error:
+        if os.environ.get("RANK", "0") == "0":
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, RuntimeError) else 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        ranks.stop()
-    return 0
+        return 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.data.order import EpochOrder
+from fastmoco.evaluate.labelled_training import place_of
 
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0, 300.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-4)
@@ -95,8 +96,7 @@ class Classifiers:
         correct = torch.zeros(2, len(self.weight), dtype=torch.int64, device=x.device)
         for rows, wanted in zip(x.split(2048), labels.split(2048), strict=True):
             logits = self.logits(rows)
-            own = logits.gather(2, wanted.view(-1, 1, 1).expand(-1, logits.shape[1], 1))
-            place = (~(logits < own)).sum(dim=2) - 1
+            place = place_of(logits, wanted[:, None].expand(-1, logits.shape[1]))
             correct += torch.stack([(place < k).sum(dim=0) for k in (1, 5)])
         finite = self.weight.flatten(1).isfinite().all(dim=1) & self.bias.isfinite().all(dim=1)
         top1, top5 = torch.where(finite, correct.double() / max(len(x), 1), 0.0)

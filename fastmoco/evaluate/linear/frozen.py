@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.config import ConfigError
@@ -22,38 +22,27 @@ from fastmoco.data.backends.array import Canvas
 from fastmoco.data.decode import BadImage
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.table import draw_uniforms, view_table
-from fastmoco.evaluate.features import filled_up
+from fastmoco.evaluate.features import FrozenTrunk, filled_up, trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_training import crop_and_flip
-from fastmoco.network.encoder import NormalizePixels, build_encoder
 from fastmoco.weights.read import read
 
 
-class FrozenTrunk(nn.Module):
-    """The trunk of a checkpoint in evaluation mode, fp32: uint8 (n, S, S, 3) to (n, D).
+class CheckedTrunk(FrozenTrunk):
+    """The frozen trunk of a checkpoint, fp32, that can tell whether it is still what it was.
 
     Raises `ConfigError` as `fastmoco.weights.read` does.
     """
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
-        super().__init__()
         self.weights = read(checkpoint)
-        # The encoder of training and of kNN, so that all three have the same features.
-        self.network = build_encoder(self.weights.architecture.config())
-        self.network.add_module("fc", nn.Identity())
-        self.network.load_state_dict(self.weights.trunk)
-        self.network.to(device).eval().requires_grad_(False)
-        self.normalize_pixels = NormalizePixels(device)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, not normalized."""
-        return self.network.trunk(self.normalize_pixels(images))
+        trunk = trunk_of(self.weights).requires_grad_(False)
+        super().__init__(trunk.to(device).eval(), torch.float32, device)
 
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
+        for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -88,7 +77,7 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
 
 
 def stored_features(
-    trunk: FrozenTrunk,
+    trunk: CheckedTrunk,
     images: LabelledImages,
     folder: Path,
     *,

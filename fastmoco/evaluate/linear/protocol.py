@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.evaluate.labelled_training import LabelledTraining
+from fastmoco.evaluate.labelled_training import LabelledTraining, new_head
 from fastmoco.evaluate.linear.cached import Schedule
-from fastmoco.evaluate.linear.frozen import FrozenTrunk
+from fastmoco.evaluate.linear.frozen import CheckedTrunk
 from fastmoco.machine.collectives import all_reduce_mean_
 from fastmoco.machine.ranks import World
 
@@ -37,7 +37,7 @@ class Protocol(LabelledTraining):
 
     def __init__(
         self,
-        trunk: FrozenTrunk,
+        trunk: CheckedTrunk,
         train: LabelledImages,
         test: LabelledImages,
         schedule: Schedule,
@@ -60,11 +60,7 @@ class Protocol(LabelledTraining):
             world=world,
             workers=workers,
         )
-        self.fc = nn.Linear(trunk.weights.features, len(train.class_names))
-        generator = torch.Generator().manual_seed(schedule.seed)
-        with torch.no_grad():
-            self.fc.weight.copy_(torch.randn(self.fc.weight.shape, generator=generator) * 0.01)
-            self.fc.bias.zero_()
+        self.fc = new_head(trunk.weights.features, len(train.class_names), schedule.seed)
         self.fc.to(world.device)
         self.optimizer = torch.optim.SGD(
             self.fc.parameters(), lr, momentum=schedule.momentum, weight_decay=0.0

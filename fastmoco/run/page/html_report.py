@@ -6,7 +6,6 @@ curves as inline SVG, no script, no network, light and dark and print.
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from fastmoco.config import ConfigError, load
+from fastmoco.machine import durable
 from fastmoco.run.alarms import Alarm, Watch
 from fastmoco.run.page.svg_plot import Level, Line, level_swatch, number, plot, swatch
 from fastmoco.run.record import (
@@ -196,14 +196,10 @@ def write_report(folders: Sequence[Path], out: Path, pictures: Sequence[Picture]
     names = name_apart(folders)
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     text = page(runs, pictures)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        durable.replace(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot write the report {out}: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _words(text: str) -> str:

@@ -17,7 +17,7 @@ from fastmoco.data.loader import make_plan
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.linear import __main__ as linear
 from fastmoco.evaluate.linear.cached import Schedule, train_sweep
-from fastmoco.evaluate.linear.frozen import FrozenTrunk, stored_features
+from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
 from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
@@ -47,7 +47,7 @@ def place(tmp_path: Path) -> Path:
 
 def protocol(place: Path, out: str = "out", world: World = ALONE) -> Protocol:
     train, test = (LabelledImages(place / n, resize=36, image_size=32) for n in ("train", "test"))
-    trunk = FrozenTrunk(place / "encoder.pth", CPU)
+    trunk = CheckedTrunk(place / "encoder.pth", CPU)
     return Protocol(trunk, train, test, SCHEDULE, lr=3.0, out=place / out, world=world, workers=1)
 
 
@@ -137,7 +137,7 @@ def test_a_trunk_that_changes_ends_the_run(place: Path, monkeypatch: pytest.Monk
     step = one.step
 
     def touching(features: Tensor, labels: Tensor, everyone: int) -> Tensor:
-        one.trunk.network.get_buffer("bn1.running_mean")[0] += 1e-6
+        one.trunk.encoder.get_buffer("bn1.running_mean")[0] += 1e-6
         return step(features, labels, everyone)
 
     monkeypatch.setattr(one, "step", touching)
