@@ -7,8 +7,7 @@ worth much to it; then the loader alone, and the step fed by the loader. Every w
 device synchronization; p20, p50 and p80 are over windows. Nothing but the device that torch finds
 differs between CPU and CUDA.
 
---only takes some of loader, step, end_to_end, encoder, official, official_kept; and silent_step,
-our step where a call that makes the host wait for the GPU is an error.
+--only takes some of loader, step, end_to_end, encoder, official, official_kept.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ CONTESTANTS = {
         Contestant("encoder", f"{STEPS}:bare_encoder"),
         Contestant("official", f"{STEPS}:official_step", {}, PUBLISHED),
         Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
-        Contestant("silent_step", f"{STEPS}:silent_step"),
     )
 }
 FED = ("loader", "end_to_end")
@@ -55,9 +53,8 @@ RATIOS = {
 def named(own: Options) -> list[str]:
     """The contestants. Raises `ConfigError` for unknown ones, and where none is left."""
     out = set(FED) if own.config.data.source == "synthetic" else set()
-    if not own.only:  # then those that make sense here: CUDA tensors do not come from malloc
-        out |= {"silent_step"}
-        out |= {"official_kept"} if own.device.type == "cuda" else set()
+    if own.device.type == "cuda" and not own.only:  # its tensors do not come from malloc
+        out |= {"official_kept"}
     found = [name for name in chosen(own.only, list(CONTESTANTS)) if name not in out]
     if not found:
         raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")

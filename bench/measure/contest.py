@@ -106,7 +106,7 @@ def contest(
     Who is fed by a loader runs by itself, for loaders work ahead while others have their turn.
     `meter` reads the GPU during the windows.
 
-    Raises `RuntimeError` that names a contestant when one fails.
+    Raises `ConfigError` or `RuntimeError` that names a contestant when one fails.
     """
     if not contestants:
         return {}
@@ -158,6 +158,8 @@ class Process:
                 "once, so that is usually too little memory: name fewer in --only, or take a "
                 "smaller optim.global_batch_size."
             ) from error
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
         except Exception as error:
             raise RuntimeError(f"{self.name} failed: {error}") from error
 

@@ -29,11 +29,12 @@ from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, build_loader
 from fastmoco.machine.host import settle
 from fastmoco.machine.precision import choose_precision
-from fastmoco.machine.ranks import World, start
+from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
+from fastmoco.train import join_world
 
 FOREVER = 10**9
 
@@ -88,7 +89,7 @@ class Bench:
 def _built(config: str, settled: bool = True) -> tuple[Config, World]:
     """The configuration and this process, `settled` as `fastmoco.train` settles it or not."""
     parsed = parse_text(config)
-    world = start(parsed.run.device, parsed.run.timeout_s)
+    world = join_world(parsed)
     if settled:
         settle(world.device)
     return parsed, world
@@ -132,21 +133,6 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
         synchronize(world.device)
     known = {"first_step_s": round(time.perf_counter() - began, 1)} if compiled else {}
     return Bench(world.device, switch_off(run, step, without), known=known, compiled=compiled)
-
-
-def silent_step(config: str) -> Bench:
-    """Our step; on CUDA a call that makes the host wait for the device is an error."""
-    machine = our_step(config)
-    run = machine.step
-
-    def silent() -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return replace(machine, step=silent) if machine.device.type == "cuda" else machine
 
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, World]:

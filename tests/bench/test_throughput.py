@@ -43,8 +43,11 @@ def test_failure_of_a_contestant_is_told() -> None:
     nobody = Contestant(
         "nobody", "bench.steps.contestants:our_step", {"config": "run: {device: cuda}"}
     )
-    with pytest.raises(RuntimeError, match="nobody failed"):
+    with pytest.raises(ConfigError, match=r"nobody: .*cuda"):
         contest([nobody], windows=1, steps=1, warmup=1)
+    wrong = Contestant("wrong", "math:sqrt", {"x": 1})
+    with pytest.raises(RuntimeError, match="wrong failed"):
+        contest([wrong], windows=1, steps=1, warmup=1)
 
 
 def test_a_contestant_that_is_killed_is_one_sentence() -> None:

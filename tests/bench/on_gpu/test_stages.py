@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.measure import rows
 from bench.on_gpu import __main__ as on_gpu
-from bench.steps import contestants
+from bench.on_gpu import silent_step
 from bench.steps.contestants import Bench
 from fastmoco.config import ConfigError
 from tests.support import one_process
@@ -35,7 +35,7 @@ def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     ("stage", "written"),
     [
         ("kernels", {"ema official", "ema fastmoco"}),
-        ("compiled", {"throughput silent_step"}),
+        ("compiled", {"silent_step step"}),
         ("throughput", {"throughput step", "throughput official", "throughput encoder"}),
         ("loaders", {"throughput loader", "throughput end_to_end", "nvjpeg libjpeg-turbo"}),
     ],
@@ -117,15 +117,24 @@ def test_loaders_without_images_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--data.root" in capsys.readouterr().err
 
 
-def test_a_silent_step_forbids_waiting_while_it_runs_and_no_longer() -> None:
-    modes: list[str] = []
-    machine = Bench(torch.device("cuda"), lambda: modes.append("step"))
-    with (
-        mock.patch.object(contestants, "our_step", return_value=machine),
-        mock.patch.object(torch.cuda, "set_sync_debug_mode", modes.append),
-    ):
-        contestants.silent_step("").step()
-    assert modes == ["error", "step", "default"]
+def test_a_silent_step_forbids_waiting_after_its_first_steps_and_only_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def step() -> None:
+        calls.append("step")
+        if calls[-2:] == ["error", "step"] and len(calls) > 6:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    machine = Bench(torch.device("cuda"), step)
+    monkeypatch.setattr(silent_step, "our_step", lambda config: machine)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", calls.append)
+    silent = silent_step.silent_step("")
+    silent.run(1)
+    with pytest.raises(ConfigError, match=r"makes the host wait.*synchronizing CUDA"):
+        silent.run(1)
+    assert calls == ["step"] * 3 + 2 * ["error", "step", "default"]
 
 
 def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
