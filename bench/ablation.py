@@ -8,64 +8,52 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from bench.measure import nvml
-from bench.measure.contest import Contestant, Result, contest
-from bench.measure.program import Options, command, complain, parser, progress
-from bench.measure.rows import Row, case_of, device_of, quantiles
-from bench.steps.switches import switches
+from bench.measure.contest import Contestant, Result
+from bench.measure.program import Options, command, compete, parser
+from bench.measure.rows import Row, case_of, quantiles
+from bench.steps.switches import Switch, switches
 from bench.throughput import summary
-from fastmoco.config import Config, dump, parse
+from fastmoco.config import dump, parse
 from fastmoco.method.build import compile_encoders
 
 OURS, ALL_OFF, PUBLISHED = "nothing", "all of these", "published step"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the step: a factory in `contestants.py` and how it differs from ours."""
+def variants(own: Options) -> list[Contestant]:
+    """Named by what is off; those between the first and the last two lack one improvement each."""
 
-    overrides: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    factory: str = "our_step"
+    def variant(name: str, *off: Switch, factory: str = "our_step") -> Contestant:
+        words = [word for switch in off for word in switch.overrides]
+        without = [word for switch in off for word in switch.without]
+        given: dict[str, Any] = {"config": dump(parse([*own.rest, *words]))}
+        given |= {"without": without} if without else {}
+        return Contestant(name, f"bench.steps.contestants:{factory}", given)
 
-
-def variants(config: Config) -> dict[str, Variant]:
-    """The variants by name; the one that others are relative to is `OURS`."""
-    device = device_of(config)
-    found = switches(config, device.type == "cuda", compile_encoders(config, device))
-    single = {f"{s.name} ({s.instead} instead)": Variant(s.overrides, s.without) for s in found}
-    all_off = Variant(
-        tuple(word for s in found for word in s.overrides),
-        tuple(word for s in found for word in s.without),
-    )
-    published = Variant(factory="official_step")
-    return {OURS: Variant(), **single, ALL_OFF: all_off, PUBLISHED: published}
-
-
-def relative(results: Mapping[str, Result], name: str) -> tuple[list[float], float]:
-    """p20, p50, p80 over turns of the time of a step, and its processor time, to those of OURS."""
-    mine, whole = results[name].windows, results[OURS].windows
-    turns = [a.seconds / b.seconds for a, b in zip(mine, whole, strict=True)]
-    busy = sum(w.cpu_seconds for w in mine) / sum(w.cpu_seconds for w in whole)
-    return quantiles(turns), round(busy, 4)
+    compiled = compile_encoders(own.config, own.device)
+    found = switches(own.config, own.device.type == "cuda", compiled)
+    return [
+        variant(OURS),
+        *(variant(f"{switch.name} ({switch.instead} instead)", switch) for switch in found),
+        variant(ALL_OFF, *found),
+        variant(PUBLISHED, factory="official_step"),
+    ]
 
 
 def rows_of(results: Mapping[str, Result], case: Row) -> list[Row]:
-    """One row per variant."""
-    rows = []
+    """One row per variant; `relative` are times of a step over those of `OURS` in the same turn."""
+    rows, whole = [], results[OURS].windows
     for name, result in results.items():
-        times, busy = relative(results, name)
+        turns = zip(result.windows, whole, strict=True)
+        busy, of_ours = (sum(w.cpu_seconds for w in x) for x in (result.windows, whole))
         rows.append(
             {
                 "benchmark": "ablation",
                 "case": case | {"part": "switches"},
                 "contestant": name,
-                "relative": times,
-                "relative_cpu": busy,
+                "relative": quantiles([a.seconds / b.seconds for a, b in turns]),
+                "relative_cpu": round(busy / of_ours, 4),
                 "step_ms": quantiles([1e3 * w.seconds / w.steps for w in result.windows], 3),
                 **summary(result, case["batch"]),
             }
@@ -73,28 +61,10 @@ def rows_of(results: Mapping[str, Result], case: Row) -> list[Row]:
     return rows
 
 
-def measure(own: Options) -> dict[str, Result]:
-    """The contest of all variants."""
-    contestants = []
-    for name, variant in variants(own.config).items():
-        given: dict[str, Any] = {"config": dump(parse([*own.rest, *variant.overrides]))}
-        if variant.without:
-            given["without"] = variant.without
-        contestants.append(Contestant(name, f"bench.steps.contestants:{variant.factory}", given))
-    return contest(
-        contestants,
-        windows=own.windows,
-        steps=own.steps,
-        warmup=max(2, own.steps),
-        meter=nvml.build_meter(own.device, partial(complain, "ablation")),
-        progress=progress(own.windows),
-    )
-
-
 @command(parser("ablation", __doc__, only=False))
 def main(own: Options) -> Iterator[list[Row]]:
     """One row per variant."""
-    yield rows_of(measure(own), case_of(own.config))
+    yield rows_of(compete(own, variants(own)), case_of(own.config))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from bench.measure import nvml
-from bench.measure.contest import Contestant, Result, contest
-from bench.measure.program import Options, chosen, command, complain, parser, progress
+from bench.measure.contest import Contestant, Result
+from bench.measure.program import Options, chosen, command, compete, parser
 from bench.measure.rows import Row, case_of, quantiles, spread
 from fastmoco.config import ConfigError, dump, flatten
 from fastmoco.data.sources.choose import resolve_folders
@@ -83,18 +82,11 @@ def measure(own: Options) -> dict[str, Result]:
     racing = [CONTESTANTS[name] for name in names]
     racing += [PRODUCT] if own.device.type == "cpu" and set(names) - set(FED) else []
     racing = [replace(one, arguments={**one.arguments, "config": text}) for one in racing]
-    run = partial(
-        contest,
-        windows=own.windows,
-        steps=own.steps,
-        meter=nvml.build_meter(own.device, partial(complain, "throughput")),
-        progress=progress(own.windows),
-    )
-    results = run([one for one in racing if one.name not in FED], warmup=max(2, own.steps))
+    results = compete(own, [one for one in racing if one.name not in FED])
     # A loader works ahead while others have their turn, so whoever it feeds runs by itself.
     for one in racing:
         if one.name in FED:
-            results |= run([one], warmup=own.steps + config.data.prefetch + 2)
+            results |= compete(own, [one], warmup=own.steps + config.data.prefetch + 2)
     return {one.name: results[one.name] for one in racing}
 
 

@@ -24,9 +24,10 @@ from unittest import mock
 
 import torch
 
-from bench.measure.nvml import SAMPLE_EVERY_S, Meter, Sample
+from bench.measure.nvml import SAMPLE_EVERY_S
 from bench.measure.rows import spread
 from fastmoco.config import ConfigError
+from fastmoco.machine.gpu_meter import Meter, Sample
 from fastmoco.run.metrics import peak_memory_gib
 
 T = TypeVar("T")

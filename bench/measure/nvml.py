@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastmoco.machine.gpu_meter import Meter, Sample, build_meter
+from fastmoco.machine.gpu_meter import Sample
 
-__all__ = ["SAMPLE_EVERY_S", "Meter", "Sample", "build_meter", "summary"]
 SAMPLE_EVERY_S = 0.05
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from bench.measure.contest import Contestant, Result, contest
 from bench.measure.rows import Row, append_rows, device_of, origin
 from fastmoco.config import ConfigError, check, parse
+from fastmoco.machine.gpu_meter import build_meter
 
 Options = argparse.Namespace
-"""Of a program: its own, `publish`, and where it trains `config`, `device` and `rest`."""
+"""Of a program: its own, `program`, `publish`, and where it trains `config`, `device`, `rest`."""
 NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config")
 
 
@@ -39,9 +41,9 @@ def command(
                 for rows in measure(own):
                     show(rows)
                     if own.publish:
-                        append_rows(made.prog.removeprefix("bench."), rows, where)
+                        append_rows(own.program, rows, where)
             except ConfigError as error:
-                complain(made.prog.removeprefix("bench."), str(error))
+                complain(made.get_default("program"), str(error))
                 return 2
             return 0
 
@@ -60,6 +62,7 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # else an option of the configuration could be taken for one of ours
     )
+    made.set_defaults(program=program)
     if only:
         made.add_argument("--only", metavar="A,B", default="", help="some of what is measured")
     if windows:
@@ -122,6 +125,20 @@ def _progress(done: int, windows: int) -> None:
     if sys.stderr.isatty():
         text = f"{done}/{windows} windows" if done < windows else ""
         print(f"\r{text:24s}\r", end="", file=sys.stderr, flush=True)
+
+
+def compete(
+    own: Options, contestants: Sequence[Contestant], warmup: int | None = None
+) -> dict[str, Result]:
+    """The contest that the options ask for, with a meter of the GPU and a counter of windows."""
+    return contest(
+        contestants,
+        windows=own.windows,
+        steps=own.steps,
+        warmup=max(2, own.steps) if warmup is None else warmup,
+        meter=build_meter(own.device, partial(complain, own.program)),
+        progress=progress(own.windows),
+    )
 
 
 def show(rows: Sequence[Row]) -> None:

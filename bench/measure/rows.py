@@ -150,10 +150,19 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of the latest run of every case, in the order in which cases first appeared."""
-    runs: dict[str, dict[str, list[Row]]] = {}
+    """The rows of every case at its latest commit, in the order in which cases first appeared.
+
+    Of each contestant the last one: who does not fit into memory beside others has runs of its own.
+    """
+    cases: dict[str, list[Row]] = {}
     for row in rows:
         where = {name: row["environment"].get(name) for name in ("device", "extension")}
         case = json.dumps([row.get("benchmark"), row["case"], where], sort_keys=True)
-        runs.setdefault(case, {}).setdefault(row["environment"]["date"], []).append(row)
-    return [by_date[max(by_date)] for by_date in runs.values()]
+        cases.setdefault(case, []).append(row)
+    found = []
+    for case_rows in cases.values():
+        case_rows.sort(key=lambda row: str(row["environment"]["date"]))
+        commit = case_rows[-1]["environment"]["commit"]
+        same = [row for row in case_rows if row["environment"]["commit"] == commit]
+        found.append(list({row.get("contestant"): row for row in same}.values()))
+    return found

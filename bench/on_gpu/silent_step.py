@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from bench.measure.contest import Contestant, contest
-from bench.measure.program import Options, command, parser
+from bench.measure.contest import Contestant
+from bench.measure.program import Options, command, compete, parser
 from bench.measure.rows import Row, case_of, spread
 from bench.steps.contestants import Bench, our_step
 from fastmoco.config import ConfigError, dump
@@ -45,7 +45,7 @@ def silent_step(config: str) -> Bench:
 def main(own: Options) -> Iterator[list[Row]]:
     """One row: milliseconds of a step, and what is known of it."""
     step = Contestant("step", "bench.on_gpu.silent_step:silent_step", {"config": dump(own.config)})
-    found = contest([step], windows=own.windows, steps=own.steps, warmup=own.steps)["step"]
+    found = compete(own, [step])["step"]
     times = [1e3 * window.seconds / window.steps for window in found.windows]
     shared = {"benchmark": "silent_step", "case": case_of(own.config), "contestant": "step"}
     yield [{**shared, **spread(times, unit="ms"), **found.facts}]

@@ -43,12 +43,22 @@ def _by_name(run: Run) -> dict[str, Row]:
     return {row["contestant"]: row for row in run}
 
 
+def place(row: Row) -> str:
+    """The class of machine."""
+    where = row["environment"]
+    return str(where["extension"] if where["device"] == "cpu" else where["device"])
+
+
 def subject(row: Row) -> str:
     """Network, image side, batch, precision and class of machine, in a few words."""
-    case, where = row["case"], row["environment"]
-    place = where["extension"] if where["device"] == "cpu" else where["device"]
+    case = row["case"]
     network = f"{case['arch']}, {case['image_size']} px, batch {case['batch']}"
-    return f"{network}, {case['precision']}, {place}"
+    return f"{network}, {case['precision']}, {place(row)}"
+
+
+def _ratios(run: Run) -> dict[str, list[float]]:
+    """Those of all contests in which the case was measured."""
+    return {title: ratio for row in run for title, ratio in row["ratios"].items()}
 
 
 def speed(runs: Sequence[Run]) -> Made:
@@ -56,15 +66,14 @@ def speed(runs: Sequence[Run]) -> Made:
     headers = ["machine", "network", "ours in", "published, images/s", "ours, images/s", "ratio"]
     body = []
     for run in runs:
-        ratio = run[0]["ratios"].get("our step / published step")
+        ratio = _ratios(run).get("our step / published step")
         if ratio is None:
             continue
-        by_name, case, where = _by_name(run), run[0]["case"], run[0]["environment"]
-        cpu = where["device"] == "cpu"
-        place = f"2 cores, {where['extension']}" if cpu else where["device"]
+        by_name, case = _by_name(run), run[0]["case"]
+        machine = "2 cores, " * (run[0]["environment"]["device"] == "cpu") + place(run[0])
         network = f"{case['arch'].replace('resnet', 'ResNet-')}, {case['image_size']} px"
         speeds = [figure(by_name[n]["p50_images_per_second"]) for n in ("official", "step")]
-        body.append([place, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"])
+        body.append([machine, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"])
     if all(line[0].startswith("2 cores") for line in body):
         body.append(["a CUDA GPU", "ResNet-50, 224 px", "bf16", "-", "-", "not measured yet"])
     return headers, sorted(body, key=lambda line: line[0])
@@ -84,24 +93,18 @@ def throughput(runs: Sequence[Run]) -> Made:
     headers = ["images/s", *names.values(), *ratios, share, "peak GiB, ours and published"]
     body = []
     for run in runs:
-        by_name, shared, n = _by_name(run), run[0], run[0]["n"]
-        rates = [
-            figure(by_name[name]["p50_images_per_second"]) if name in by_name else "-"
-            for name in names
-        ]
-        found = [shared["ratios"].get(title) for title in ratios]
+        by_name, known, n = _by_name(run), _ratios(run), run[0]["n"]
+        rates = [by_name.get(name, {}).get("p50_images_per_second") for name in names]
         memory = [
-            figure(by_name[name]["peak_memory_gib"])
-            for name in ("step", "official")
-            if name in by_name
+            by_name[name]["peak_memory_gib"] for name in ("step", "official") if name in by_name
         ]
         body.append(
             [
-                subject(shared),
-                *rates,
-                *(cell(ratio, n) if ratio else "-" for ratio in found),
-                f"{by_name['step'].get('product_share_percent', '-')}",
-                ", ".join(memory),
+                subject(run[0]),
+                *(figure(rate) if rate else "-" for rate in rates),
+                *(cell(known[title], n) if title in known else "-" for title in ratios),
+                f"{by_name.get('step', {}).get('product_share_percent', '-')}",
+                ", ".join(map(figure, memory)) or "-",
             ]
         )
     return headers, body
@@ -161,12 +164,10 @@ def kernels(runs: Sequence[Run]) -> Made:
     """Every operation by itself: the range of its cases, on each class of machine."""
     groups: dict[str, list[dict[str, Row]]] = {}
     for run in runs:
-        case, where = run[0]["case"], run[0]["environment"]
         if (name := OPERATIONS.get(run[0]["benchmark"])) is None:
             continue
-        place = where["extension"] if where["device"] == "cpu" else where["device"]
-        operation = " ".join(filter(None, (name, case.get("dtype"))))
-        groups.setdefault(f"{operation}, {place}", []).append(_by_name(run))
+        operation = " ".join(filter(None, (name, run[0]["case"].get("dtype"))))
+        groups.setdefault(f"{operation}, {place(run[0])}", []).append(_by_name(run))
     body = []
     for key, cases in groups.items():
         official = [rows["official"] for rows in cases]

@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.ablation import ALL_OFF, OURS, PUBLISHED, Variant, rows_of, variants
-from bench.measure.contest import Result, Window
+from bench.ablation import ALL_OFF, OURS, PUBLISHED, rows_of, variants
+from bench.measure.contest import Contestant, Result, Window
+from bench.measure.program import options, parser
 from bench.steps.contestants import numbered_step
 from bench.steps.switches import WITHOUT, switch_off, switches
 from fastmoco.config import Config, dump, parse
@@ -22,8 +23,14 @@ TINY = [
 ]
 
 
-def queue_after_two_steps(without: tuple[str, ...], *overrides: str) -> torch.Tensor:
-    step, run, _ = numbered_step(dump(parse([*TINY, *overrides])), without)
+def of(*overrides: str) -> dict[str, Contestant]:
+    """The variants of an ablation with these options, by name."""
+    own = options(parser("ablation", ""), [*TINY, *overrides], trains=True)
+    return {variant.name: variant for variant in variants(own)}
+
+
+def queue_after_two_steps(without: tuple[str, ...], config: str = "") -> torch.Tensor:
+    step, run, _ = numbered_step(config or dump(parse(TINY)), without)
     run = switch_off(run, step, without)
     run()
     run()
@@ -37,8 +44,8 @@ def test_what_is_switched_off_does_not_change_the_keys(without: tuple[str, ...])
 
 
 def test_everything_off_learns_the_same() -> None:
-    everything_off = variants(parse([*TINY, "--run.precision", "bf16"]))[ALL_OFF]
-    off = queue_after_two_steps(everything_off.without, *everything_off.overrides)
+    given = of("--run.precision", "bf16")[ALL_OFF].arguments
+    off = queue_after_two_steps(tuple(given["without"]), given["config"])
     assert float((off - queue_after_two_steps(())).abs().max()) < 1e-3
 
 
@@ -131,22 +138,28 @@ def test_rows_are_relative_to_the_whole() -> None:
 
 
 def test_one_thing_is_off_at_a_time_and_then_all_of_them() -> None:
-    found = variants(parse([*TINY, "--run.precision", "bf16"]))
-    assert found.pop(OURS) == Variant()
-    assert found.pop(PUBLISHED).factory == "official_step"
-    off = [len(v.overrides) // 2 + len(v.without) for v in found.values()]
-    assert set(off[:-1]) == {1}
-    assert off[-1] == len(found) - 1
+    found = of("--run.precision", "bf16")
+    ours = found.pop(OURS)
+    assert "without" not in ours.arguments
+    assert found.pop(PUBLISHED).factory.endswith(":official_step")
+
+    def off(variant: Contestant) -> int:
+        """How many lines of the configuration differ from ours, and names in `without`."""
+        texts = (v.arguments["config"].splitlines() for v in (variant, ours))
+        changed = sum(a != b for a, b in zip(*texts, strict=True))
+        return changed + len(variant.arguments.get("without", ()))
+
+    counts = [off(variant) for variant in found.values()]
+    assert set(counts[:-1]) == {1}
+    assert counts[-1] == len(found) - 1
     assert list(found)[-1] == ALL_OFF
 
 
 def test_variants_that_change_nothing_here_are_left_out() -> None:
-    config = parse([*TINY, "--optim.name", "sgd"])
-    names = " ".join(variants(config))
+    names = " ".join(of("--optim.name", "sgd"))
     for absent in ("fp32 (", "fused update", "torch.compile"):
         assert absent not in names
-    on_cuda = mock.patch("bench.ablation.device_of", return_value=torch.device("cuda"))
-    with on_cuda:
-        names = " ".join(variants(parse([*TINY, "--run.precision", "bf16"])))
-        assert "torch.compile (eager" in names
-        assert "malloc" not in names
+    with mock.patch("bench.measure.program.device_of", return_value=torch.device("cuda")):
+        names = " ".join(of("--run.precision", "bf16"))
+    assert "torch.compile (eager" in names
+    assert "malloc" not in names

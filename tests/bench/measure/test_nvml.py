@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.measure import nvml
 from bench.measure.contest import Contestant, Result, Window, contest
 from bench.throughput import summary
+from fastmoco.machine.gpu_meter import Sample, build_meter
 
 CUDA = torch.device("cuda")
 REPORTS = {"power_draw": [100_000, 200_000, 300_000, 600_000], "clock_rate": [1700] * 4}
@@ -36,7 +36,7 @@ def gpu(**reports: list[int]) -> Iterator[None]:
 def row(**reports: list[int]) -> dict[str, Any]:
     """Two windows of 2 s and ten steps of 100 images each, read once and twice."""
     with gpu(**reports):
-        meter = nvml.build_meter(CUDA, print)
+        meter = build_meter(CUDA, print)
         assert meter
         first, second = [meter()], [meter(), meter()]
     windows = [Window(10, 2.0, 1.0, 0.0, gpu=samples) for samples in (first, second)]
@@ -61,10 +61,10 @@ def test_a_gpu_that_reports_no_power_has_no_energy_in_its_row() -> None:
 
 def test_absence_is_told_once_and_the_cpu_has_no_meter() -> None:
     said: list[str] = []
-    assert nvml.build_meter(torch.device("cpu"), said.append) is None
+    assert build_meter(torch.device("cpu"), said.append) is None
     assert said == []
     with gpu():
-        assert nvml.build_meter(CUDA, said.append) is None
+        assert build_meter(CUDA, said.append) is None
     assert len(said) == 1
     assert "RuntimeError" in said[0]
 
@@ -95,7 +95,7 @@ class Worker:
 def test_meter_reads_while_a_contestant_works(tmp_path: Path) -> None:
     looks: Counter[int] = Counter()
 
-    def meter() -> nvml.Sample:
+    def meter() -> Sample:
         """Ends a window once it was read three times in it."""
         window = len(list(tmp_path.glob("busy-*"))) - 1
         looks[window] += 1

@@ -77,6 +77,31 @@ def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
     assert "| a CUDA GPU | ResNet-50, 224 px | bf16 | - | - | not measured yet |" in speed
 
 
+def test_pairs_that_ran_apart_stand_in_one_line_and_the_fed_in_one_of_their_own(
+    tmp_path: Path,
+) -> None:
+    published, bare = rows("2026-01-01", 2.0), rows("2026-01-02", 4.0)
+    for row in bare:  # the same case in another contest: our step beside the bare encoder
+        row["contestant"] = row["contestant"].replace("official", "encoder")
+        row["ratios"] = {"our step / bare encoder": row["ratios"]["our step / published step"]}
+    fed = [row | {"contestant": "end_to_end", "ratios": {}} for row in rows("2026-01-03", 1.0)[:1]]
+    fed[0]["case"] = {**fed[0]["case"], "data": "shards"}
+    shown = table(tmp_path, "throughput", [*published, *bare, *fed]).splitlines()
+    line = (
+        "| 256.0 | - | 64.00 | 128.0 | - | 2.00 (2.00-2.00) | 4.00 (4.00-4.00) | - | 1.50, 1.50 |"
+    )
+    assert shown[2].endswith(line)
+    assert shown[3].endswith("| - | 256.0 | - | - | - | - | - | - | - |")
+    assert "| 128.0 | 256.0 | **2.00** |" in table(tmp_path, "speed", [*published, *bare, *fed])
+    assert "64.00" not in table(tmp_path, "throughput", [*bare, *published_elsewhere(published)])
+
+
+def published_elsewhere(made: Rows) -> Rows:
+    """The same rows, later and of another commit."""
+    where = {**WHERE, "date": "2026-02-01", "commit": "after"}
+    return [row | {"environment": where} for row in made]
+
+
 def test_no_quantile_of_fewer_than_three_measurements() -> None:
     assert cell([1.0, 2.0, 3.0], 3) == "2.00 (1.00-3.00)"
     assert cell([2.0, 2.0, 2.0], 1) == "2.00 (n=1)"
@@ -130,7 +155,7 @@ def test_ablation_has_a_column_per_case_and_leaves_out_our_step_itself(tmp_path:
         tmp_path,
         "ablation",
         [
-            *part("switches", "old", 9.0),
+            *part("switches", "old", 9.0, environment={"commit": "before"}),
             *part("switches", "bf16", 2.0, environment={"date": "2026-01-02"}),
             *part("data", "array loader", 3.0),
             *part("switches", "bf16", 5.0, environment=elsewhere),
