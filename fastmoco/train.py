@@ -133,7 +133,7 @@ class Run:
             asked = self.shared.poll(2 if self.request.asked() else int(self.saver.overdue()))
             self.stopping = asked == 2
             if progress.due(done) or asked:
-                bad = len(self.loader.bad_samples.reasons)
+                bad = self.loader.bad_samples
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
                 end = self.stopping or done == stop

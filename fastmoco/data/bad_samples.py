@@ -12,10 +12,15 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import decode_sample
 from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Int64
+from fastmoco.machine.collectives import gather_objects
+from fastmoco.machine.ranks import World
 
 
 class BadSamples:
-    """The bad samples that this rank knows of. Rank 0 also lists those that indexing found."""
+    """The bad samples that this rank knows of, after `exchange` those of all ranks.
+
+    Each rank lists what it finds; rank 0 also what indexing found.
+    """
 
     def __init__(self, config: Config, source: Source | None, rank: int) -> None:
         self._source, self._rule = source, PixelRule.of(config.data)
@@ -23,6 +28,8 @@ class BadSamples:
         self.path = Path(config.run.dir) / "bad_samples.jsonl"
         self.reasons: dict[int, str] = {}
         """Reason by sample number."""
+        self._found: dict[int, str] = {}
+        """Those that this rank has found since the last exchange."""
         if source is None:
             return
         self.add(dict(source.bad), write=rank == 0)
@@ -35,7 +42,26 @@ class BadSamples:
         asked = replaced[replaced[:, 0] != replaced[:, 1], 0].tolist()
         new = {sample: self._reason(sample) for sample in asked if sample not in self.reasons}
         if new:
+            self._found |= new
             self.add(new, write=True)
+
+    def exchange(self, world: World) -> str:
+        """Learn what other ranks have found; all ranks call it after the same step.
+
+        Returns a sentence about what any rank found since the last time, empty for nothing. Raises
+        `ConfigError` above `data.max_bad_share`.
+        """
+        new: dict[int, str] = {}
+        for found in gather_objects(self._found, world):
+            new |= found
+        self._found = {}
+        if not new:
+            return ""
+        self.add(new, write=False)
+        names = self._named(new)
+        return (
+            f"{len(self.reasons)} bad samples so far, replaced by others: {names}; see {self.path}"
+        )
 
     def _reason(self, sample: int) -> str:
         """Reads the sample once more: reasons do not travel with the batches."""
@@ -67,12 +93,17 @@ class BadSamples:
         """How many are known to be bad by now, with the first names; none where all are good."""
         if not self.reasons or self._source is None:
             return []
-        first = (f"{self._source.name(n)} ({self.reasons[n]})" for n in sorted(self.reasons)[:3])
-        more = f" and {len(self.reasons) - 3:,} more" if len(self.reasons) > 3 else ""
         return [
             f"{len(self.reasons):,} of {len(self._source.sizes):,} images cannot be used and are "
-            f"replaced by others: {', '.join(first)}{more}; all are in {self.path}."
+            f"replaced by others: {self._named(self.reasons)}; all are in {self.path}."
         ]
+
+    def _named(self, reasons: dict[int, str]) -> str:
+        """The first names of these, with their reasons."""
+        assert self._source is not None
+        first = (f"{self._source.name(n)} ({reasons[n]})" for n in sorted(reasons)[:3])
+        more = f" and {len(reasons) - 3:,} more" if len(reasons) > 3 else ""
+        return f"{', '.join(first)}{more}"
 
     def _line(self, sample: int, reason: str) -> str:
         assert self._source is not None

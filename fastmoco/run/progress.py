@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.data.bad_samples import BadSamples
 from fastmoco.machine.gpu_meter import Sample, build_meter
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
@@ -58,7 +59,6 @@ class Progress:
         self._clock = Clock(world.device)
         self._waited = 0.0
         self._meter = build_meter(world.device, log.warn)
-        self._bad = 0
 
     def add(self, result: StepResult) -> None:
         """Count one step."""
@@ -71,13 +71,15 @@ class Progress:
         regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
         return regular or done in (self._warm, self._estimate_at, self._stop)
 
-    def flush(self, done: int, lr: float, waited_s: float, bad: int) -> None:
+    def flush(self, done: int, lr: float, waited_s: float, bad: BadSamples) -> None:
         """Write down the window since the last flush; the host synchronization of the loop.
 
-        `waited_s` is how long the loop has waited for data in all, in seconds; `bad` how many
-        samples this rank knows to be bad. Raises `DivergedError` if the mean loss is not finite.
+        `waited_s` is how long the loop has waited for data in all, in seconds; `bad` what this rank
+        knows of samples, and learns here of those of other ranks. Raises `DivergedError` if the
+        mean loss is not finite, and `ConfigError` for too many bad samples.
         """
         values = self._metrics.flush()
+        replaced = bad.exchange(self._world)
         window = self._clock.window()
         batch = self._config.optim.global_batch_size
         values |= {
@@ -86,7 +88,7 @@ class Progress:
             "images_per_second": window.steps * batch / window.seconds,
             "step_ms_p50": window.step_ms_p50,
             "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
-            "bad_samples": bad,
+            "bad_samples": len(bad.reasons),
         }
         values |= self._read_gpu()
         if (memory := peak_memory_gib(self._world.device)) is not None:
@@ -104,9 +106,8 @@ class Progress:
             )
         if self._warm < done <= self._estimate_at:
             self._estimate(done, eta, values["data_wait_percent"])
-        if bad > self._bad:
-            self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
-        self._bad = bad
+        if replaced:
+            self._log.warn(replaced)
 
     def _read_gpu(self) -> Sample:
         """Readings of this rank's GPU; nothing from the moment on in which it cannot be read."""

@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from fastmoco.config import parse
+from fastmoco.config import Config, parse
+from fastmoco.data.bad_samples import BadSamples
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
 from fastmoco.run.logbook import Logbook
@@ -17,6 +18,7 @@ from fastmoco.run.progress import Progress, in_words, why_so_long
 from fastmoco.run.record import WARMUP_STEPS, read_metrics
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
+NONE_BAD = BadSamples(Config(), None, 0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_the_gpu_is_read_at_every_flush_until_it_fails(tmp_path: Path) -> None:
         progress = progress_of(tmp_path, log)
         for done in (1, 2, 3):
             progress.add(StepResult(torch.tensor(6.0), torch.tensor([0]), torch.ones(1), one, one))
-            progress.flush(done, 0.1, 0.0, 0)
+            progress.flush(done, 0.1, 0.0, NONE_BAD)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r.values.get("power_w") for r in records] == [300.0, None, None]
 
@@ -104,7 +106,7 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
                 steps = WARMUP_STEPS
                 window = Window(steps, steps * step_s, 1e3 * step_s)
                 with mock.patch.object(progress._clock, "window", return_value=window):
-                    progress.flush(done, 0.1, 0.0, 0)
+                    progress.flush(done, 0.1, 0.0, NONE_BAD)
     return [line for line in lines if line.startswith(("duration", "WARNING: The demo"))]
 
 
