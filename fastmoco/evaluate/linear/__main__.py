@@ -28,7 +28,7 @@ from fastmoco.evaluate.labelled_training import keep_result
 from fastmoco.evaluate.linear.cached import Schedule, sweep
 from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
 from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
-from fastmoco.evaluate.options import command
+from fastmoco.evaluate.options import View, command
 from fastmoco.machine import ranks
 from fastmoco.machine.cache import cache_folder
 
@@ -66,7 +66,7 @@ def cached(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -
     if world.size > 1:
         raise ConfigError("--cached runs on one process: start it without torchrun.")
     schedule, show = schedule_of(given), sys.stderr.isatty()
-    train, test = both_folders(given)
+    train, test = both_folders(given, View.of(given, trunk.weights))
     store = cache_folder() / "features"
     options = {"device": world.device, "seed": given.seed, "progress": show}
     crops = stored_features(trunk, train, store, crops=given.crops, **options)
@@ -115,7 +115,7 @@ def good_rows(images: LabelledImages, *stored: Tensor) -> Tensor:
 def full(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -> dict[str, object]:
     """The published protocol. Raises `ConfigError`."""
     schedule = schedule_of(given)
-    train, test = both_folders(given)
+    train, test = both_folders(given, View.of(given, trunk.weights))
     protocol = Protocol(
         trunk,
         train,

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ def stored_features(
     interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
     cannot be written.
     """
-    said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
+    shown = [images.resize, images.image_size, asdict(images.rule)]
+    said = [trunk.fingerprint(), *shown, crops, seed if crops else 0]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
