@@ -77,7 +77,7 @@ def write_pair(marked: Path, plain: Path, kind: str, rng: np.random.Generator) -
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folders `marked` and `plain`, and a checkpoint of `RUN`."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(linear, "cache_folder", lambda: tmp_path / "cache")
     rng = np.random.default_rng(0)
     for part in ("train/a", "train/b", "test/a", "test/b"):
         for folder in ("marked", "plain"):

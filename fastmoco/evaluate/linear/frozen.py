@@ -40,6 +40,11 @@ class CheckedTrunk(FrozenTrunk):
         trunk = trunk_of(self.weights).requires_grad_(False)
         super().__init__(trunk.to(device).eval(), torch.float32, device)
 
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.weights.features
+
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
         digest = hashlib.sha256()
@@ -100,7 +105,7 @@ def stored_features(
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
-    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.weights.features)
+    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.features)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = json.loads(note.read_text())["batches"] if note.exists() and path.exists() else 0
