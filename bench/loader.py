@@ -32,6 +32,7 @@ from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import build_loader, make_plan
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader, read_work
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import ViewTable
@@ -53,7 +54,7 @@ class OfficialViews(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, config: Config) -> None:
         self.config = config
         source = open_source(config)
-        self.reader = Reader(source, config.run.seed, config.data.max_pixels)
+        self.reader = Reader(source, config.run.seed, PixelRule.of(config.data))
         self.plan = make_plan(config, source, len(source.sizes))
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class OfficialViews(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         one = slice(row, row + 1)
         augment = self.config.augment
         work = read_work(self.reader, self.plan, augment, micro_step, one)
-        image = decode(work.queries[0].data, self.config.data.max_pixels)
+        image = decode(work.queries[0].data, self.reader.rule)
         views = [
             execute(image, ViewTable.unpack(rows), 0, augment.image_size, augment.recipe)
             for rows in (work.rows_q, work.rows_k)

@@ -19,80 +19,78 @@ from fastmoco.data.preview import draw_views
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
+from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import INTERRUPTED, StopRequest
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import lr_at, set_lr
-from fastmoco.run import checkpoint, directory
+from fastmoco.run import directory, resuming
+from fastmoco.run.checkpoint import Saver
 from fastmoco.run.choices import start_lines, start_warnings
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
 from fastmoco.run.record import knn_summary
-from fastmoco.run.stopping import StopRequest
+from fastmoco.run.tracker import tracked
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
 
+# Errors whose message is one sentence for the user.
+SENTENCES = (
+    *(ConfigError, DivergedError, agreement.DisagreementError, collectives.CollectiveError),
+    OSError,  # a disk that is full or gone
+)
+
 
 class Run:
     """One training run on this rank: built once, trained once."""
 
-    def __init__(self, config: Config, world: ranks.World) -> None:
+    def __init__(self, config: Config, world: World, request: StopRequest | None = None) -> None:
         check(config, world.size)
         self.config = config = resolve_folders(config)
-        self.world = world
-        self.folder = Path(config.run.dir)
+        self.world, self.folder = world, Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
         self.lines = [host.settle(world.device)]  # before anything large is allocated
         wrong = agreement.agree_on_kernels(world) if world.device.type == "cuda" else []
-        resume_from = checkpoint.find(config)
+        found = resuming.find(config, world)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
-        fresh = config.model.init_from and not resume_from
-        started_from = [start_from(config, moco)] if fresh else []
+        fresh = config.model.init_from and not found
+        self.lines += [start_from(config, moco)] if fresh else []
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
+        rows = self.step.shuffle.key_rows
         self.loader = build_loader(
-            config,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            key_rows=self.step.shuffle.key_rows,
+            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
         )
+        allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
-        resumed = checkpoint.Resumed(0)
-        if resume_from:
-            resumed = checkpoint.resume(resume_from, self.step, config, self.per_epoch)
+        resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
         self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
-        self.request = StopRequest()
-        self.lines += start_lines(
-            config,
-            world,
-            num_samples=self.loader.num_samples,
-            steps_per_epoch=self.per_epoch,
-            loader=self.loader.description,
-            done=self.done,
-        )
-        self.lines += started_from
-        told = [*resumed.notes, *start_warnings(config, world, self.loader.num_samples)]
+        self.request, self.shared = request or StopRequest(), collectives.SharedRequest(world)
+        self.stopping = self.finished = False  # on every rank in the same step
+        self.saver = Saver(self.step, config, world, self.per_epoch)
+        self.lines += start_lines(config, world, loader=self.loader, done=self.done)
+        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:
         """Run to the last step or to a signal; either way the final state is on disk."""
-        main = self.world.is_main
-        if main:
-            directory.claim_run_directory(self.config)
+        main, self.request.patient = self.world.is_main, True
         with (
-            self.request,
+            directory.claimed(self.config, main),
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
+            tracked(self.config, log.warn, enabled=main) as log.send,
         ):
             for line in self.lines:
                 log.say(line)
@@ -106,20 +104,25 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
-                if not self.request.made:
-                    log.say(export_trunk(self.step.moco, self.folder, self.done // self.per_epoch))
-            end = "stopped by a signal, the same command resumes" if self.request.made else "done"
+            self.finished = self.done == self.stop_at
+            if self.finished:
+                with collectives.averaged(self.step.moco.running_statistics(), self.world):
+                    epochs = self.done // self.per_epoch
+                    log.say(export_trunk(self.step.moco, self.folder, epochs) if main else "")
+            end = "done" if self.finished else "stopped by a signal, the same command resumes"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
     def _loop(self, log: Logbook) -> None:
         step, accumulate = self.step, self.config.optim.accumulate
         start, stop = self.done, self.stop_at
         progress = Progress(
-            self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
+            self.config, self.world, log, step.moco.queue, range(start, stop), self.per_epoch
         )
         if self.monitor and start == 0:
             raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
             progress.baseline(raw, untrained, self.monitor.chance)
+        elif start:
+            self._evaluate(progress, log)
         batches = self.loader.batches(start, stop)
         progress.restart()
         for number in range(start, stop):
@@ -127,31 +130,31 @@ class Run:
             set_lr(step.optimizer, lr)
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
-            alone = self.world.size == 1  # several ranks agree to stop at a flush
-            if progress.due(done) or (self.request.made and alone):
+            asked = self.shared.poll(2 if self.request.made else int(self.saver.overdue()))
+            self.stopping = asked == 2
+            if progress.due(done) or asked:
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
-                self.request.made = collectives.any_rank(self.request.made, self.world)
-                self._evaluate_and_save(progress)
-                if self.request.made:
-                    return
+                end = self.stopping or done == stop
+                if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):
+                    log.warn(warning)
+                self._evaluate(progress, log)
+                progress.draw_report(done, now=bool(asked))
+                if self.stopping:
+                    break
                 progress.restart()
+        self.shared.settle()
 
-    def _evaluate_and_save(self, progress: Progress) -> None:
-        """kNN and checkpoint where they are due, or where the run ends here."""
-        epoch, within = divmod(self.done, self.per_epoch)
-        last, stopping = self.done == self.stop_at, self.request.made
-        every = self.config.knn.every
-        if self.monitor and not stopping and (last or (not within and epoch % every == 0)):
+    def _evaluate(self, progress: Progress, log: Logbook) -> None:
+        """kNN where it is due and was not yet done, as when the run ended right after saving."""
+        due = self.monitor and self.monitor.due(self.done, self.per_epoch, self.stop_at)
+        missing = due and collectives.any_rank(log.lacks("knn", self.done), self.world)
+        if self.monitor and missing and not self.stopping:
             progress.knn(self.done, self.monitor.trained(self.step.moco))
-        regular = not within and epoch % self.config.run.checkpoint_every == 0
-        if regular or last or stopping:
-            place = {"steps": self.done, "epoch": epoch}
-            checkpoint.save(self.folder, self.step, **place, config=self.config, world=self.world)
 
 
-def join_world(config: Config) -> ranks.World:
+def join_world(config: Config) -> World:
     """This rank among all. Raises `ConfigError` for a device that is not there."""
     try:
         return ranks.start(config.run.device, config.run.timeout_s)
@@ -160,29 +163,26 @@ def join_world(config: Config) -> ranks.World:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when trained, 2 for a configuration or input that cannot train, 1 if diverged."""
+    """Exit code 0 when trained, 2 for bad input, 1 if it failed; stopped 75 (`REQUEUE`) or 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = os.environ.get("RANK", "0") == "0"
     try:
         if first and not arguments:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
-        config = parse(arguments)
-        Run(config, join_world(config)).train()
-    except (
-        ConfigError,
-        DivergedError,
-        agreement.DisagreementError,
-        collectives.CollectiveError,
-    ) as error:
+        with StopRequest() as request:
+            config = parse(arguments)
+            run = Run(config, join_world(config), request)
+            run.train()
+            return 0 if run.finished else request.code
+    except SENTENCES as error:
         # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
         if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        return 130  # asked twice, or before there was anything to save
+        return INTERRUPTED  # asked twice, or before there was anything to save
     finally:
         ranks.stop()
-    return 0
 
 
 class _Callable(ModuleType):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.decode import BadImage
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import decode_sample
 from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Int64
@@ -17,7 +18,7 @@ class BadSamples:
     """The bad samples that this rank knows of. Rank 0 also lists those that indexing found."""
 
     def __init__(self, config: Config, source: Source | None, rank: int) -> None:
-        self._source, self._max_pixels = source, config.data.max_pixels
+        self._source, self._rule = source, PixelRule.of(config.data)
         self._share = config.data.max_bad_share
         self.path = Path(config.run.dir) / "bad_samples.jsonl"
         self.reasons: dict[int, str] = {}
@@ -40,7 +41,7 @@ class BadSamples:
         """Reads the sample once more: reasons do not travel with the batches."""
         assert self._source is not None
         try:
-            decode_sample(self._source, sample, self._max_pixels)
+            decode_sample(self._source, sample, self._rule)
         except BadImage as error:
             return str(error)
         return "could not be read once, but can be now"
@@ -61,6 +62,17 @@ class BadSamples:
                 f"{self._share:g}; the latest is {self._source.name(max(reasons))}, all are in "
                 f"{self.path}."
             )
+
+    def sentences(self) -> list[str]:
+        """How many are known to be bad by now, with the first names; none where all are good."""
+        if not self.reasons or self._source is None:
+            return []
+        first = (f"{self._source.name(n)} ({self.reasons[n]})" for n in sorted(self.reasons)[:3])
+        more = f" and {len(self.reasons) - 3:,} more" if len(self.reasons) > 3 else ""
+        return [
+            f"{len(self.reasons):,} of {len(self._source.sizes):,} images cannot be used and are "
+            f"replaced by others: {', '.join(first)}{more}; all are in {self.path}."
+        ]
 
     def _line(self, sample: int, reason: str) -> str:
         assert self._source is not None

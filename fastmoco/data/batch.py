@@ -17,6 +17,6 @@ class Batch:
     im_q: Tensor
     """(n, S, S, 3) uint8 on the device: the views for encoder_q."""
     im_k: Tensor
-    """(n, S, S, 3) uint8 on the device: the views for encoder_k."""
+    """(n, S, S, 3) uint8 on the device: the views for encoder_k; none for labels."""
     replaced: Int64 = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(n, 2): the query sample asked for and the one delivered; empty for images of no source."""

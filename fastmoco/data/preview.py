@@ -21,6 +21,7 @@ from fastmoco.data.backends.pil import execute
 from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.sheet import Column, captions, sheet
 from fastmoco.data.sources.choose import open_source, resolve_folders
@@ -42,11 +43,11 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
         return sheet(columns, side).save(path)
     source = open_source(config)
     plan = make_plan(config, source, len(source.sizes))
-    reader = Reader(source, config.run.seed, config.data.max_pixels)
+    reader = Reader(source, config.run.seed, PixelRule.of(config.data))
     rows = slice(0, min(samples, plan.local_batch))
     micro_step = step * config.optim.accumulate
     work = read_work(reader, plan, config.augment, micro_step, rows)
-    images = [decode(one.data, reader.max_pixels) for one in work.queries]
+    images = [decode(one.data, reader.rule) for one in work.queries]
     columns = [Column("original", [_fit(image.copy(), side) for image in images])]
     tables = {"im_q": work.rows_q, "im_k": work.rows_k}
     for name, packed in tables.items():
@@ -56,7 +57,7 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
             for row, image in enumerate(images)
         ]
         columns.append(Column(f"{name}, by PIL", views, captions(table, [i.size for i in images])))
-    if has_dali():
+    if has_dali() and config.data.backend in ("auto", "dali"):
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
             columns.append(Column(f"{name}, by DALI", list(batch)))
     sheet(columns, side).save(path)

@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.decode import BadImage, check_pixels, decode, is_complete_jpeg, jpeg_header
+from fastmoco.data.decode import BadImage, decode, is_complete_jpeg, is_turned, jpeg_header
 from fastmoco.data.order import permute, stream_key
+from fastmoco.data.pixels.rule import PixelRule, check_pixels
 from fastmoco.data.plan import Draw, Plan
 from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Float32, Int64, view_table
@@ -61,8 +62,8 @@ class Work:
 class Reader:
     """Fetches encoded samples. Pickles into reader processes; each keeps its own findings."""
 
-    def __init__(self, source: Source, seed: int, max_pixels: int) -> None:
-        self.source, self.seed, self.max_pixels = source, seed, max_pixels
+    def __init__(self, source: Source, seed: int, rule: PixelRule) -> None:
+        self.source, self.seed, self.rule = source, seed, rule
         self.bad: dict[int, str] = dict(source.bad)
         self.by_pil: set[int] = set()
         """Samples whose JPEG DALI refuses although PIL reads it."""
@@ -93,10 +94,11 @@ class Reader:
         data = read_sample(self.source, sample)
         header = jpeg_header(data)
         if header is not None and header.plain and sample not in self.by_pil:
-            check_pixels((header.width, header.height), self.max_pixels)
-            if is_complete_jpeg(data):
+            check_pixels((header.width, header.height), self.rule.max_pixels)
+            turned = self.rule.exif == "apply" and is_turned(data)
+            if is_complete_jpeg(data) and not turned:
                 return Encoded(sample, data, header.width, header.height)
-        image = decode(data, self.max_pixels)
+        image = decode(data, self.rule)
         return Encoded(sample, ppm(image), image.width, image.height)
 
     def _replacement(self, sample: int, attempt: int) -> int:
@@ -119,9 +121,9 @@ def read_sample(source: Source, sample: int) -> bytes:
         raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
 
 
-def decode_sample(source: Source, sample: int, max_pixels: int) -> Image.Image:
+def decode_sample(source: Source, sample: int, rule: PixelRule) -> Image.Image:
     """The RGB image. Raises `BadImage` where it cannot be read or decoded completely."""
-    return decode(read_sample(source, sample), max_pixels)
+    return decode(read_sample(source, sample), rule)
 
 
 def ppm(image: Image.Image) -> bytes:
@@ -139,7 +141,9 @@ def read_work(
         queries, keys = queries.part(rows), keys.part(rows)
     encoded_q = [reader.fetch(sample) for sample in queries.samples.tolist()]
     encoded_k = encoded_q
-    if plan.key_rows is not None:
+    if plan.views == 1:
+        encoded_k = []
+    elif plan.key_rows is not None:
         encoded_k = [reader.fetch(sample) for sample in keys.samples.tolist()]
     delivered = np.array([one.sample for one in encoded_q], dtype=np.int64)
     return Work(
@@ -152,5 +156,5 @@ def read_work(
 
 
 def _rows(augment: AugmentConfig, draw: Draw, encoded: list[Encoded]) -> Float32:
-    sizes = np.array([(one.width, one.height) for one in encoded], dtype=np.int32)
+    sizes = np.array([(one.width, one.height) for one in encoded], np.int32).reshape(-1, 2)
     return view_table(augment, draw.uniforms, sizes).pack()

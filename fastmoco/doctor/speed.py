@@ -12,6 +12,7 @@ from fastmoco.config import Config, ConfigError
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.loader import Loader, build_loader
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources.source import Source
 from fastmoco.doctor.findings import CPU_PIXELS, Line
@@ -42,7 +43,7 @@ def storage(source: Source, config: Config) -> Iterator[Line]:
             data = read_sample(source, sample)
             read_s += time.perf_counter() - began
             began = time.perf_counter()
-            decode(data, config.data.max_pixels)
+            decode(data, PixelRule.of(config.data))
         except BadImage:
             bad += 1
             continue

@@ -52,7 +52,7 @@ def identity(evaluation: Evaluation, source: Source, batch_size: int) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     view = [evaluation.resize, evaluation.image_size, evaluation.precision, batch_size]
-    digest.update(json.dumps(view).encode())
+    digest.update(f"{json.dumps(view)} {evaluation.rule}".encode())
     return digest.hexdigest()
 
 
@@ -159,7 +159,7 @@ class Embedding:
             resize=evaluation.resize,
             image_size=evaluation.image_size,
             known_bad=source.bad,
-            max_pixels=given.max_pixels,
+            rule=evaluation.rule,
             cache_bytes=0,
         )
         size = PART_BATCHES * self.batch_size
@@ -252,7 +252,11 @@ def _embed(given: argparse.Namespace, world: World) -> None:
     given.root = config.data.root
     if world.is_main:
         print(evaluation.describe(), flush=True)
-    embedding = Embedding(evaluation, open_source(config), given, world)
+    source = open_source(config)
+    if world.is_main:
+        for sentence in source.warnings:
+            print(f"WARNING: {sentence}", file=sys.stderr)
+    embedding = Embedding(evaluation, source, given, world)
     embedding.compute()
     barrier(world)
     failed = False

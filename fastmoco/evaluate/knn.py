@@ -206,7 +206,8 @@ def _evaluate(given: argparse.Namespace, world: World) -> None:
         world,
         resize=evaluation.resize,
         image_size=evaluation.image_size,
-        max_pixels=given.max_pixels,
+        rule=evaluation.rule,
+        any_name=given.any_name == "true",
         max_bank=given.max_bank,
     )
     votes = {"ks": given.k, "temperature": given.temperature}

@@ -18,18 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ConfigError, DataConfig
+from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
-from fastmoco.data.sources.folder import walk
+from fastmoco.data.pixels.rule import RGB8, PixelRule
+from fastmoco.data.sources.image_list import labelled_list
+from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
-MAX_PIXELS = DataConfig().max_pixels
 
 
-def eval_view(
-    data: bytes, resize: int, image_size: int, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8) -> np.ndarray:
     """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
 
     The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
@@ -38,7 +37,7 @@ def eval_view(
 
     Raises `BadImage` as `decode` does.
     """
-    image = decode(data, max_pixels)
+    image = decode(data, rule)
     width, height = image.size
     shorter = min(width, height)
     if shorter != resize:
@@ -55,7 +54,6 @@ class ImageSet:
     read: encoded bytes of image i; raises `OSError` where the file cannot be read.
     name: what to call image i in a report.
     known_bad: reasons of images that need no second look.
-    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
     Decoded pixels stay in memory when all n views fit into `cache_bytes`.
     """
 
@@ -68,17 +66,16 @@ class ImageSet:
         resize: int,
         image_size: int,
         known_bad: dict[int, str] | None = None,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         self.name = name
         self.resize = resize
         self.image_size = image_size
         self.bad: dict[int, str] = dict(known_bad or {})
         """Reason by image, of those that this rank knows to be bad."""
-        self._read, self._max_pixels, self._strict = read, max_pixels, strict
+        self._read, self.rule = read, rule
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._cache_bytes = cache_bytes
         self._resize_to(n)
@@ -148,68 +145,81 @@ class ImageSet:
     def _shape(self, n: int) -> tuple[int, int, int, int]:
         return (n, self.image_size, self.image_size, 3)
 
-    def _view(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises `BadImage` where they cannot be read."""
         try:
-            data = self._read(i)
+            return self._read(i)
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        return eval_view(data, self.resize, self.image_size, self._max_pixels)
+
+    def _view(self, i: int) -> np.ndarray:
+        return eval_view(self.read(i), self.resize, self.image_size, self.rule)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
         rows = into.numpy()
 
-        def one(i: int) -> None:
+        def one(i: int) -> str:
             try:
                 if i in self.bad:
                     raise BadImage(self.bad[i])
                 rows[i - offset] = self._view(i)
             except BadImage as error:
-                if self._strict:
-                    place = self.name(i)
-                    raise ConfigError(
-                        f"Cannot use {place} ({error}): repair or remove it."
-                    ) from error
                 rows[i - offset] = 0
-                self.bad[i] = str(error)
+                return str(error)
+            return ""
 
         if indices:
             with ThreadPoolExecutor(self._threads) as pool:
-                # Consuming the results raises what a thread raised.
-                list(pool.map(one, indices))
+                reasons = list(pool.map(one, indices))
+            # In the order of the images, whichever thread was the first.
+            self.bad |= {i: why for i, why in zip(indices, reasons, strict=True) if why}
 
 
-def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
+def index_class_folders(
+    root: Path, *, any_name: bool = False, passed: Passed | None = None
+) -> tuple[list[Path], list[int], list[str]]:
+    """Image paths, their labels and the class names of `root/<class>/.../<image>`, or of a list.
 
     Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
-    What counts as an image, and which files and folders are hidden, is as in training. A class
-    folder without images keeps its label.
+    What counts as an image, and which files and folders are hidden, is as in training; `passed`
+    takes note of the rest. A class folder without images keeps its label.
+
+    A file is read as a list with a column of labels, see `labelled_list`.
 
     Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
     holds a folder that cannot be listed.
     """
+    if root.is_file():
+        return labelled_list(root)
     if not root.is_dir():
         raise ConfigError(
-            f"No folder {root}: labels need a folder that holds one folder per class."
+            f"No folder {root}: labels need a folder that holds one folder per class, or a list "
+            "with labels."
         )
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         found = "files but no class folders" if any(root.iterdir()) else "nothing"
         raise ConfigError(
             f"{root} holds {found}: labels need one folder of images per class in it."
         )
+    passed = Passed() if passed is None else passed
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
         try:
-            listed = list(walk(str(folder)))
+            listed = list(walk(str(folder), passed, any_name=any_name))
+        except PermissionError:
+            passed.shut.append(str(folder))
+            continue
         except OSError as error:
             raise ConfigError(
                 f"The folder {error.filename} cannot be listed: {error.strerror}; "
                 "make it readable or move it elsewhere."
             ) from error
         images = sorted(folder / inner / name for inner, _, names in listed for name in names)
+        if any_name:
+            images = [path for path in images if is_image_file(str(path))]
         paths += images
         labels += [label] * len(images)
     if not paths:
@@ -236,26 +246,30 @@ class LabelledImages(ImageSet):
         resize: int,
         image_size: int,
         max_images: int = 0,
-        max_pixels: int = MAX_PIXELS,
+        rule: PixelRule = RGB8,
+        any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
-        paths, labels, self.class_names = index_class_folders(root)
+        passed = Passed()
+        paths, labels, self.class_names = index_class_folders(
+            root, any_name=any_name, passed=passed
+        )
+        self.warnings = passed.warnings()
+        """What was left out that a user should act on, one sentence each."""
         n = min(len(paths), max_images) if max_images > 0 else len(paths)
         kept = [i * len(paths) // n for i in range(n)]
         self.paths = [paths[i] for i in kept]
         self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
         super().__init__(
             n,
-            read=lambda i: self.paths[i].read_bytes(),
+            read=lambda i: read_file(str(self.paths[i])),
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,
-            max_pixels=max_pixels,
+            rule=rule,
             threads=threads,
             cache_bytes=cache_bytes,
-            strict=strict,
         )
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, KnnConfig, parse_text
 from fastmoco.config.command import CommandParser
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, ranks
@@ -39,6 +40,7 @@ def evaluation_parser(prog: str, description: str, *, positional: bool = False) 
         choices=("folder", "list", "shards", "demo"),
     )
     add("--data.max_pixels", dest="max_pixels", type=int, default=DataConfig().max_pixels)
+    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
     add("--resize", type=int, default=0, help="shorter edge; 0: the run's, or 8/7 of the size")
     add("--image_size", type=int, default=0, help="side of the crop; 0: the run's, or 224")
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward pass")
@@ -62,6 +64,8 @@ class Evaluation:
     resize: int
     image_size: int
     precision: str
+    data: DataConfig
+    """How its run read pixels, with `max_pixels` of the command line."""
 
     @classmethod
     def of(cls, given: argparse.Namespace, world: World) -> Evaluation:
@@ -86,7 +90,13 @@ class Evaluation:
             )
         precision = choose_precision(given.precision, world.device)
         trunk = FrozenTrunk.of(weights, precision.dtype, world.device)
-        return cls(weights, trunk, resize, size, str(precision))
+        data = replace((run or Config()).data, max_pixels=given.max_pixels)
+        return cls(weights, trunk, resize, size, str(precision), data)
+
+    @property
+    def rule(self) -> PixelRule:
+        """How bytes become pixels."""
+        return PixelRule.of(self.data)
 
     def describe(self) -> str:
         """What is evaluated, in two lines."""
@@ -106,7 +116,12 @@ class Evaluation:
     def sources(self, given: argparse.Namespace, every: int = 0) -> Config:
         """The configuration that names the images of the command line."""
         return Config(
-            data=DataConfig(source=given.source, root=given.root, max_pixels=given.max_pixels),
+            data=replace(
+                self.data,
+                source=given.source,
+                root=given.root,
+                any_name=given.any_name == "true",
+            ),
             augment=AugmentConfig(image_size=self.image_size),
             knn=KnnConfig(
                 every=every,

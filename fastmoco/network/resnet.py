@@ -34,7 +34,8 @@ class MaxPool2d(nn.MaxPool2d):
         # What Inductor writes for ATen's backward adds with atomics: slower, and never twice alike.
         if torch.compiler.is_compiling() and input.is_cuda:
             return max_pool(input, kernel=3, stride=2, padding=1)
-        return super().forward(input)
+        y: Tensor = super().forward(input)
+        return y
 
 
 class BasicBlock(resnet.BasicBlock):

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastmoco.machine.collectives import all_reduce_mean_
 from fastmoco.machine.host import peak_memory_bytes
 from fastmoco.machine.ranks import World
-from fastmoco_kernels import InfoNCE
+from fastmoco.method.quality import FeatureSums, quality
+from fastmoco.method.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,62 @@ class Clock:
 
 
 class Metrics:
-    """Loss and pretext accuracy of the steps since the last flush.
+    """Loss, pretext accuracy and quality of the features of the steps since the last flush.
 
     `add` only enqueues work on the device; `flush` is the one host synchronization of the loop.
+    `dim` is C, the feature dimension.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, dim: int) -> None:
         self._world = world
-        self._sums = torch.zeros(3, device=world.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._features = FeatureSums(dim, world.device)
         self._count = 0
 
-    def add(self, result: InfoNCE) -> None:
-        """Count one step: its mean loss and the share of queries with the positive on top."""
+    def add(self, result: StepResult) -> None:
+        """Count one step: mean loss, share of queries with the positive on top, features."""
         top1, top5 = (result.rank == 0).float().mean(), (result.rank < 5).float().mean()
         self._sums += torch.stack([result.loss, top1, top5])
+        self._features.add(result.q, result.k)
         self._count += 1
 
     def flush(self) -> dict[str, float]:
-        """Mean `loss`, `pretext_top1` and `pretext_top5` since the last flush, over all ranks."""
-        means: Tensor = self._sums / max(self._count, 1)
-        all_reduce_mean_([means], self._world)
-        loss, top1, top5 = means.tolist()  # the host waits for the device here
+        """Means since the last flush, over all ranks.
+
+        `loss`, `pretext_top1`, `pretext_top5` and what `fastmoco.method.quality` lists.
+        """
+        sums = torch.cat([self._sums / max(self._count, 1), self._features.flat])
+        all_reduce_mean_([sums], self._world)
+        sums = sums.cpu()  # the host waits for the device here
+        loss, top1, top5 = sums[:3].tolist()
         self._sums.zero_()
+        self._features.flat.zero_()
         self._count = 0
-        return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5}
+        spread = quality(self._world.size * sums[3:])
+        return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5, **spread}
+
+
+class QueueChange:
+    """How far the keys of the queue are from those that they replaced; K rows, C columns.
+
+    Compares a thousand rows once per turnover, when each of them was due to be overwritten.
+    """
+
+    def __init__(self, queue: Tensor, keys_per_step: int, done: int) -> None:
+        self._rows = queue[:: max(1, len(queue) // 1024)]
+        self._keys_per_step, self._size = keys_per_step, len(queue)
+        self._before, self._done = self._rows.clone(), done
+
+    def measure(self, done: int) -> dict[str, float]:
+        """`queue_change`, the mean Euclidean distance, or nothing where it is not yet time.
+
+        Reads one number from the device; call it where the host waits anyway.
+        """
+        if not self._size or (done - self._done) * self._keys_per_step < self._size:
+            return {}
+        change = float((self._rows - self._before).norm(dim=1).mean())
+        self._before, self._done = self._rows.clone(), done
+        return {"queue_change": change}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -24,8 +24,8 @@ from fastmoco_kernels.ema import ema_launch
 from fastmoco_kernels.ema import launch_configuration as ema_configuration
 from fastmoco_kernels.info_nce_launch import plan
 from fastmoco_kernels.launch import HAS_TRITON, Launch, triton
-from fastmoco_kernels.max_pool import backward_launch, forward_launch
 from fastmoco_kernels.multi_tensor import Table
+from fastmoco_kernels.network.max_pool import backward_launch, forward_launch
 from fastmoco_kernels.sgd_ema import launch_configuration as sgd_configuration
 from fastmoco_kernels.sgd_ema import sgd_ema_launch
 

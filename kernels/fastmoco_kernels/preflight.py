@@ -24,7 +24,7 @@ from fastmoco_kernels import launch, reference
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
 from fastmoco_kernels.launch import HAS_TRITON
-from fastmoco_kernels.max_pool import max_pool
+from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
 # Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.

@@ -28,8 +28,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         _info_nce_enqueue,
         _mean_with_gradient,
     )
-
-    from fastmoco_kernels.max_pool import _backward, _max_pool
+    from fastmoco_kernels.network.max_pool import _backward, _max_pool
 
     q, k, queue, pointer = _inputs(dtype)
     weights = [torch.randn(3, 5), torch.randn(7)]

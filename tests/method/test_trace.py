@@ -33,11 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILED = replace(CONFIG, run=replace(CONFIG.run, compile="on"))
 
 
-def traced(arch: str, how: str) -> dict[str, Any]:
+def traced(arch: str, how: str, mechanism: str = "queue") -> dict[str, Any]:
     """What `tests.support.traced_step` prints, from a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.traced_step", arch, how],
+        [sys.executable, "-m", "tests.support.traced_step", arch, how, mechanism],
         env=os.environ | {"PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
@@ -78,8 +78,9 @@ def test_r50_step_on_eight_gpus_is_one_graph_with_the_expected_collectives() -> 
 
 
 @needs_no_gpu
-def test_eager_step_on_cuda_never_waits_for_the_device() -> None:
-    found = traced("resnet18", "eager")
+@pytest.mark.parametrize("mechanism", ["queue", "end_to_end", "memory_bank"])
+def test_eager_step_on_cuda_never_waits_for_the_device(mechanism: str) -> None:
+    found = traced("resnet18", "eager", mechanism)
     assert found["operations"] > 500
     assert found["host_syncs"] == []
     assert found["other_layouts"] == []
@@ -133,7 +134,7 @@ def test_cpu_step_reads_nothing_back_between_flushes(accumulate: int) -> None:
 
 
 def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[Any], int, int]:
-    """Losses, state after some steps at changing rates, graphs and graph breaks."""
+    """Losses, features, state after some steps at changing rates, graphs and graph breaks."""
     torch._dynamo.reset()
     counters.clear()
     local = BATCH // world.size
@@ -146,7 +147,8 @@ def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[An
     for number in range(4):
         set_lr(step.optimizer, LR / (1 + number))
         views = images(number)
-        losses.append(step([Batch(views.im_q[mine], views.im_k[mine])], number).loss)
+        result = step([Batch(views.im_q[mine], views.im_k[mine])], number)
+        losses += [result.loss, result.q, result.k]
     state = [t.clone() for t in moco.state_dict().values()]
     return [*losses, *state], counters["stats"]["unique_graphs"], len(counters["graph_break"])
 

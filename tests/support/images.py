@@ -8,6 +8,10 @@ from PIL import Image
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """The RGB image of encoded bytes."""
+    """The RGB image of encoded bytes; transparency over white."""
     with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")

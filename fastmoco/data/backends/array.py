@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import io as torchvision_io
 
-from fastmoco.data.decode import JPEG_START, decode
+from fastmoco.data.decode import JPEG_START, decode, is_turned
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, UInt8, ViewTable
 
 Float32 = NDArray[np.float32]
@@ -43,9 +44,9 @@ class Canvas:
         padded = (3, side + 2 * _PAD, side + 2 * _PAD)
         self.blurred, self.sums, self.centre = np.zeros((3, *padded), np.uint16)
 
-    def decode(self, data: bytes, max_pixels: int) -> Tensor:
+    def decode(self, data: bytes, rule: PixelRule) -> Tensor:
         """See `decode_tensor`."""
-        return decode_tensor(data, max_pixels)
+        return decode_tensor(data, rule)
 
     def execute(self, image: Tensor, table: ViewTable, row: int) -> UInt8:
         """One view of an RGB image, (3, H, W) uint8 to (S, S, 3) uint8."""
@@ -215,9 +216,10 @@ def box_radius(sigma: float) -> float:
     return whole + share / (6.0 * (variance - (whole + 1) ** 2))
 
 
-def decode_tensor(data: bytes, max_pixels: int) -> Tensor:
+def decode_tensor(data: bytes, rule: PixelRule) -> Tensor:
     """(3, H, W) uint8 RGB, as PIL decodes it. Raises `BadImage` where PIL does not."""
-    if _decode_jpeg is not None and data.startswith(JPEG_START):
+    turned = rule.exif == "apply" and is_turned(data)
+    if _decode_jpeg is not None and data.startswith(JPEG_START) and not turned:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             # The same libjpeg-turbo settings as PIL's, without PIL's copies of the pixels.
@@ -225,7 +227,7 @@ def decode_tensor(data: bytes, max_pixels: int) -> Tensor:
             return decoded
         except RuntimeError:
             pass  # PIL decides, and has the reason
-    return torch.from_numpy(np.array(decode(data, max_pixels))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode(data, rule))).permute(2, 0, 1)
 
 
 def crop(image: Tensor, table: ViewTable, row: int, side: int) -> UInt8:

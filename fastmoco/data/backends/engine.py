@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from fastmoco.data.batch import Batch
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import UInt8, ViewTable
 
 
 class Executor(Protocol):
     """Makes one view after another on the CPU, for one thread."""
 
-    def decode(self, data: bytes, max_pixels: int) -> Any:
+    def decode(self, data: bytes, rule: PixelRule) -> Any:
         """The RGB image that `execute` takes. Raises `BadImage`."""
 
     def execute(self, image: Any, table: ViewTable, row: int) -> UInt8:

@@ -17,6 +17,7 @@ from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
 
 from fastmoco.data.decode import decode
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, SATURATION, UInt8, ViewTable
 
 # Its annotations name tensors only, although it takes PIL images and is the reference on them.
@@ -81,9 +82,9 @@ class PilExecutor:
     def __init__(self, side: int, recipe: str) -> None:
         self.side, self.recipe = side, recipe
 
-    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+    def decode(self, data: bytes, rule: PixelRule) -> Image.Image:
         """See `fastmoco.data.decode.decode`."""
-        return decode(data, max_pixels)
+        return decode(data, rule)
 
     def execute(self, image: Image.Image, table: ViewTable, row: int) -> UInt8:
         """See `execute`."""

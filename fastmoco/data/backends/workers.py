@@ -59,7 +59,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
 
     def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Any]]:
         """Reads and decodes; starts over without the samples that PIL does not decode."""
-        executor, limit = self._own_executor(), self.reader.max_pixels
+        executor, rule = self._own_executor(), self.reader.rule
         while True:
             work = read_work(self.reader, self.plan, self.augment, micro_step, rows)
             images: dict[int, Any] = {}
@@ -68,7 +68,7 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
                 if one.sample in images or one.sample in bad:
                     continue
                 try:
-                    images[one.sample] = executor.decode(one.data, limit)
+                    images[one.sample] = executor.decode(one.data, rule)
                 except BadImage as error:
                     bad[one.sample] = str(error)
             if not bad:

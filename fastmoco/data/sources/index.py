@@ -5,14 +5,16 @@ width and height (8). The cache is one file of raw arrays that every process map
 its pages.
 
 It is valid while no folder below the root has changed its modification time: one stat per folder,
-none per file. Every added, removed or renamed file or folder changes that time. It does not show
+none per file. Every added, removed or renamed file or folder changes that time. Where these times
+say nothing, as on mounted buckets, the folders are listed again. Files that were bad are looked at
+again when their size or time has changed, and so are links that led nowhere. Not noticed are
 
-- a file that is overwritten in place: the reader takes the size from the file itself, so its views
-  are right, but a file that was bad and is good now stays replaced;
-- another target of a link;
+- a good file that is overwritten in place: the reader takes the size from the file itself, so its
+  views are right, and one that is bad by then is replaced;
+- another target of a link to a file;
 - changes on network file systems that report modification times late.
 
-Deleting the cache file indexes anew; `FASTMOCO_CACHE` names its folder.
+`data.rescan` indexes anew; `FASTMOCO_CACHE` names the folder of the cache.
 
 N samples, F folders.
 """
@@ -23,6 +25,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.machine.cache import cache_folder, exclusive
 
-_MAGIC = b"fastmoco index 2\n"  # 2: hidden members of shards do not count
+_MAGIC = b"fastmoco index 3\n"  # 3: what the scan passed over is part of the facts
 
 
 _ALIGN = 64
@@ -47,7 +50,8 @@ class Index:
     arrays: dict[str, NDArray[Any]]
     """Named arrays, among them `sizes`: int32 (N, 2), width and height, 0 where unreadable."""
     facts: dict[str, Any]
-    """JSON: whatever the source needs to validate the index, and `bad`: {sample: reason}."""
+    """JSON: whatever the source needs to validate the index, and of bad samples `bad`: {sample:
+    reason}, `stamps`: {sample: `stamp_of` its file} and `where`: {sample: line of a list}."""
     path: str = ""
     """The cache file that the arrays are mapped from; empty if they are in memory."""
 
@@ -73,7 +77,9 @@ class Index:
     @property
     def bad(self) -> dict[int, str]:
         """Reasons of the samples that were found unreadable while indexing."""
-        return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+        where = {int(sample): f"{line}: " for sample, line in self.facts.get("where", {}).items()}
+        reasons = {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+        return {sample: where.get(sample, "") + why for sample, why in reasons.items()}
 
 
 class Indexed:
@@ -90,6 +96,16 @@ class Indexed:
     def bad(self) -> dict[int, str]:
         """Reason by sample, for those found unreadable while indexing."""
         return self.index.bad
+
+    @property
+    def notes(self) -> list[str]:
+        """What indexing found that a user may want to know, one sentence each."""
+        return list(self.index.facts.get("notes", []))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What indexing left out that a user should act on, one sentence each."""
+        return list(self.index.facts.get("warnings", []))
 
     def fingerprint(self) -> str:
         """Changes when a sample is added, removed, renamed or found to have another size."""
@@ -146,26 +162,50 @@ def load_index(path: str) -> Index:
 FILE_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them
 
 
-def kept_index(what: str, holds: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
-    """The cached index of `what` where it holds, else a new one; one rank per machine scans."""
+_BEGAN = time.time()
+
+
+def kept_index(
+    what: str,
+    holds: Callable[[Index], bool],
+    scan: Callable[[], Index],
+    again: Callable[[Index], Index | None] = lambda index: None,
+    *,
+    rescan: bool = False,
+) -> Index:
+    """The cached index of `what` where it holds, else a new one; one rank per machine scans.
+
+    again: a better index where files that were bad have changed. rescan: use none that is older
+    than this process; another rank may have made one since.
+    """
     digest = hashlib.sha256(what.encode(*FILE_NAMES)).hexdigest()[:20]
     cached = cache_folder() / "index" / digest
     with exclusive(cached.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = load_index(str(cached))
-            if holds(index):
-                return index
-        index = scan()
-        if len(index.sizes):
-            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
-                index = save_index(index, cached)
-        return index
+            if (not rescan or cached.stat().st_mtime > _BEGAN) and holds(index):
+                better = again(index)
+                return index if better is None else _kept(better, cached)
+        return _kept(scan(), cached)
 
 
-def require_readable(index: Index, what: str) -> None:
-    """Raises `ConfigError` for an index without samples, or without a readable one."""
+def _kept(index: Index, cached: Path) -> Index:
+    if len(index.facts.get("bad", {})) < len(index.sizes):  # a disk may be missing: look again
+        with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
+            return save_index(index, cached)
+    return index
+
+
+def require_readable(index: Index, what: str, *, by_name: bool = False) -> None:
+    """Raises `ConfigError` for an index without samples, or without a readable one.
+
+    by_name: files were counted by their names, so that content may find more.
+    """
     if not len(index.sizes):
-        raise ConfigError(f"{what} holds no image file.")
+        notes, warnings = (index.facts.get(kind, []) for kind in ("notes", "warnings"))
+        seen = f" ({'; '.join(note.rstrip('.') for note in notes + warnings)})"
+        hint = "; data.any_name true counts images by their content" if by_name and notes else ""
+        raise ConfigError(f"{what} holds no image file{seen * bool(notes + warnings)}{hint}.")
     if len(index.bad) == len(index.sizes):
         sample, reason = next(iter(index.bad.items()))
         raise ConfigError(

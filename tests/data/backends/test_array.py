@@ -15,6 +15,7 @@ from fastmoco.config import AugmentConfig
 from fastmoco.data.backends import array
 from fastmoco.data.backends.array import Canvas, box_radius, decode_tensor
 from fastmoco.data.backends.pil import execute
+from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
 from tests.support.images import open_rgb
 
@@ -58,7 +59,7 @@ def test_jpegs_decode_to_pils_pixels(
     for path in photos.rglob("*.jpg"):
         data = path.read_bytes()
         expected = np.asarray(open_rgb(data))
-        assert np.array_equal(decode_tensor(data, 10**8).permute(1, 2, 0).numpy(), expected)
+        assert np.array_equal(decode_tensor(data, RGB8).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "grayscale_p", "flip_p"])
@@ -128,5 +129,5 @@ def test_whole_views_of_photographs(photographs: list[bytes], recipe: str) -> No
     canvas = Canvas(config.image_size, recipe)
     for row, data in enumerate(photographs):
         expected = execute(images[row], table, row, config.image_size, recipe).astype(np.int64)
-        wrong = np.abs(expected - canvas.execute(decode_tensor(data, 10**9), table, row))
+        wrong = np.abs(expected - canvas.execute(decode_tensor(data, RGB8), table, row))
         assert wrong.mean() < 1, row

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco_kernels.max_pool import Window, backward_launch, forward_launch
+from fastmoco_kernels.network.max_pool import Window, backward_launch, forward_launch
 from tests.kernels.interpreter import watched
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -1,0 +1,42 @@
+"""The rule by which bytes become pixels, alike in training, evaluation and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from fastmoco.config import DataConfig
+
+# `data.max_pixels` decides alone, and it is looked at before anything is decoded. PIL's own limit
+# would refuse what the option allows.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadImage(Exception):
+    """An image that cannot be used. The message is the reason, for `bad_samples.jsonl`."""
+
+
+@dataclass(frozen=True)
+class PixelRule:
+    """What decides the pixels of a file besides its bytes; see the fields of `DataConfig`."""
+
+    max_pixels: int = DataConfig.max_pixels
+    alpha_over: tuple[int, int, int] = DataConfig.alpha_over
+    exif: Literal["ignore", "apply"] = DataConfig.exif
+
+    @classmethod
+    def of(cls, data: DataConfig) -> PixelRule:
+        """The rule that a configuration asks for."""
+        return cls(data.max_pixels, data.alpha_over, data.exif)
+
+
+RGB8 = PixelRule()
+"""8-bit RGB with the defaults: how the files of published weights were read."""
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raises `BadImage` for an image of more than max_pixels pixels."""
+    if size[0] * size[1] > max_pixels:
+        raise BadImage(f"{size[0]} x {size[1]} pixels exceed data.max_pixels {max_pixels}")

@@ -1,0 +1,124 @@
+"""A frozen trunk from any checkpoint, and its features of fixed crops stored once on disk.
+
+n images, V crops of each, S side of a crop, D feature dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastmoco.config import ConfigError
+from fastmoco.data.backends.array import Canvas
+from fastmoco.data.decode import BadImage
+from fastmoco.data.order import EpochOrder
+from fastmoco.data.table import draw_uniforms, view_table
+from fastmoco.evaluate.features import FrozenTrunk, filled_up, trunk_of
+from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.evaluate.labelled_training import crop_and_flip
+from fastmoco.weights.read import read
+
+
+class CheckedTrunk(FrozenTrunk):
+    """The frozen trunk of a checkpoint, fp32, that can tell whether it is still what it was.
+
+    Raises `ConfigError` as `fastmoco.weights.read` does.
+    """
+
+    def __init__(self, checkpoint: Path, device: torch.device) -> None:
+        self.weights = read(checkpoint)
+        trunk = trunk_of(self.weights).requires_grad_(False)
+        super().__init__(trunk.to(device).eval(), torch.float32, device)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: int) -> Tensor:
+    """Crop number `crop` of some images, uint8 (len(rows), S, S, 3): what training would show.
+
+    It is the view that the training loader shows of the image in epoch `crop`, drawn from the
+    image's position in that epoch. That of a bad image is black, and `images.bad` has the reason.
+    """
+    n, side = len(images), images.image_size
+    augment = crop_and_flip(side)
+    position = np.empty(n, np.int64)
+    position[EpochOrder(n, seed, 0, ()).samples(crop, np.arange(n))] = np.arange(n)
+    out = np.empty((len(rows), side, side, 3), np.uint8)
+
+    def one(index: int) -> None:
+        row, canvas = rows[index], Canvas(side, augment.recipe)
+        try:
+            image = canvas.decode(images.read(row), images.rule)
+        except BadImage as error:
+            images.bad[row], out[index] = str(error), 0
+            return
+        size = np.array([[image.shape[2], image.shape[1]]], np.int32)
+        uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
+        out[index] = canvas.execute(image, view_table(augment, uniforms, size), 0)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(one, range(len(rows))))
+    return torch.from_numpy(out)
+
+
+def stored_features(
+    trunk: CheckedTrunk,
+    images: LabelledImages,
+    folder: Path,
+    *,
+    device: torch.device,
+    crops: int = 0,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Features (V, n, D) fp32 on the CPU, mapped from a file in `folder` that is computed once.
+
+    crops 0: V = 1, the centre crop; else V = crops random ones, fixed by `seed`. Features of a bad
+    image are NaN. The file's name holds a hash of the weights, the list of images and the view. An
+    interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
+    cannot be written.
+    """
+    said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
+    name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
+    path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
+    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.weights.features)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = json.loads(note.read_text())["batches"] if note.exists() and path.exists() else 0
+        mode = "r+" if done else "w+"
+        stored = np.lib.format.open_memmap(path, mode, np.float32, shape)
+        starts = [(v, s) for v in range(views) for s in range(0, len(images), batch_size)]
+        bar = tqdm(starts, "features", initial=done, unit="batch", disable=not progress)
+        bar.update(done)
+        for number, (view, start) in list(enumerate(starts))[done:]:
+            stop = min(start + batch_size, len(images))
+            rows = range(start, stop)
+            pixels = random_crops(images, rows, view, seed) if crops else images.load(start, stop)
+            full = filled_up(pixels, batch_size).to(device)
+            stored[view, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
+            stored[view, [row for row in rows if row in images.bad]] = np.nan
+            if number % 64 == 63 or number + 1 == len(starts):
+                stored.flush()
+                note.write_text(json.dumps({"batches": number + 1}))
+            bar.update()
+        bar.close()
+    except OSError as error:
+        raise ConfigError(f"Features cannot be stored in {folder}: {error}.") from error
+    return torch.from_numpy(stored)
