@@ -55,10 +55,10 @@ def test_equals_float64_with_many_ties(
 
 
 def test_no_program_leaves_its_tensors_or_writes_what_another_does() -> None:
-    x, dy = torch.randn(2, 32, 9, 8), torch.randn(2, 32, 5, 4)
+    x, dy = torch.randn(2, 64, 13, 8), torch.randn(2, 64, 7, 4)
     with watched() as watch:
         kernels(x, dy, (3, 2, 1))
-    assert len(watch.programs) == 2 * 3  # two images, three blocks of 1,024 inputs
+    assert len(watch.programs) == 2 * 3  # two images, three blocks of 1,024 lanes
 
 
 def test_nan_and_infinities_go_where_aten_sends_them() -> None:
