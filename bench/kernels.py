@@ -21,18 +21,22 @@ from bench.measure.program import Options, chosen, command, parser
 from bench.measure.rows import Row
 from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import loss_race
+from bench.races.max_pool import max_pool_race
 from bench.races.updates import ema_race, sgd_ema_race
+from fastmoco_kernels.launch import HAS_TRITON, triton
 
 
 def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     """All cases by op, built when they are run."""
     losses = [(256, torch.float32), (256, torch.bfloat16), (32, torch.float32)]
     norms = [(32, 64, 112, False), (32, 256, 56, True), (32, 256, 14, False), (32, 1024, 14, True)]
+    on_cuda = device.type == "cuda"
     return {
         "info_nce": [partial(loss_race, n, 128, 65536, dtype, device) for n, dtype in losses],
         "ema": [lambda: ema_race(device)],
         "sgd_ema": [lambda: sgd_ema_race(device)],
         "batch_norm": [partial(batch_norm_race, *sizes, device) for sizes in norms],
+        **({"max_pool": [partial(max_pool_race, 256, 64, 112, device)]} if on_cuda else {}),
         **cpu_races(device),
     }
 
@@ -40,6 +44,18 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
 PARSER = parser("kernels", __doc__, steps=False)
 PARSER.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 PARSER.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def traffic(least_bytes: int, p50_ms: float, device: torch.device) -> Row:
+    """Fields of a row whose case knows what must be moved at least: its rate at the median.
+
+    With the memory of the device known, `bound_ms` is *modelled*: what that traffic takes.
+    """
+    found: Row = {"gb_per_s": round(least_bytes / p50_ms / 1e6, 1)}
+    if device.type == "cuda" and HAS_TRITON:
+        peak = triton.testing.get_dram_gbps(device.index or 0)
+        found["bound_ms"] = round(least_bytes / peak / 1e6, 4)
+    return found
 
 
 @command(PARSER, trains=False)
@@ -51,6 +67,8 @@ def main(own: Options) -> Iterator[list[Row]]:
     for build in (build for op in names for build in known[op]):
         op, case, ways = build()
         timings = race(ways, own.device, own.windows)
+        for found in timings.values() if "least_bytes" in case else ():
+            found |= traffic(case["least_bytes"], found["p50_ms"], own.device)
         shared = {"benchmark": op, "case": case}
         yield [{**shared, "contestant": way, **found} for way, found in timings.items()]
 

@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.kernels import main, races
+from bench.kernels import main, races, traffic
 from bench.measure.contest import race
 from bench.races.layers import PARTS, convolution_race, in_turns
+from bench.races.max_pool import max_pool_race
 from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
@@ -36,6 +37,19 @@ def test_each_way_of_a_part_of_a_layer_is_raced(part: str) -> None:
     assert list(race(ways, CPU, windows=1)) == ["official", "direct", "winograd"]
     _, _, ways = convolution_race(part, torch.float32, 2, 16, 6, 32, 3, 2)
     assert list(race(ways, CPU, windows=1)) == ["official", "direct"]
+
+
+def test_all_ways_of_max_pooling_are_those_of_float64_and_have_a_rate() -> None:
+    with mock.patch("torch.compile", lambda function, **options: function):  # takes a minute
+        _, case, ways = max_pool_race(2, 8, 12, CPU)
+    # bf16 (2, 8, 12, 12) and (2, 8, 6, 6), and a byte per output, in either direction.
+    assert case["least_bytes"] == 2 * (2 * 2304 + 2 * 576 + 576)
+    timings = race(ways, CPU, windows=1)
+    assert list(timings) == ["official", "compiled", "fastmoco"]
+    y, dx = ways[0].run()
+    assert all(way.error((y, dx.roll(1, 3))) > way.allowed for way in ways)
+    assert traffic(200_000, 2.0, CPU) == {"gb_per_s": 0.1}
+    assert "max_pool" in races(torch.device("cuda"))
 
 
 @needs(convolution_cpu.reason())
