@@ -20,7 +20,7 @@ from bench.measure.contest import Race, race
 from bench.measure.program import Options, chosen, command, parser
 from bench.measure.rows import Row
 from bench.races.layers import batch_norm_race, cpu_races
-from bench.races.loss import loss_race
+from bench.races.loss import enqueue_race, loss_race
 from bench.races.max_pool import max_pool_race
 from bench.races.updates import ema_race, sgd_ema_race
 from fastmoco_kernels.launch import HAS_TRITON, triton
@@ -33,6 +33,7 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
     on_cuda = device.type == "cuda"
     return {
         "info_nce": [partial(loss_race, n, 128, 65536, dtype, device) for n, dtype in losses],
+        "info_nce_enqueue": [lambda: enqueue_race(256, 128, 65536, device)],
         "ema": [lambda: ema_race(device)],
         "sgd_ema": [lambda: sgd_ema_race(device)],
         "batch_norm": [partial(batch_norm_race, *sizes, device) for sizes in norms],

@@ -1,4 +1,4 @@
-"""The loss beside the published formulation.
+"""The loss and its enqueue, beside the published formulation.
 
 N local batch, C dimension, K queue length.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from bench.measure.contest import Race, Way
-from fastmoco_kernels import info_nce
+from fastmoco_kernels import info_nce, info_nce_enqueue
 
 
 def official_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -67,3 +67,32 @@ def loss_race(n: int, c: int, k: int, dtype: torch.dtype, device: torch.device) 
     ways = [Way(name, step(f), error, allowed) for name, f in functions.items()]
     case = {"N": n, "C": c, "K": k, "dtype": str(dtype)[6:], "device": device.type}
     return "info_nce", case, ways
+
+
+def enqueue_race(n: int, c: int, k: int, device: torch.device) -> Race:
+    """Loss, backward and enqueue, float32; the official enqueue reads the pointer on the host."""
+    generator = torch.Generator().manual_seed(1)
+    q, queue = (normalize(torch.randn(r, c, generator=generator), dim=1).to(device) for r in (n, k))
+    pointer = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def official(leaf: Tensor, ring: Tensor) -> Tensor:
+        loss, at = official_loss(leaf, q, ring, 0.2), int(pointer)
+        ring[at : at + n] = q
+        return loss
+
+    def fused(leaf: Tensor, ring: Tensor) -> Tensor:
+        return info_nce_enqueue(leaf, q, q, ring, pointer, 0.2).loss
+
+    def way(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Way:
+        ring = queue.clone()
+
+        def run() -> Tensor:
+            leaf = q.detach().requires_grad_(True)
+            pointer.zero_()
+            torch.autograd.grad(function(leaf, ring), leaf)
+            return ring
+
+        return Way(name, run, lambda ring: float((ring[:n] - q).abs().max()), 0.0)
+
+    case = {"N": n, "C": c, "K": k, "dtype": "float32", "device": device.type}
+    return "info_nce_enqueue", case, [way("official", official), way("fastmoco", fused)]

@@ -11,6 +11,7 @@ import torch
 from bench.kernels import main, races, traffic
 from bench.measure.contest import race
 from bench.races.layers import PARTS, convolution_race, in_turns
+from bench.races.loss import enqueue_race
 from bench.races.max_pool import max_pool_race
 from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
@@ -27,6 +28,12 @@ def test_all_ways_of_the_update_move_parameters_and_averages() -> None:
     averages_stay = mock.patch("bench.races.updates.ema_")
     with averages_stay, pytest.raises(ValueError, match="foreach SGD, ema_: error"):
         race(wrong, CPU, windows=1)
+
+
+def test_both_ways_of_the_enqueue_write_the_keys() -> None:
+    _, _, ways = enqueue_race(4, 8, 16, CPU)
+    assert len(race(ways, CPU, windows=1)) == 2
+    assert ways[0].error(torch.zeros(16, 8)) > 0
 
 
 @needs(convolution_fp32_cpu.reason())
