@@ -68,8 +68,9 @@ def main(own: Options) -> Iterator[list[Row]]:
     for build in (build for op in names for build in known[op]):
         op, case, ways = build()
         timings = race(ways, own.device, own.windows)
-        for found in timings.values() if "least_bytes" in case else ():
-            found |= traffic(case["least_bytes"], found["p50_ms"], own.device)
+        if least := case.get("least_bytes"):
+            for numbers in timings.values():
+                numbers |= traffic(least, numbers["p50_ms"], own.device)
         shared = {"benchmark": op, "case": case}
         yield [{**shared, "contestant": way, **found} for way, found in timings.items()]
 
