@@ -15,7 +15,7 @@ SYNTHETIC = ["--data.source", "synthetic", "--run.device", "cpu"]
 ROOT = ["--root", str(Path(__file__).parent)]
 # By program: the function that measures, and other arguments.
 PROGRAMS = {
-    "ablation": ("measure", SYNTHETIC),
+    "ablation": ("compete", SYNTHETIC),
     "kernels": ("ema_race", ["--device", "cpu", "--only", "ema"]),
     "loader": ("write_shards", ROOT),
     "profiling": ("profile_step", SYNTHETIC),
