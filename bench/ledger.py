@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.measure.program import complain, markdown
 from bench.measure.rows import Row, append_rows, origin
 from bench.roofline import H100, PARTS, Kernel, by_part
-from fastmoco.config import Config, ConfigError, parse, recipe_path
+from fastmoco.config import Config, ConfigError, check, parse, recipe_path
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
@@ -73,7 +73,7 @@ class Ledger:
     """Different generated kernels."""
 
     def total(self, name: str) -> int:
-        """Sum over all calls of `launches`, `bytes` or `atomics`."""
+        """Sum over all calls of `launches`, `bytes`, `flops` or `atomics`."""
         return sum(kernel.calls * getattr(kernel, name) for kernel in self.kernels)
 
     def table(self) -> list[str]:
@@ -81,8 +81,8 @@ class Ledger:
         times, body = by_part(self.kernels, H100), []
         for part in PARTS:
             own = Ledger([k for k in self.kernels if k.part == part], 0)
-            figures = [f"{own.total(name) / unit:.3f}" for name, unit in FIGURES]
-            body.append([part, str(own.total("launches")), *figures, f"{times[part]:.2f}"])
+            figures = (own.total("bytes") / 1e9, own.total("flops") / 1e12, times[part])
+            body.append([part, str(own.total("launches")), *(f"{x:.3f}" for x in figures)])
         return markdown(["part", "launches", "GB moved", "TFLOP", "*modelled* ms, H100"], body)
 
     def last_line(self) -> str:
@@ -91,9 +91,6 @@ class Ledger:
             f"launches {self.total('launches')}, GB moved {self.total('bytes') / 1e9:.3f}, "
             f"atomics {self.total('atomics')}, generated kernels {self.generated}"
         )
-
-
-FIGURES = (("bytes", 1e9), ("flops", 1e12))
 
 
 @contextmanager
@@ -145,7 +142,7 @@ def count(run: Callable[[], object]) -> Ledger:
 
 def _generated(code: str) -> Iterator[Kernel]:
     """Generated kernels, one for each call."""
-    sources = {name: source for name, source in DEFINITION.findall(code)}
+    sources = dict(DEFINITION.findall(code))
     for name in CALL.findall(code):
         moved = MOVED.search(sources[name])
         part = GENERATED.get(name.split("_")[1], "reductions")  # others are several of them in one
@@ -271,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = ["--config", str(recipe_path("moco_v2_r50_200ep"))]
         batch = f"--optim.global_batch_size={own.ranks * own.batch}"
         config = parse([*recipe, *rest, batch])
+        check(config, own.ranks)
         ledger = count_step(config, own.ranks)
     except ConfigError as error:
         complain("ledger", str(error))
