@@ -29,7 +29,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -57,6 +56,7 @@ GENERATED = {"poi": "pointwise", "for": "pointwise", "red": "reductions", "per":
 DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)^'''", re.M | re.S)
 CALL = re.compile(r"^ +(\w+)\.run\(", re.M)
 MOVED = re.compile(r"'kernel_num_gb': ([0-9.e+-]+)")
+OURS = "fastmoco"
 MATRIX = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 
 
@@ -71,6 +71,8 @@ class Ledger:
     kernels: list[Kernel]
     generated: int
     """Different generated kernels."""
+    ops: list[str]
+    """Those of our ops that are called."""
 
     def total(self, name: str) -> int:
         """Sum over all calls of `launches`, `bytes`, `flops` or `atomics`."""
@@ -80,7 +82,7 @@ class Ledger:
         """A line per part: launches, GB moved, TFLOP and modelled time."""
         times, body = by_part(self.kernels, H100), []
         for part in PARTS:
-            own = Ledger([k for k in self.kernels if k.part == part], 0)
+            own = Ledger([k for k in self.kernels if k.part == part], 0, [])
             figures = (own.total("bytes") / 1e9, own.total("flops") / 1e12, times[part])
             body.append([part, str(own.total("launches")), *(f"{x:.3f}" for x in figures)])
         return markdown(["part", "launches", "GB moved", "TFLOP", "*modelled* ms, H100"], body)
@@ -114,10 +116,15 @@ def count(run: Callable[[], object]) -> Ledger:
     """
     codes: list[str] = []
     others: list[Kernel] = []
+    names: set[str] = set()
     generate = Scheduler.codegen
 
     def codegen(scheduler: Scheduler) -> None:
-        others.extend(_other(node) for node in scheduler.nodes if _works(node))
+        for node in filter(_works, scheduler.nodes):
+            called = _origin(node)
+            others.append(_other(node, called))
+            if called is not None and called.target.namespace == OURS:
+                names.add(called.target.overloadpacket.__name__)
         generate(scheduler)
 
     def written(code: str) -> None:
@@ -136,7 +143,7 @@ def count(run: Callable[[], object]) -> Ledger:
             generated = list(_generated(codes[0]))
             kernels = Counter([*generated, *others])
             merged = [Kernel(k.part, n, *astuple(k)[2:]) for k, n in kernels.items()]
-            return Ledger(merged, len(DEFINITION.findall(codes[0])))
+            return Ledger(merged, len(DEFINITION.findall(codes[0])), sorted(names))
     raise ValueError("Inductor wrote no code: was the function compiled?")
 
 
@@ -156,16 +163,15 @@ def _works(node: BaseSchedulerNode) -> bool:
     return node.is_extern() and name != "MultiOutput" and "Wait" not in name
 
 
-def _other(node: BaseSchedulerNode) -> Kernel:
-    """What an operation does that is not generated."""
-    called = _origin(node)
+def _other(node: BaseSchedulerNode, called: Any) -> Kernel:
+    """What an operation does that is not generated, by its call in the graph."""
     if called is None:  # such as a copy between devices
         return Kernel("copies", 1, 1, int(node.get_read_write_buffers_sizes()))
     args, kwargs = map_arg((called.args, called.kwargs), lambda argument: argument.meta["val"])
     return cost(called.target, args, kwargs, called.meta["val"])
 
 
-def _origin(node: BaseSchedulerNode) -> Node | None:
+def _origin(node: BaseSchedulerNode) -> Any:
     """The call in the graph that became this operation; there its name may lack an underscore."""
     if node.node is None:
         return None
@@ -192,7 +198,7 @@ def cost(target: Any, args: Any, kwargs: Any, result: Any) -> Kernel:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     launches, size = 1, _size(operands, result, written)
-    if target.namespace == "fastmoco":
+    if target.namespace == OURS:
         cases = aot.CALLS[name](*args, **kwargs) if name in aot.CALLS else []
         if cases:
             launches, size = len(cases), sum(case.bytes for case in cases)
@@ -239,6 +245,7 @@ def row_of(ledger: Ledger, config: Config, ranks: int) -> Row:
             "image_size": config.augment.image_size,
             "ranks": ranks,
             "batch": config.local_batch_size(ranks),
+            "ops": ledger.ops,
         },
         "contestant": "compiled step",
         "launches": ledger.total("launches"),

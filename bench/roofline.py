@@ -1,20 +1,19 @@
-"""A roofline model of the compiled step: `python -m bench.roofline`.
+"""A roofline model of the compiled step, from rows of `bench.ledger`.
 
-Divides what `bench.ledger` counted in the generated code (FLOPs, bytes, launches) by rates from
-data sheets. A kernel takes the longest of its arithmetic, its traffic and its launch; times add up
-and nothing overlaps. Every time is *modelled*, none is measured.
+Divides what was counted in the generated code (FLOPs, bytes, launches) by rates from data sheets.
+A kernel takes the longest of its arithmetic, its traffic and its launch; times add up and nothing
+overlaps. Every time is *modelled*, none is measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.measure.program import markdown
-from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
-from bench.pages.tables import between
+from bench.measure.rows import Row
+
+Made = tuple[list[str], list[list[str]]]
+"""Headers and lines of a table."""
 
 
 @dataclass(frozen=True)
@@ -80,51 +79,29 @@ def kernels_of(row: Row) -> list[Kernel]:
 
 
 def about(row: Row) -> str:
-    """The case of a row of `bench.ledger`, as a table names it."""
+    """What a row of `bench.ledger` is about, as a table names it."""
     case = row["case"]
     return f"{case['batch']} images on each of {case['ranks']}"
 
 
-def counts(rows: Iterable[Row]) -> list[str]:
-    """The table of what was counted: a line per row."""
+def counts(runs: Sequence[Sequence[Row]]) -> Made:
+    """What was counted: a line per case."""
     names = ("launches", "gb_moved", "atomics", "generated_kernels")
     body = [
-        [f"{about(row)}, {row['environment']['commit'][:7]}", *(f"{row[n]:g}" for n in names)]
-        for row in rows
+        [f"{about(row)}: {', '.join(row['case']['ops'])}", *(f"{row[n]:g}" for n in names)]
+        for (row,) in runs
     ]
-    return markdown(["step, commit", "launches", "GB moved", "atomics", "generated kernels"], body)
+    return ["step: our ops in it", "launches", "GB moved", "atomics", "generated kernels"], body
 
 
-def model(rows: Iterable[Row]) -> list[str]:
-    """The table of modelled times: a line per case and GPU."""
+def times(runs: Sequence[Sequence[Row]]) -> Made:
+    """Modelled times: a line per case and GPU."""
     body = []
-    for row in rows:
+    for (row,) in runs:
         for gpu in GPUS:
-            times = by_part(kernels_of(row), gpu)
-            total = sum(times.values())
+            parts = by_part(kernels_of(row), gpu)
+            total = sum(parts.values())
             rate = 1e3 * row["case"]["batch"] * row["case"]["ranks"] / total
-            body.append(
-                [
-                    f"{gpu.name}, {about(row)}",
-                    *(f"{times[part]:.1f}" for part in PARTS),
-                    f"{total:.1f}",
-                    f"{rate:.0f}",
-                ]
-            )
-    return markdown(["*modelled*, ms", *PARTS, "step", "pairs/s"], body)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Bring both tables of docs/performance.md up to date and print them."""
-    argparse.ArgumentParser("bench.roofline", description=__doc__).parse_args(arguments)
-    rows = read_rows(RESULTS / "ledger.jsonl")
-    page = ROOT / "docs" / "performance.md"
-    newest = [run[-1] for run in latest(rows)]
-    for name, lines in (("ledger", counts(rows)), ("model", model(newest))):
-        print("\n".join(lines))
-        page.write_text(between(page.read_text(), name, "\n".join(lines)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            figures = [*(f"{ms:.1f}" for ms in parts.values()), f"{total:.1f}", f"{rate:.0f}"]
+            body.append([f"{gpu.name}, {about(row)}", *figures])
+    return ["*modelled* ms", *PARTS, "step", "pairs/s"], body

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench import roofline
 from bench.measure.program import markdown
 from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
 
@@ -252,6 +253,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "loader": ("loader", loader),
     "scaling": ("scaling", scaling),
     "kernels": ("kernels", kernels),
+    "ledger": ("ledger", roofline.counts),
+    "model": ("ledger", roofline.times),
 }
 
 

@@ -92,6 +92,7 @@ def test_our_ops_move_what_they_declare_or_else_every_operand_and_result(
     mean = 2 * 4 * n * dim + 4 * n + 4  # queries, their gradient, losses; the mean
     update = (4 + 3) * 4 * found["parameters"] + 4  # four lists read, three written; the rate
     ours = {(kernel["launches"], kernel["bytes"]) for kernel in part(step, "our ops")}
+    assert found["ops"] == ["info_nce_enqueue", "mean_with_gradient", "sgd_ema_"]
     assert ours == {(2, sum(case.bytes for case in cases)), (1, mean), (1, update)}
 
 
@@ -107,7 +108,7 @@ def test_collectives_of_a_step_are_counted_without_their_waits(found: dict[str, 
 
 def test_the_last_line_holds_the_sums_over_all_calls() -> None:
     kernels = [Kernel("reductions", 3, 1, 10**9, 0, 2), Kernel("convolutions", 2, 2, 10**6, 5)]
-    line = Ledger(kernels, 1).last_line()
+    line = Ledger(kernels, 1, []).last_line()
     assert line == "launches 7, GB moved 3.002, atomics 6, generated kernels 1"
 
 

@@ -123,7 +123,7 @@ def cuda_without_device(gpu: str = "H100") -> Iterator[None]:
 
 @contextmanager
 def inductor_without_device() -> Iterator[None]:
-    """Inside `cuda_without_device`: let Inductor write code for that GPU; nothing can compile it."""
+    """Inside `cuda_without_device`: Inductor writes code for that GPU; nothing compiles it."""
     properties = torch.cuda.get_device_properties()
     capability = 10 * properties.major + properties.minor
     answers: list[tuple[Any, str, Any]] = [
