@@ -26,8 +26,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.common import InplacedBuffer
+from torch._inductor.codegen.simd import SIMDKernel
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
+from torch._inductor.utils import sympy_product
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
@@ -135,6 +140,7 @@ def count(run: Callable[[], object]) -> Ledger:
         mock.patch.object(Scheduler, "codegen", codegen),
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(written)),
         # The code says what a kernel moves only where somebody wants to know its bandwidth.
+        mock.patch.object(SIMDKernel, "estimate_kernel_num_bytes", bytes_moved),
         inductor_config.patch(profile_bandwidth=True, force_disable_caches=True),
     ):
         try:
@@ -155,6 +161,24 @@ def _generated(code: str) -> Iterator[Kernel]:
         part = GENERATED.get(name.split("_")[1], "reductions")  # others are several of them in one
         size = round(1e9 * float(moved[1])) if moved else 0
         yield Kernel(part, 1, 1, size, 0, sources[name].count("tl.atomic_"))
+
+
+def bytes_moved(kernel: SIMDKernel[Any]) -> int:
+    """What a generated kernel loads and stores: of no buffer more than all of it, once.
+
+    Inductor's own estimate counts a buffer once per place in which a thread reads it, so nine times
+    for the windows of a max pooling.
+    """
+    inplaced = kernel.args.inplace_buffers.values()
+    twice = {buffer.other_names[-1] for buffer in inplaced if isinstance(buffer, InplacedBuffer)}
+    accesses = kernel.features.buf_accesses()
+    elements, total = int(sympy_product(kernel.numels.values())), 0
+    for name in kernel.args.python_argdefs()[1]:
+        if name in accesses:
+            places = {d.index if isinstance(d, MemoryDep) else d for d in accesses[name]}
+            read = min(len(places) * elements, int(V.graph.get_numel(name)))
+            total += read * V.graph.get_dtype(name).itemsize * (1 + (name in twice))
+    return total
 
 
 def _works(node: BaseSchedulerNode) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench.measure.rows import Row
 
 Made = tuple[list[str], list[list[str]]]
-"""Headers and lines of a table."""
+"""The headers and the lines of a table."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def graphs() -> dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]]:
     return {
         "add and relu": (lambda x, y: (x + y).relu(), (square, torch.empty_like(square))),
         "sum of rows": (lambda x: x.sum(1), (rows,)),
-        "pool": (pool_gradients, (images.requires_grad_(), weight.requires_grad_())),
+        "pool": (lambda x: F.max_pool2d(x, 3, 2, 1), (images.clone(),)),
+        "gradients of a pool": (pool_gradients, (images.requires_grad_(), weight.requires_grad_())),
     }
 
 
