@@ -121,7 +121,7 @@ def test_the_table_has_a_line_per_part() -> None:
         Kernel("our ops", 2, 3, 29 * 10**8),
         Kernel("convolutions", 1, 1, 8, 593_400 * 10**6),
     ]
-    lines = Ledger(kernels, 0).table()
+    lines = Ledger(kernels, 0, []).table()
     assert "| our ops | 6 | 5.800 | 0.000 | 1.999 |" in lines  # two calls of 1 ms at 2.9 TB/s
     assert "| convolutions | 1 | 0.000 | 0.593 | 1.000 |" in lines  # at 60 % of 989 TFLOP/s
 
