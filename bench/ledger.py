@@ -215,13 +215,14 @@ def _name(target: Any) -> str:
 def cost(target: Any, args: Any, kwargs: Any, result: Any) -> Kernel:
     """Launches, bytes and FLOPs of one call, from the shapes of its operands and results."""
     packet, name = target.overloadpacket, target.overloadpacket.__name__
-    operands = tree_leaves((args, kwargs))
     written = [
         value
         for argument, value in zip(target._schema.arguments, args, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    launches, size = 1, _size(operands, result, written)
+    # The graph says of an op that only writes in place that it returns what it has written.
+    made = [result for returned in target._schema.returns if returned.alias_info is None][:1]
+    launches, size = 1, _size(args, kwargs, made, written)
     if target.namespace == OURS:
         cases = aot.CALLS[name](*args, **kwargs) if name in aot.CALLS else []
         if cases:
