@@ -161,7 +161,8 @@ def recipe_cases(arch: int) -> list[Case]:
 def _of_enqueue(
     q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
 ) -> list[Case]:
-    return info_nce_cases(*q.shape, len(queue), q.dtype, queue.dtype, 90, temperature)
+    n, c = q.shape
+    return info_nce_cases(n, c, len(queue), q.dtype, queue.dtype, 90, temperature)
 
 
 CALLS: dict[str, Callable[..., list[Case]]] = {"info_nce_enqueue": _of_enqueue}
