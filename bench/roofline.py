@@ -190,14 +190,8 @@ def calibration(plain: Sequence[Operation]) -> dict[str, float]:
 
 
 def lines(step: Sequence[Operation], plain: Sequence[Operation]) -> list[str]:
-    """The tables of docs/performance.md."""
+    """The table of docs/performance.md: a line per GPU."""
     factors, kinds = calibration(plain), {"eager": list(step), "fused": fused(step)}
-    body = []
-    for part in dict.fromkeys(op.part for op in step):
-        flops = sum(op.flops for op in step if op.part == part) / 1e12
-        sizes = [sum(op.bytes for op in ops if op.part == part) / 1e9 for ops in kinds.values()]
-        body.append([part, f"{flops:.2f}", *(f"{size:.1f}" for size in sizes)])
-    headers = [f"part, *modelled*, batch {BATCH}", "TFLOP", "GB eager", "GB fused"]
     gpus = []
     shown = ("convolution", "batch norm", "pointwise")
     for gpu in GPUS:
@@ -212,11 +206,11 @@ def lines(step: Sequence[Operation], plain: Sequence[Operation]) -> list[str]:
             ]
         )
     columns = ["calibration", *(f"{part}, ms" for part in shown), "images/s eager", "and fused"]
-    return [*markdown(headers, body), "", *markdown(["GPU, *modelled*", *columns], gpus)]
+    return markdown([f"GPU, *modelled*, batch {BATCH}", *columns], gpus)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Bring the tables of docs/performance.md up to date and print them."""
+    """Bring the table of docs/performance.md up to date and print them."""
     argparse.ArgumentParser("bench.roofline", description=__doc__).parse_args(arguments)
     recipe = parse(
         [

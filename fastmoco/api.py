@@ -52,7 +52,7 @@ def train(config: Config) -> Trained:
         ranks.stop()
         torch.set_num_threads(threads)
     metrics = last_metrics(run.folder / "metrics.jsonl") if main else {}
-    return Trained(run.folder, metrics, not run.request.made)
+    return Trained(run.folder, metrics, not run.stopping)
 
 
 def last_metrics(metrics_jsonl: Path) -> dict[str, float]:

@@ -19,22 +19,31 @@ from fastmoco.data.preview import draw_views
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
+from fastmoco.machine.stopping import StopRequest
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import lr_at, set_lr
-from fastmoco.run import checkpoint, directory
+from fastmoco.run import directory, resuming
+from fastmoco.run.checkpoint import Saver
 from fastmoco.run.choices import start_lines, start_warnings
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
 from fastmoco.run.record import knn_summary
-from fastmoco.run.stopping import StopRequest
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
+
+
+# Errors whose message is one sentence for the user.
+SENTENCES = (
+    *(ConfigError, DivergedError, agreement.DisagreementError, collectives.CollectiveError),
+    OSError,  # a disk that is full or gone
+)
 
 
 class Run:
@@ -49,39 +58,30 @@ class Run:
             directory.check_run_directory(config)
         self.lines = [host.settle(world.device)]  # before anything large is allocated
         wrong = agreement.agree_on_kernels(world) if world.device.type == "cuda" else []
-        resume_from = checkpoint.find(config)
+        found = resuming.find(config, world)
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
-        fresh = config.model.init_from and not resume_from
+        fresh = config.model.init_from and not found
         started_from = [start_from(config, moco)] if fresh else []
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
+        rows = self.step.shuffle.key_rows
         self.loader = build_loader(
-            config,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            key_rows=self.step.shuffle.key_rows,
+            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
         )
+        allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
-        resumed = checkpoint.Resumed(0)
-        if resume_from:
-            resumed = checkpoint.resume(resume_from, self.step, config, self.per_epoch)
+        resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
         self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
-        self.request = StopRequest()
-        self.lines += start_lines(
-            config,
-            world,
-            num_samples=self.loader.num_samples,
-            steps_per_epoch=self.per_epoch,
-            loader=self.loader.description,
-            done=self.done,
-        )
+        self.request, self.shared = StopRequest(), collectives.SharedRequest(world)
+        self.stopping = False  # on every rank in the same step
+        self.saver = Saver(self.step, config, world, self.per_epoch)
+        self.lines += start_lines(config, world, loader=self.loader, done=self.done)
         self.lines += started_from
-        told = [*resumed.notes, *start_warnings(config, world, self.loader.num_samples)]
+        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:
@@ -106,9 +106,11 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
-                if not self.request.made:
-                    log.say(export_trunk(self.step.moco, self.folder, self.done // self.per_epoch))
-            end = "stopped by a signal, the same command resumes" if self.request.made else "done"
+            if not self.stopping:
+                with collectives.averaged(self.step.moco.running_statistics(), self.world):
+                    epochs = self.done // self.per_epoch
+                    log.say(export_trunk(self.step.moco, self.folder, epochs) if main else "")
+            end = "stopped by a signal, the same command resumes" if self.stopping else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
     def _loop(self, log: Logbook) -> None:
@@ -120,6 +122,8 @@ class Run:
         if self.monitor and start == 0:
             raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
             progress.baseline(raw, untrained, self.monitor.chance)
+        elif start:
+            self._evaluate(progress, log)
         batches = self.loader.batches(start, stop)
         progress.restart()
         for number in range(start, stop):
@@ -127,28 +131,27 @@ class Run:
             set_lr(step.optimizer, lr)
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
-            alone = self.world.size == 1  # several ranks agree to stop at a flush
-            if progress.due(done) or (self.request.made and alone):
+            asked = self.shared.poll(2 if self.request.made else int(self.saver.overdue()))
+            self.stopping = asked == 2
+            if progress.due(done) or asked:
                 bad = len(self.loader.bad_samples.reasons)
                 progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
-                self.request.made = collectives.any_rank(self.request.made, self.world)
-                self._evaluate_and_save(progress)
-                if self.request.made:
-                    return
+                end = self.stopping or done == stop
+                if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):
+                    log.warn(warning)
+                self._evaluate(progress, log)
+                if self.stopping:
+                    break
                 progress.restart()
+        self.shared.settle()
 
-    def _evaluate_and_save(self, progress: Progress) -> None:
-        """kNN and checkpoint where they are due, or where the run ends here."""
-        epoch, within = divmod(self.done, self.per_epoch)
-        last, stopping = self.done == self.stop_at, self.request.made
-        every = self.config.knn.every
-        if self.monitor and not stopping and (last or (not within and epoch % every == 0)):
+    def _evaluate(self, progress: Progress, log: Logbook) -> None:
+        """kNN where it is due and was not yet done, as when the run ended right after saving."""
+        due = self.monitor and self.monitor.due(self.done, self.per_epoch, self.stop_at)
+        missing = due and collectives.any_rank(log.lacks("knn", self.done), self.world)
+        if self.monitor and missing and not self.stopping:
             progress.knn(self.done, self.monitor.trained(self.step.moco))
-        regular = not within and epoch % self.config.run.checkpoint_every == 0
-        if regular or last or stopping:
-            place = {"steps": self.done, "epoch": epoch}
-            checkpoint.save(self.folder, self.step, **place, config=self.config, world=self.world)
 
 
 def join_world(config: Config) -> ranks.World:
@@ -168,12 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
         config = parse(arguments)
         Run(config, join_world(config)).train()
-    except (
-        ConfigError,
-        DivergedError,
-        agreement.DisagreementError,
-        collectives.CollectiveError,
-    ) as error:
+    except SENTENCES as error:
         # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
         if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)

@@ -18,6 +18,17 @@ from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_ROW = "No row has been published yet."
+OPERATIONS = {
+    "info_nce": "InfoNCE",
+    "info_nce_enqueue": "InfoNCE and enqueue",
+    "ema": "`ema_`",
+    "sgd_ema": "`sgd_ema_`",
+    "batch_norm": "batch norm, addition, ReLU",
+    "weight_gradient": "weight gradient",
+    "convolution": "convolution",
+}
+# Rows of improvements that have been removed since.
+GONE = "max pooling (ATen's instead)"
 Run = Sequence[Row]
 """The rows of one run of one case: one row for each contestant."""
 Made = tuple[list[str], list[list[str]]]
@@ -130,13 +141,13 @@ def ablation(runs: Sequence[Run]) -> Made:
     """The time of a step without an improvement, relative to our step; a column per case."""
     columns: dict[str, dict[str, Row]] = {}
     for run in runs:
-        if run[0]["case"]["part"] != "waterfall":
+        if run[0]["case"]["part"] == "switches":
             columns.setdefault(subject(run[0]), {}).update(_by_name(run))
     names = dict.fromkeys(name for column in columns.values() for name in column)
     body = [
         [name, *(_relative(column.get(name)) for column in columns.values())]
         for name in names
-        if name != "nothing"  # our step itself
+        if name not in ("nothing", GONE)  # the first is our step itself
     ]
     return ["switched off", *columns], body
 
@@ -148,85 +159,71 @@ def _relative(row: Row | None) -> str:
     return "1" if set(row["relative"]) == {1} else cell(row["relative"], row["n"], "{:.2f}".format)
 
 
-def threads(runs: Sequence[Run]) -> Made:
-    """Settings of the threads' waiting beside busy processes, on processors with AVX2."""
-    beside = {0: "idle", 1: "beside one busy process", 3: "beside three"}
-    columns = {
-        run[0]["case"]["beside"]: _by_name(run)
-        for run in runs
-        if run[0]["environment"]["extension"] == "avx2"
-    }
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    shown = [key for key in beside if key in columns]
-    body = [
-        [name.replace("nothing", "ours"), *(_relative(columns[key].get(name)) for key in shown)]
-        for name in names
-    ]
-    return ["time of a step", *(beside[key] for key in shown)], body
-
-
 def profile(runs: Sequence[Run]) -> Made:
-    """Percent of the parts of a step fed by its loader."""
+    """Percent of the parts of a step fed by its loader; small ones are left out."""
     rows = [run[-1] for run in runs]
-    parts = sorted(
-        {part for row in rows for part in row["shares"]},
-        key=lambda part: -max(row["shares"].get(part, 0) for row in rows),
-    )
+    most: dict[str, float] = {}
+    for part, share in (item for row in rows for item in row["shares"].items()):
+        most[part] = max(share, most.get(part, 0.0))
+    parts = sorted((part for part in most if most[part] >= 1), key=lambda part: -most[part])
     body = [
         [subject(row), *(f"{row['shares'].get(part, 0):.1f}" for part in parts)] for row in rows
     ]
     return ["percent of the time", *parts], body
 
 
-def index(runs: Sequence[Run]) -> Made:
-    """What a folder of so many images costs at a start."""
-    headers = ["", "seconds", "memory gained, bytes per image"]
-    body = []
-    for row in runs[-1] if runs else ():
-        gained = row["gained_bytes"] / row["case"]["files"] if "gained_bytes" in row else None
-        seconds = cell(_spread(row), row["n"], "{:.3f}".format)
-        body.append([row["contestant"], seconds, f"{gained:.1f}" if gained else "-"])
-    return headers, body
-
-
 def loader(runs: Sequence[Run]) -> Made:
-    """Rates of the pipelines and their parts."""
+    """Rates of the pipelines."""
     body = [
         [
-            f"{row['case']['part']}: {row['contestant']}, {row['case']['unit']}",
+            row["contestant"],
             cell(_spread(row), row["n"]),
             cell(row["ratios"], row["n"]) if "ratios" in row else "-",
         ]
         for run in runs
         for row in run
+        if row["case"]["part"] == "pipeline"
     ]
-    return ["", "median", "times torchvision"], body
+    return ["", "images/s", "times torchvision"], body
 
 
-def weight_gradient(runs: Sequence[Run]) -> Made:
-    """Weight gradients of convolutions beside oneDNN's."""
-    return _layers(runs, ["official", "fastmoco"])
-
-
-def convolution(runs: Sequence[Run]) -> Made:
-    """fp32 convolutions by each way, one line per layer and part of it."""
-    return _layers(runs, ["official", "direct", "winograd"])
-
-
-def _layers(runs: Sequence[Run], ways: list[str]) -> Made:
-    """Milliseconds of a layer by each way; the rate counts taps on padding as well."""
-    body = []
+def kernels(runs: Sequence[Run]) -> Made:
+    """Every operation by itself: the range of its cases, on each class of machine."""
+    groups: dict[str, list[dict[str, Row]]] = {}
     for run in runs:
-        case, by_name = run[0]["case"], _by_name(run)
-        n, c, side, o, k, stride = (case[name] for name in ("n", "c", "side", "o", "k", "stride"))
-        name = f"{n}x{c}x{side}x{side} to {o}, {k}x{k}" + f", stride {stride}" * (stride > 1)
-        name += f": {case['part']}" if "part" in case else ""
-        times = [by_name[way]["p50_ms"] for way in ways if way in by_name]
-        flops = 2 * n * (-(-side // stride)) ** 2 * o * c * k**2  # padded by half a kernel
-        shown = [f"{by_name[way]['p50_ms']:.2f}" if way in by_name else "-" for way in ways]
-        gain = f"**{times[0] / min(times[1:]):.2f}**"
-        body.append([name, *shown, gain, f"{flops / min(times[1:]) / 1e6:.0f}"])
-    return ["milliseconds", *ways, "gain", "GFLOP/s of the best"], body
+        case, where = run[0]["case"], run[0]["environment"]
+        if (name := OPERATIONS.get(run[0]["benchmark"])) is None:
+            continue
+        place = where["extension"] if where["device"] == "cpu" else where["device"]
+        operation = " ".join(filter(None, (name, case.get("dtype"))))
+        groups.setdefault(f"{operation}, {place}", []).append(_by_name(run))
+    body = []
+    for key, cases in groups.items():
+        official = [rows["official"] for rows in cases]
+        ours = [_ours(rows) for rows in cases]
+        compiled = [rows.get("compiled", rows.get("official compiled", {})) for rows in cases]
+        shown = [_range([row["p50_ms"] for row in way]) for way in (official, ours)]
+        shown += [f"**{_gain(official, ours)}**", _gain(compiled, ours) if all(compiled) else "-"]
+        memory = [_range([row["peak_extra_bytes"] / 2**20 for row in x]) for x in (ours, official)]
+        body.append([f"{key} ({len(cases)})", *shown, " of ".join(memory)])
+    headers = ["operation, machine (cases)", "official, ms", "ours, ms", "gain"]
+    return [*headers, "gain over torch.compile", "memory, MiB"], body
+
+
+def _ours(by_name: dict[str, Row]) -> Row:
+    """Our way; of several, of which the layer takes one, the fastest."""
+    ways = [by_name[way] for way in ("fastmoco", "direct", "winograd") if way in by_name]
+    return min(ways, key=lambda row: float(row["p50_ms"]))
+
+
+def _gain(others: Sequence[Row], ours: Sequence[Row]) -> str:
+    pairs = zip(others, ours, strict=True)
+    return _range([other["p50_ms"] / mine["p50_ms"] for other, mine in pairs])
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = list(dict.fromkeys(figure(end) for end in (min(values), max(values))))
+    return "-".join(ends)
 
 
 def scaling(runs: Sequence[Run]) -> Made:
@@ -251,23 +248,17 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "speed": ("throughput", speed),
     "throughput": ("throughput", throughput),
     "ablation": ("ablation", ablation),
-    "threads": ("threads", threads),
     "profile": ("profile", profile),
-    "index": ("index", index),
     "loader": ("loader", loader),
     "scaling": ("scaling", scaling),
-    "weight_gradient": ("kernels", weight_gradient),
-    "convolution": ("kernels", convolution),
+    "kernels": ("kernels", kernels),
 }
 
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The Markdown of one table; says so when there is no row yet."""
     file, make = TABLES[name]
-    rows = read_rows(results / f"{file}.jsonl")
-    if file == "kernels":  # one file for all operations
-        rows = [row for row in rows if row["benchmark"] == name]
-    headers, body = make(latest(rows))
+    headers, body = make(latest(read_rows(results / f"{file}.jsonl")))
     return "\n".join(markdown(headers, body)) if body else NO_ROW
 
 

@@ -13,7 +13,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
         (1, _INFINITE),
     ),
     **dict.fromkeys(
-        [f"run.{name}" for name in ("seed", "keep_checkpoints", "max_steps")]
+        [f"run.{name}" for name in ("seed", "keep_checkpoints", "keep_every", "max_steps")]
+        + ["run.checkpoint_minutes"]
         + [
             "optim.lr",
             "optim.weight_decay",
@@ -27,7 +28,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         [f"augment.{name}" for name in ("brightness", "contrast", "saturation")]
         + [f"augment.{name}_p" for name in ("jitter", "grayscale", "blur", "flip")]
-        + ["moco.momentum", "optim.momentum"],
+        + ["moco.momentum", "moco.bank_momentum", "optim.momentum"],
         (0, 1),
     ),
     **dict.fromkeys(["data.workers", "data.threads"], (0, 1024)),
@@ -92,6 +93,32 @@ def check(config: Config, world_size: int) -> None:
             f"A BN group of {group} sample has no variance to normalize with: raise "
             f"optim.global_batch_size above {world_size * config.optim.accumulate}."
         )
+    _check_mechanism(config)
+
+
+def _check_mechanism(config: Config) -> None:
+    """Raise `ConfigError` for options that `moco.mechanism` cannot honour."""
+    moco, optim = config.moco, config.optim
+    if moco.symmetric and moco.shuffle_bn == "loader":
+        # The loader brings only the keys of other samples, and those would be the queries.
+        raise ConfigError(
+            "moco.symmetric needs both views of a sample on one rank, and moco.shuffle_bn loader "
+            "sends the second elsewhere: set moco.shuffle_bn to auto."
+        )
+    if moco.mechanism != "queue" and optim.name == "sgd_ema":
+        raise ConfigError(
+            f"moco.mechanism {moco.mechanism} has one encoder and no EMA, so that optim.name "
+            "sgd_ema does not fit: set optim.name to sgd."
+        )
+    if moco.mechanism == "end_to_end" and optim.accumulate > 1:
+        raise ConfigError(
+            f"optim.accumulate {optim.accumulate} would leave moco.mechanism end_to_end only the "
+            "keys of a part of the global batch as negatives: set optim.accumulate to 1."
+        )
+    if moco.mechanism == "memory_bank":
+        _check_memory_bank(config)
+    if moco.mechanism != "queue":
+        return
     enqueued = config.optim.global_batch_size * (2 if config.moco.symmetric else 1)
     if enqueued > config.moco.queue_size:
         raise ConfigError(
@@ -100,14 +127,28 @@ def check(config: Config, world_size: int) -> None:
         )
 
 
+def _check_memory_bank(config: Config) -> None:
+    if config.data.source == "synthetic":
+        raise ConfigError(
+            "moco.mechanism memory_bank needs samples that come back, and data.source synthetic "
+            "is noise without sample numbers: choose another data.source."
+        )
+    if config.moco.symmetric or config.moco.shuffle_bn not in ("auto", "none"):
+        option = "symmetric true" if config.moco.symmetric else "shuffle_bn"
+        raise ConfigError(
+            f"moco.mechanism memory_bank encodes no keys, so that moco.{option} has nothing to do: "
+            "leave it at its default."
+        )
+
+
 def warnings(config: Config, world_size: int, num_samples: int) -> list[str]:
     """Settings that train, but probably not as meant; one sentence each."""
     found = []
-    if config.moco.queue_size > num_samples:
+    if config.moco.mechanism == "queue" and 2 * config.moco.queue_size > num_samples:
         found.append(
-            f"moco.queue_size {config.moco.queue_size} exceeds the {num_samples} training "
-            "images, so that a query meets older keys of its own image as negatives; "
-            "a queue of at most half the data set is usual."
+            f"moco.queue_size {config.moco.queue_size} exceeds half of the {num_samples} "
+            "training images, so that a query often meets older keys of its own image as "
+            "negatives: lower it to at most half the data set."
         )
     groups = config.local_batch_size(world_size) // config.bn_group_size(world_size)
     strategy = config.shuffle_bn(world_size)

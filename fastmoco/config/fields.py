@@ -18,6 +18,7 @@ Arch = Literal[
     "resnet50_w2x",
     "resnet50_w4x",
 ]
+Mechanism = Literal["queue", "end_to_end", "memory_bank"]
 ShuffleBN = Literal["auto", "all_to_all", "loader", "split", "none"]
 
 
@@ -50,8 +51,12 @@ class RunConfig:
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints. The last epoch is always saved."""
+    checkpoint_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last checkpoint; 0 does not."""
     keep_checkpoints: int = 3
     """Number of most recent checkpoints kept; 0 keeps all of them."""
+    keep_every: int = 0
+    """The checkpoints at the ends of epochs that are multiples of this stay for good; 0: none."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
     timeout_s: float = 600.0
@@ -68,6 +73,8 @@ class DataConfig:
     root: str = ""
     """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
     For a list its file; for shards a folder of tar files, or one of them."""
+    any_name: bool = False
+    """Whether files of a folder count as images by their content too, whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
@@ -150,8 +157,13 @@ class ModelConfig:
 class MocoConfig:
     """Momentum Contrast itself."""
 
+    mechanism: Mechanism = "queue"
+    """Where negatives come from: `queue` is MoCo; `end_to_end`: the other keys of the global batch,
+    trained by gradient too; `memory_bank`: one stored feature per sample (arXiv 1805.01978)."""
     queue_size: int = 65536
-    """K, the number of keys in the queue."""
+    """K, the number of keys in the queue; negatives drawn per step from a memory bank."""
+    bank_momentum: float = 0.5
+    """Weight of the old entry where a sample that was seen renews it in the memory bank."""
     momentum: float = 0.999
     """m of theta_k <- m theta_k + (1 - m) theta_q."""
     temperature: float = 0.2
@@ -245,10 +257,17 @@ class Config:
             )
         return self.optim.global_batch_size // ranks_and_micro
 
+    def negatives(self) -> int:
+        """Negatives of each query: K, or the other keys of the batch for `end_to_end`."""
+        end_to_end = self.moco.mechanism == "end_to_end"
+        return self.optim.global_batch_size - 1 if end_to_end else self.moco.queue_size
+
     def shuffle_bn(self, world_size: int) -> ShuffleBN:
         """The shuffle-BN strategy that `auto` stands for on this number of ranks."""
         if self.moco.shuffle_bn != "auto":
             return self.moco.shuffle_bn
+        if self.moco.mechanism == "memory_bank":  # encodes no keys
+            return "none"
         return "all_to_all" if world_size > 1 else "split"
 
     def bn_group_size(self, world_size: int) -> int:
@@ -269,7 +288,8 @@ class Config:
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.max_steps"),
+    *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
+    "run.max_steps",
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

@@ -63,6 +63,17 @@ class BadSamples:
                 f"{self.path}."
             )
 
+    def sentences(self) -> list[str]:
+        """How many are known to be bad by now, with the first names; none where all are good."""
+        if not self.reasons or self._source is None:
+            return []
+        first = (f"{self._source.name(n)} ({self.reasons[n]})" for n in sorted(self.reasons)[:3])
+        more = f" and {len(self.reasons) - 3:,} more" if len(self.reasons) > 3 else ""
+        return [
+            f"{len(self.reasons):,} of {len(self._source.sizes):,} images cannot be used and are "
+            f"replaced by others: {', '.join(first)}{more}; all are in {self.path}."
+        ]
+
     def _line(self, sample: int, reason: str) -> str:
         assert self._source is not None
         row: dict[str, Any] = {"sample": sample, "name": self._source.name(sample)}

@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
     ".jpe",
+    ".jfif",
+    ".pjpeg",
     ".png",
     ".webp",
     ".bmp",
@@ -30,6 +32,7 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
     ".gif",
+    ".avif",
 )
 """How the name of an image ends, in lower case, in every source and evaluation."""
 JPEG_START = b"\xff\xd8"
@@ -43,15 +46,6 @@ _ADOBE = 0xEE
 _YCBCR = 1
 _EXIF = b"Exif\0\0"
 _EXIF_WITHIN = 1 << 18  # behind a JFIF header or a colour profile, each at most 64 KiB
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a path names an image that counts: by its suffix, and not hidden.
-
-    Hidden are names that start with a dot; macOS puts `._*` files into archives.
-    """
-    name = path.rpartition("/")[2].lower()
-    return not name.startswith(".") and name.endswith(IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)

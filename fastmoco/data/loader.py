@@ -30,8 +30,13 @@ from fastmoco.data.sources.verify import verify
 class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
-    def __init__(self, plan: Plan, engine: Engine, bad: BadSamples) -> None:
+    def __init__(
+        self, plan: Plan, engine: Engine, bad: BadSamples, source: Source | None = None
+    ) -> None:
         self.plan, self._engine, self.bad_samples = plan, engine, bad
+        self.notes = source.notes if source else []
+        """What the source passed over, one sentence each; `warnings` those to act on."""
+        self.warnings = (source.warnings if source else []) + bad.sentences()
         self.num_samples = plan.order.num_samples
         self.steps_per_epoch = plan.steps_per_epoch
         self.backend, self.description = engine.backend, engine.description
@@ -97,7 +102,7 @@ def build_loader(
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    return Loader(plan, build_engine(config, plan, reader, device), bad)
+    return Loader(plan, build_engine(config, plan, reader, device), bad, source)
 
 
 def make_plan(

@@ -207,6 +207,7 @@ def _evaluate(given: argparse.Namespace, world: World) -> None:
         resize=evaluation.resize,
         image_size=evaluation.image_size,
         rule=evaluation.rule,
+        any_name=given.any_name == "true",
         max_bank=given.max_bank,
     )
     votes = {"ks": given.k, "temperature": given.temperature}

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.rule import RGB8, PixelRule
-from fastmoco.data.sources.folder import walk
+from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
@@ -177,12 +177,14 @@ class ImageSet:
                 list(pool.map(one, indices))
 
 
-def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
+def index_class_folders(
+    root: Path, *, any_name: bool = False, passed: Passed | None = None
+) -> tuple[list[Path], list[int], list[str]]:
     """Image paths, their labels and the class names of `root/<class>/.../<image>`.
 
     Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
-    What counts as an image, and which files and folders are hidden, is as in training. A class
-    folder without images keeps its label.
+    What counts as an image, and which files and folders are hidden, is as in training; `passed`
+    takes note of the rest. A class folder without images keeps its label.
 
     Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
     holds a folder that cannot be listed.
@@ -191,7 +193,7 @@ def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
         raise ConfigError(
             f"No folder {root}: labels need a folder that holds one folder per class."
         )
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         found = "files but no class folders" if any(root.iterdir()) else "nothing"
         raise ConfigError(
@@ -201,13 +203,15 @@ def index_class_folders(root: Path) -> tuple[list[Path], list[int], list[str]]:
     labels: list[int] = []
     for label, folder in enumerate(folders):
         try:
-            listed = list(walk(str(folder)))
+            listed = list(walk(str(folder), passed, any_name=any_name))
         except OSError as error:
             raise ConfigError(
                 f"The folder {error.filename} cannot be listed: {error.strerror}; "
                 "make it readable or move it elsewhere."
             ) from error
         images = sorted(folder / inner / name for inner, _, names in listed for name in names)
+        if any_name:
+            images = [path for path in images if is_image_file(str(path))]
         paths += images
         labels += [label] * len(images)
     if not paths:
@@ -235,18 +239,24 @@ class LabelledImages(ImageSet):
         image_size: int,
         max_images: int = 0,
         rule: PixelRule = RGB8,
+        any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
         strict: bool = False,
     ) -> None:
-        paths, labels, self.class_names = index_class_folders(root)
+        passed = Passed()
+        paths, labels, self.class_names = index_class_folders(
+            root, any_name=any_name, passed=passed
+        )
+        self.warnings = passed.warnings()
+        """What was left out that a user should act on, one sentence each."""
         n = min(len(paths), max_images) if max_images > 0 else len(paths)
         kept = [i * len(paths) // n for i in range(n)]
         self.paths = [paths[i] for i in kept]
         self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
         super().__init__(
             n,
-            read=lambda i: self.paths[i].read_bytes(),
+            read=lambda i: read_file(str(self.paths[i])),
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,

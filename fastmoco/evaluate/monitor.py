@@ -21,7 +21,7 @@ from fastmoco.evaluate.features import (
 )
 from fastmoco.evaluate.knn import TEMPERATURE, knn_accuracies
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
+from fastmoco.machine.collectives import averaged, gather_rows
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
@@ -48,6 +48,7 @@ class KnnTask:
         image_size: int,
         rule: PixelRule,
         max_bank: int = 0,
+        any_name: bool = False,
     ) -> None:
         if resize < image_size:
             raise ConfigError(
@@ -60,8 +61,14 @@ class KnnTask:
             image_size=image_size,
             max_images=max_bank,
             rule=rule,
+            any_name=any_name,
         )
-        self.test = LabelledImages(test_root, resize=resize, image_size=image_size, rule=rule)
+        self.test = LabelledImages(
+            test_root, resize=resize, image_size=image_size, rule=rule, any_name=any_name
+        )
+        if world.is_main:
+            for sentence in dict.fromkeys(self.bank.warnings + self.test.warnings):
+                tqdm.write(f"WARNING: kNN: {sentence}", file=sys.stderr)
         self._world = world
         self._told: dict[int, int] = {}  # bad images of each set that the user has heard of
         if self.bank.class_names != self.test.class_names:
@@ -150,6 +157,7 @@ class KnnMonitor:
             image_size=config.augment.image_size,
             max_bank=knn.max_bank,
             rule=PixelRule.of(config.data),
+            any_name=config.data.any_name,
         )
 
     @property
@@ -157,14 +165,19 @@ class KnnMonitor:
         """Accuracy of the most frequent test class."""
         return self._task.chance
 
+    def due(self, done: int, per_epoch: int, stop: int) -> bool:
+        """Whether to evaluate after `done` steps: regularly at an epoch's end, and at the end."""
+        epoch, within = divmod(done, per_epoch)
+        return done == stop or (not within and epoch % self._config.knn.every == 0)
+
     def trained(self, moco: MoCo) -> float:
         """kNN top-1 of encoder_q in [0, 1], with BN statistics averaged over ranks."""
-        all_reduce_mean_(moco.running_statistics(), self._world)
         dtype = choose_precision(self._config.run.precision, self._world.device).dtype
-        trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
-        (top1,) = self._task.of_trunk(
-            trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
-        )
+        with averaged(moco.running_statistics(), self._world):
+            trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
+            (top1,) = self._task.of_trunk(
+                trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
+            )
         return top1
 
     def raw_pixels(self) -> float | None:

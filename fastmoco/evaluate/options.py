@@ -40,6 +40,7 @@ def evaluation_parser(prog: str, description: str, *, positional: bool = False) 
         choices=("folder", "list", "shards", "demo"),
     )
     add("--data.max_pixels", dest="max_pixels", type=int, default=DataConfig().max_pixels)
+    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
     add("--resize", type=int, default=0, help="shorter edge; 0: the run's, or 8/7 of the size")
     add("--image_size", type=int, default=0, help="side of the crop; 0: the run's, or 224")
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward pass")
@@ -115,7 +116,12 @@ class Evaluation:
     def sources(self, given: argparse.Namespace, every: int = 0) -> Config:
         """The configuration that names the images of the command line."""
         return Config(
-            data=replace(self.data, source=given.source, root=given.root),
+            data=replace(
+                self.data,
+                source=given.source,
+                root=given.root,
+                any_name=given.any_name == "true",
+            ),
             augment=AugmentConfig(image_size=self.image_size),
             knn=KnnConfig(
                 every=every,

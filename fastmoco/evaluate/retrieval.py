@@ -117,6 +117,7 @@ def _retrieve(given: argparse.Namespace, world: World) -> None:
         resize=evaluation.resize,
         image_size=evaluation.image_size,
         rule=evaluation.rule,
+        any_name=given.any_name == "true",
     )
     bank_share, test_share = (
         extract_features(

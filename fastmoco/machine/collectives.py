@@ -71,11 +71,34 @@ def _operation(error: RuntimeError) -> str:
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:
-    """(N, ...) on each rank to (size * N, ...) in rank order on every rank."""
+    """(N, ...) on each rank to (size * N, ...) in rank order on every rank.
+
+    A gradient flows back to the rank that `x` came from: the sum of those of all ranks.
+    """
     if world.size == 1:
         return x
+    if x.requires_grad and torch.is_grad_enabled():
+        with_gradient: Tensor = _GatherWithGradient.apply(x, world)
+        return with_gradient
     gathered: Tensor = functional.wait_tensor(_all_gather(x.contiguous(), 0, _group()))
     return gathered
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """`all_gather`, whose backward hands every rank the summed gradient of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.rows = world, len(x)
+        return all_gather(x.detach(), world)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # (size * N, C) floats are few beside the gradients of an encoder; gloo sums everywhere.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        first = ctx.world.rank * ctx.rows
+        return total[first : first + ctx.rows], None
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: World) -> Tensor:
@@ -114,7 +137,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
-    """Replace fp32 tensors by their mean over ranks, in one collective."""
+    """Replace tensors of one floating-point type by their mean over ranks, in one collective."""
     if world.size == 1 or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -122,6 +145,18 @@ def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:
     flat /= world.size
     for target, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         target.copy_(mean.view_as(target))
+
+
+@contextmanager
+def averaged(tensors: Sequence[Tensor], world: World) -> Iterator[None]:
+    """Inside, fp32 tensors hold their mean over ranks; afterwards each rank has its own again."""
+    own = [t.clone() for t in tensors] if world.size > 1 else []
+    all_reduce_mean_(tensors, world)
+    try:
+        yield
+    finally:
+        for target, value in zip(tensors, own, strict=False):
+            target.copy_(value)
 
 
 def gather_rows(x: Tensor, world: World) -> Tensor:
@@ -153,6 +188,36 @@ def any_rank(flag: bool, world: World) -> bool:
     total = torch.tensor(int(flag), device=world.device)
     dist.all_reduce(total, dist.ReduceOp.MAX)
     return bool(total.item())
+
+
+class SharedRequest:
+    """The most urgent request of any rank, known to all of them after the same step.
+
+    Requests travel by gloo beside the step: no rank waits for its device, and each learns at step
+    n what was asked for until step n - 1.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._level = torch.zeros((), dtype=torch.int64)
+        self._sent: Any = None
+
+    def poll(self, level: int) -> int:
+        """Tell the others `level`; the highest one that anybody told. Call it once per step."""
+        if self._group is None:
+            return level
+        asked = self.settle()
+        self._level.fill_(max(level, asked))
+        self._sent = dist.all_reduce(self._level, dist.ReduceOp.MAX, self._group, async_op=True)
+        return asked
+
+    def settle(self) -> int:
+        """Wait for what is on its way; 0 where nothing is."""
+        if self._sent is None:
+            return 0
+        self._sent.wait()
+        self._sent = None
+        return int(self._level)
 
 
 def barrier(world: World) -> None:

@@ -49,7 +49,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
 def compared_tensors(moco: MoCo) -> dict[str, Tensor]:
     """What has to be equal on all ranks, by name. BN statistics belong to a rank."""
     parameters = {f"encoder_k.{name}": p for name, p in moco.encoder_k.named_parameters()}
-    return {"queue": moco.queue, "queue_ptr": moco.queue_ptr, **parameters}
+    dictionary = {n: t for n, t in moco.named_buffers(recurse=False) if t.numel()}
+    return {**dictionary, **parameters}
 
 
 def require_one_precision(precision: Precision, world: World) -> None:

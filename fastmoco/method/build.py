@@ -13,6 +13,8 @@ from fastmoco.machine.collectives import average_gradients
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.end_to_end import EndToEndStep
+from fastmoco.method.memory_bank import MemoryBankStep
 from fastmoco.method.moco import MoCo
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
@@ -61,7 +63,18 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
     embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype)
     optimizer = build_optimizer(config, moco)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
-    build: Callable[..., Step] = Step
+    mechanisms: dict[str, Callable[..., Step]] = {
+        "queue": Step,
+        "end_to_end": partial(EndToEndStep, world=world),
+        "memory_bank": partial(
+            MemoryBankStep,
+            world=world,
+            seed=config.run.seed,
+            negatives=config.negatives(),
+            bank_momentum=config.moco.bank_momentum,
+        ),
+    }
+    build = mechanisms[config.moco.mechanism]
     one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
     if (
         compile_encoders

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import mean_over_ranks
 from fastmoco.machine.ranks import World
-from fastmoco.method.step import Step
+from fastmoco.method.step import Step, StepResult
 from fastmoco.method.update import SGDWithEMA
-from fastmoco_kernels import InfoNCE, info_nce_enqueue
+from fastmoco_kernels import info_nce_enqueue
 
 
 @dataclass
@@ -47,22 +47,24 @@ class WholeStep(Step):
         )
         self._lr = torch.zeros((), device=self.world.device)
 
-    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Advance both encoders, the queue and the cursor by one step; see `Step`."""
         return self.run_graph(*self._contrasts(micro_batches, step)[0])
 
-    def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> InfoNCE:
+    def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> StepResult:
         """The step on images and shuffle indices that are on the device."""
         optimizer = cast(SGDWithEMA, self.optimizer)
         # A tensor, because a new number would be a new graph; filling it does not stall the host.
         self._lr.fill_(optimizer.param_groups[0]["lr"])
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            result: InfoNCE = self._graph(im_q, im_k, order, self._lr, optimizer.momentum_buffers())
+            result: StepResult = self._graph(
+                im_q, im_k, order, self._lr, optimizer.momentum_buffers()
+            )
         return result
 
     def _whole(
         self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
-    ) -> InfoNCE:
+    ) -> StepResult:
         params: list[Tensor] = list(self.moco.encoder_q.parameters())
         sent = self.shuffle.send(im_k, order)
         q = self.embed_q(im_q)
@@ -75,4 +77,6 @@ class WholeStep(Step):
         with torch.no_grad():
             means = mean_over_ranks(grads, self.world)
             cast(SGDWithEMA, self.optimizer).update(params, means, buffers, lr)
-        return InfoNCE(result.loss.detach(), result.rank, result.losses)
+        return StepResult(
+            result.loss.detach(), result.rank, result.losses, q.detach()[None], k.local[None]
+        )

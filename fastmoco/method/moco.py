@@ -20,18 +20,26 @@ class MoCo(nn.Module):
     `fastmoco.method.update`). `queue` (K, C) fp32 starts as random unit vectors, `queue_ptr` (1,)
     int64 at 0: the row that the next key overwrites. Attribute names are the official ones; the
     official queue is the transpose (see `fastmoco.run.checkpoint`).
+
+    The two older mechanisms have one encoder, which both names stand for, and a queue of no rows;
+    `bank` (n, C) fp32 is there for the memory bank only, with a row for each of n samples.
     """
 
     queue: Tensor
     queue_ptr: Tensor
+    bank: Tensor
 
     def __init__(self, config: Config, bn_group_size: int) -> None:
         super().__init__()
         self.encoder_q = build_encoder(config.model, bn_group_size)
-        self.encoder_k = build_encoder(config.model, bn_group_size)
-        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
-        self.encoder_k.requires_grad_(False)
-        queue = torch.randn(config.moco.queue_size, config.model.dim)
+        queue_mechanism = config.moco.mechanism == "queue"
+        if queue_mechanism:
+            self.encoder_k = build_encoder(config.model, bn_group_size)
+            self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+            self.encoder_k.requires_grad_(False)
+        else:
+            self.encoder_k = self.encoder_q
+        queue = torch.randn(config.moco.queue_size if queue_mechanism else 0, config.model.dim)
         self.register_buffer("queue", F.normalize(queue, dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,25 @@ from fastmoco.machine.precision import Precision
 from fastmoco.method.moco import MoCo
 from fastmoco.method.shuffle_bn import Shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
+
+
+class StepResult(NamedTuple):
+    """What one step leaves for the metrics, detached.
+
+    P parts are contrasted one after another: the micro-batches, in both directions where the loss
+    is symmetric.
+    """
+
+    loss: Tensor
+    """() float32, mean over the parts."""
+    rank: Tensor
+    """(P * N,) int64: see `InfoNCE`."""
+    losses: Tensor
+    """(P * N,) float32 per query."""
+    q: Tensor
+    """(P, N, C) float32: the queries."""
+    k: Tensor
+    """(P, N, C) float32: their positives."""
 
 
 @dataclass
@@ -35,15 +55,14 @@ class Step:
     symmetric: bool
     precision: Precision
 
-    def __call__(self, micro_batches: Sequence[Batch], step: int) -> InfoNCE:
+    def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Advance both encoders, the queue and the cursor by one step.
 
         `micro_batches` are the parts of this rank's batch. They are all contrasted with the queue
-        as it stands before the step; gradients add up, and queue and encoders move once. Returns
-        the loss, averaged, and the ranks of the positives of all parts.
+        as it stands before the step; gradients add up, and queue and encoders move once.
         """
         contrasts = self._contrasts(micro_batches, step)
-        results, keys = [], []
+        results, keys, queries, positives = [], [], [], []
         for index, (im_q, im_k, order) in enumerate(contrasts):
             is_last = index == len(contrasts) - 1
             with gradient_sync(self.embed_q, is_last):
@@ -61,12 +80,18 @@ class Step:
                     result = info_nce(q, k.local, queue, self.temperature)
                 self.scaler.scale(result.loss / len(contrasts)).backward()
             results.append(result)
+            queries.append(q.detach())
+            positives.append(k.local)
+        self._advance()
+        return merge(results, queries, positives)
+
+    def _advance(self) -> None:
+        """Move the encoders by the gradients that have added up."""
         self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
         if self.ema is not None:
             self.ema()
         self.moco.encoder_q.zero_grad(set_to_none=True)  # some of apex's optimizers take no options
-        return _merge(results)
 
     def _contrasts(
         self, micro_batches: Sequence[Batch], step: int
@@ -83,10 +108,12 @@ class Step:
         return contrasts
 
 
-def _merge(results: Sequence[InfoNCE]) -> InfoNCE:
-    """One result for the step: the mean loss and the ranks of all parts; detached."""
-    return InfoNCE(
+def merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResult:
+    """One result for the step, from its parts: results, detached queries, detached positives."""
+    return StepResult(
         torch.stack([r.loss.detach() for r in results]).mean(),
         torch.cat([r.rank for r in results]),
         torch.cat([r.losses for r in results]),
+        torch.stack(q),
+        torch.stack(k),
     )

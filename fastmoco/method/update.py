@@ -132,8 +132,9 @@ def build_optimizer(config: Config, moco: MoCo) -> torch.optim.Optimizer:
 def build_ema(
     config: Config, moco: MoCo, optimizer: torch.optim.Optimizer
 ) -> Callable[[], None] | None:
-    """What moves encoder_k after `optimizer`, stepped or skipped; None if its `step` does that."""
-    if isinstance(optimizer, SGDWithEMA):
+    """What moves encoder_k after `optimizer`, stepped or skipped; None if its `step` does that
+    or there is one encoder only."""
+    if isinstance(optimizer, SGDWithEMA) or moco.encoder_k is moco.encoder_q:
         return None
     params_q, params_k = moco.parameter_pairs()
     return lambda: ema_(params_k, params_q, config.moco.momentum)

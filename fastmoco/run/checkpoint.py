@@ -2,174 +2,163 @@
 
 A file is `torch.save` of `epoch`, `arch`, `state_dict` and `optimizer` as the official trainer
 writes them (names `module.encoder_q.*`, queue (C, K)), plus one entry `fastmoco` with what exact
-resume needs beyond it: the step, the gradient scaler and the configuration. The sample order and
-the augmentations need nothing: they are functions of the step.
+resume needs beyond it: the step, the gradient scaler, the BN statistics of every rank, the
+configuration and checksums. The sample order and the augmentations need nothing: they are functions
+of the step.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastmoco
-from fastmoco.config import Config, ConfigError, dump, parse_text
-from fastmoco.machine.collectives import all_reduce_mean_, barrier
+from fastmoco.config import Config, ConfigError, dump
+from fastmoco.machine.collectives import all_gather, averaged, gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
-from fastmoco.run.directory import require_same_run
 from fastmoco.weights import files
-from fastmoco.weights.official import (
-    load_model,
-    load_optimizer,
-    official_optimizer,
-    official_state_dict,
-    resume_official,
-)
+from fastmoco.weights.checksums import CHECKSUMS, OURS, checksums, first, leaves, not_finite
+from fastmoco.weights.official import official_optimizer, official_state_dict
 
-LATEST = "latest.pth.tar"
+# Seconds before each further try to write the last checkpoint of a run. Batch systems wait about
+# 30 s after the first signal.
+TRIES_S = (1.0, 4.0)
 
 
-def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> None:
-    """Write a checkpoint after `steps` steps and point `latest.pth.tar` at it, on every rank.
+class NotSavedError(OSError):
+    """The end of the run could not be written. The message is one sentence for the user."""
 
-    BN running statistics are first replaced, on every rank, by their mean over ranks: the file then
-    speaks for all ranks, and a resumed run goes on exactly as this one does. The file appears
-    under its name only when it is complete. `epoch` counts completed epochs.
+
+def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> str:
+    """Write a checkpoint after `steps` steps and point `latest.pth.tar` at it; call on every rank.
+
+    The weights in the file have the BN running statistics that are the mean over ranks; those of
+    each rank are beside them, so that a resumed run goes on exactly as this one does. The file
+    appears under its name only when it is complete and on the disk. `epoch` counts completed
+    epochs.
+
+    Returns, on every rank, an empty text, or why nothing was written: a full disk is no reason to
+    end a run, which may try again later. What older checkpoints hold is untouched then.
     """
-    all_reduce_mean_(step.moco.running_statistics(), world)
-    if world.is_main:
-        content = {
-            "epoch": epoch,
-            "arch": config.model.arch,
-            "state_dict": (state := official_state_dict(step)),
-            "optimizer": official_optimizer(step.optimizer.state_dict(), state),
-            "fastmoco": {
-                "version": fastmoco.__version__,
-                "step": steps,
-                "scaler": step.scaler.state_dict(),
-                "precision": step.precision.name,
-                "config": dump(config),
-            },
-        }
-        path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        partial.replace(path)
+    running = step.moco.running_statistics()
+    of_ranks = all_gather(torch.cat([b.reshape(-1) for b in running])[None], world).cpu()
+    reason = ""
+    with averaged(running, world):
+        if world.is_main:
+            content = {
+                "epoch": epoch,
+                "arch": config.model.arch,
+                "state_dict": (state := official_state_dict(step)),
+                "optimizer": official_optimizer(step.optimizer.state_dict(), state),
+                OURS: {
+                    "version": fastmoco.__version__,
+                    "step": steps,
+                    "scaler": step.scaler.state_dict(),
+                    "precision": step.precision.name,
+                    "config": dump(config),
+                    "running_statistics": of_ranks,
+                },
+            }
+            path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
+            reason = _write(path, content, config)
+    return gather_objects(reason, world)[0]
+
+
+class Saver:
+    """When this run saves, and what happens where it cannot; the same on every rank."""
+
+    def __init__(self, step: Step, config: Config, world: World, per_epoch: int) -> None:
+        self._step, self._config, self._world = step, config, world
+        self._folder, self._per_epoch = Path(config.run.dir), per_epoch
+        self._owed, self._saved_at = False, time.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether `run.checkpoint_minutes` have passed on this rank since the last checkpoint."""
+        minutes = self._config.run.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def save_if_due(self, done: int, *, overdue: bool = False, end: bool = False) -> str:
+        """Save after `done` steps where an epoch, some rank's clock or the end of the run asks.
+
+        A checkpoint that could not be written is due again at the next call; a sentence then, else
+        an empty text. Raises `NotSavedError` where that lasts for some seconds at the `end`.
+        """
+        epoch, within = divmod(done, self._per_epoch)
+        regular = not within and epoch % self._config.run.checkpoint_every == 0
+        if not (regular or overdue or end or self._owed):
+            return ""
+        for pause in (0.0, *TRIES_S) if end else (0.0,):
+            time.sleep(pause)
+            if not (reason := self._save(done)):
+                return ""
+        if not end:
+            return reason
+        older = files.checkpoints(self._folder)
+        kept = f"the last checkpoint is {older[0].name}" if older else "there is no checkpoint yet"
+        raise NotSavedError(
+            f"The run ends at step {done}, but that cannot be saved: {reason} Make {self._folder} "
+            f"writable, with enough space, and give the same command; {kept}."
+        )
+
+    def _save(self, done: int) -> str:
+        reason = save(
+            self._folder,
+            self._step,
+            steps=done,
+            epoch=done // self._per_epoch,
+            config=self._config,
+            world=self._world,
+        )
+        self._owed, self._saved_at = bool(reason), time.monotonic()
+        return reason
+
+
+def _write(path: Path, content: dict[str, Any], config: Config) -> str:
+    """Write the file, and then forget old ones. Why that failed, or an empty text."""
+    tensors = [t for _, t in leaves(content) if isinstance(t, torch.Tensor)]
+    try:
+        if bad := not_finite(content):
+            return f"{path.name} would hold values that are not finite ({first(bad)})."
+        need = sum(t.numel() * t.element_size() for t in tensors)
+        if (free := shutil.disk_usage(path.parent).free) < 1.02 * need:
+            return (
+                f"{path.name} needs {need / 1e6:.0f} MB and {path.parent} has {free / 1e6:.0f} MB "
+                "left: free some, or lower run.keep_checkpoints."
+            )
+        content[OURS][CHECKSUMS] = checksums(content)
+        files.write_torch(path, content)
         _point_at(path)
-        _forget_old(folder, config.run.keep_checkpoints)
-    barrier(world)
+        _forget_old(path, config.run.keep_checkpoints, config.run.keep_every)
+    except (ConfigError, OSError) as error:
+        return f"{error}"
+    return ""
 
 
 def _point_at(path: Path) -> None:
-    """Make `latest.pth.tar` beside `path` a link to it, or a text with its name: see `latest`."""
-    pointer = path.with_name(LATEST + ".partial")
+    """Make `latest.pth.tar` beside `path` a link to it, or a text with its name."""
+    pointer = path.with_name(files.LATEST + ".partial")
     pointer.unlink(missing_ok=True)
     try:
         pointer.symlink_to(path.name)
     except (OSError, NotImplementedError):  # Windows without the right to, FAT, some shares
         pointer.write_text(path.name, encoding="utf-8")
-    pointer.replace(path.with_name(LATEST))
+    pointer.replace(path.with_name(files.LATEST))
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run directory, None where there is none.
+def _forget_old(written: Path, keep: int, every: int) -> None:
+    """Delete all but the `keep` newest checkpoints, the one just written among them.
 
-    `latest.pth.tar` is a symbolic link, or, where the file system has none, a text with the file's
-    name. Raises `ConfigError` where the checkpoint that it names is gone.
+    With `every`, the first of each epoch that is a multiple of it stays for good: that is the file
+    of its end.
     """
-    pointer = folder / LATEST
-    if not pointer.is_symlink() and not pointer.is_file():
-        return None
-    target = pointer.resolve()
-    if target.is_file() and target.stat().st_size < 256:
-        name = target.read_bytes().decode("utf-8", errors="replace").strip()
-        if re.fullmatch(r"checkpoint_\d+_step\d+\.pth\.tar", name):
-            target = folder / name
-    if not target.is_file():
-        raise ConfigError(
-            f"{pointer} names {target.name}, which is gone: delete {LATEST} to start afresh, or "
-            "name another checkpoint in run.resume."
-        )
-    return target
-
-
-def _forget_old(folder: Path, keep: int) -> None:
-    found = sorted(folder.glob("checkpoint_*_step*.pth.tar"), key=_steps_in_name)
-    for path in found[:-keep] if keep else []:
-        path.unlink()
-
-
-def _steps_in_name(path: Path) -> int:
-    match = re.search(r"_step(\d+)", path.name)
-    return int(match.group(1)) if match else -1
-
-
-def find(config: Config) -> Path | None:
-    """The checkpoint to resume from, or None to start afresh.
-
-    Raises `ConfigError` if `run.resume` names a missing file, or forbids to resume where there is
-    one, and as `latest` does.
-    """
-    folder = Path(config.run.dir)
-    if config.run.resume == "auto":
-        return latest(folder)
-    if config.run.resume == "never":
-        if latest(folder) is not None:
-            raise ConfigError(
-                f"{config.run.dir} already holds a trained run and run.resume is never: "
-                "choose another run.dir, or delete that one."
-            )
-        return None
-    named = Path(config.run.resume)
-    if not named.is_file():
-        raise ConfigError(f"run.resume names {named}, which is not a file.")
-    # A run that began from a foreign file and was interrupted goes on from its own checkpoint.
-    foreign = named.resolve().parent != Path(config.run.dir).resolve()
-    own = latest(Path(config.run.dir)) if foreign else None
-    return own or (latest(named.parent) if named.name == LATEST else None) or named
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on."""
-
-    step: int
-    """Steps done."""
-    notes: tuple[str, ...] = ()
-    """What is not as it was when the checkpoint was written; sentences for the user."""
-
-
-def resume(path: Path, step: Step, config: Config, steps_per_epoch: int) -> Resumed:
-    """Load `path` into the step in place.
-
-    `path` is a checkpoint of ours or of the official trainer, which knows epochs only.
-
-    Raises `ConfigError` if the file is neither, or of a run that learns another thing.
-    """
-    try:
-        content: dict[str, Any] = files.load(path)
-    except ConfigError as error:
-        raise ConfigError(f"{path} cannot be resumed from. {error}") from error
-    ours = content.get("fastmoco")
-    if ours is None:
-        return Resumed(resume_official(content, step, config, steps_per_epoch, str(path)))
-    require_same_run(parse_text(ours["config"]), config, str(path))
-    load_model(step, content["state_dict"], str(path))
-    load_optimizer(step, content["optimizer"], str(path))
-    step.scaler.load_state_dict(ours["scaler"])
-    return Resumed(int(ours["step"]), tuple(_changes(ours.get("precision"), step)))
-
-
-def _changes(precision: str | None, step: Step) -> Iterator[str]:
-    """Differences that do not forbid to go on; `precision` is what the checkpoint ran in."""
-    now = step.precision
-    if precision is not None and precision != now.name:
-        yield (
-            f"The run was trained in {precision} so far and goes on in {now}: "
-            "weights are fp32 in both, but the steps are no longer bit for bit the same."
-        )
+    older = [path for path in files.checkpoints(written.parent) if path != written]
+    ends: dict[int, Path] = {files.epoch_in(path): path for path in [written, *older]}
+    stays = {path for epoch, path in ends.items() if every and epoch and epoch % every == 0}
+    for path in older[keep - 1 :] if keep else []:
+        if path not in stays:
+            path.unlink()

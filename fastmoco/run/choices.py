@@ -8,6 +8,7 @@ import torch
 
 from fastmoco.config import Config, warnings
 from fastmoco.data.backends.choose import missing_dali
+from fastmoco.data.loader import Loader
 from fastmoco.data.pixels.survey import survey_of
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
@@ -16,9 +17,7 @@ from fastmoco.network.batchnorm import norm_choice
 from fastmoco.network.convolution import convolution_choice
 
 
-def start_lines(
-    config: Config, world: World, *, num_samples: int, steps_per_epoch: int, loader: str, done: int
-) -> list[str]:
+def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> list[str]:
     """Every resolved choice with its reason; one line per subject."""
     moco, optim, local = config.moco, config.optim, config.local_batch_size(world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -29,15 +28,19 @@ def start_lines(
     precision = choose_precision(config.run.precision, world.device)
     scaled = f" ({optim.lr:g} x {optim.global_batch_size}/256)" * (optim.lr_scaling == "linear")
     wide = f" x {config.model.width:g}" * (config.model.width != 1)
+    steps_per_epoch = loader.steps_per_epoch
     total = steps_per_epoch * optim.epochs
+    slow = f", m = {moco.momentum:g}" * (moco.mechanism == "queue")
     lines = [
         f"device    {world.size} x {device}, collectives {world.backend}",
-        f"data      {num_samples:,} images in {config.data.root or config.data.source}; {loader}",
+        f"data      {loader.num_samples:,} images in {config.data.root or config.data.source}; "
+        f"{loader.description}",
+        *(f"files     {note}" for note in loader.notes),
         *pixel_lines(config),
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
-        f"moco      K = {moco.queue_size}, m = {moco.momentum:g}, T = {moco.temperature:g}, "
-        f"loss of a random guess {math.log(1 + moco.queue_size):.2f}"
+        f"moco      {moco.mechanism}, K = {config.negatives()}{slow}, T = {moco.temperature:g}, "
+        f"loss of a random guess {math.log(1 + config.negatives()):.2f}"
         f"{', symmetric' * moco.symmetric}",
         f"batch     {optim.global_batch_size} global = {world.size} ranks x {optim.accumulate} "
         f"micro-batches x {local}; {steps_per_epoch} steps per epoch, {total} in all",
@@ -67,9 +70,9 @@ def pixel_lines(config: Config) -> list[str]:
     ]
 
 
-def start_warnings(config: Config, world: World, num_samples: int) -> list[str]:
+def start_warnings(config: Config, world: World, loader: Loader) -> list[str]:
     """What this rank warns of before the first step, one sentence each."""
-    sentences = warnings(config, world.size, num_samples)
+    sentences = [*loader.warnings, *warnings(config, world.size, loader.num_samples)]
     if survey := survey_of(config.data):
         sentences += survey.warnings()
     if warning := choose_precision(config.run.precision, world.device).warning:

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import yaml
-
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, load
 from fastmoco.run.alarms import alarms
 from fastmoco.run.record import Record, knn_summary, read_metrics, series, train_summary
 from fastmoco.run.svg_plot import Level, Line, level_swatch, number, plot, swatch
@@ -202,18 +200,14 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
 def _sentences_of_alarms(run: RunRecords) -> list[tuple[float, str]]:
     """Epoch and sentence of every alarm, told again from the records and `config.yaml`."""
     try:
-        fields = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
-        moco, batch = fields["moco"], int(fields["optim"]["global_batch_size"])
-        views, queue_size = 1 + bool(moco["symmetric"]), int(moco["queue_size"])
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        config = load(run.folder / "config.yaml")
+    except (OSError, ConfigError):
         return []
     return [
         (record.epoch, sentence)
         for record in run.records
         if record.kind == "train" and {"loss", "pretext_top1"} <= record.values.keys()
-        for sentence in alarms(
-            record.values, keys_enqueued=record.step * batch * views, queue_size=queue_size
-        )
+        for sentence in alarms(record, config)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -9,22 +10,30 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fastmoco.run.record import Record
+from fastmoco.run.record import Record, read_records
+from fastmoco.weights import files
 
 
 class Logbook:
     """Writes on the main rank and is silent on the others.
 
-    `metrics.jsonl` is the record: one JSON object per line, appended and flushed at once, so that a
-    killed run keeps all it had. A progress bar appears only where standard error is a terminal.
+    `metrics.jsonl` is the record: one JSON object per line, appended at once, so that a killed run
+    keeps all it had. Records past `done`, where the run goes on, are dropped on opening: those
+    steps are about to be done again. What cannot be written now is kept and written later. A
+    progress bar appears only where standard error is a terminal.
     """
 
     def __init__(self, folder: Path, *, enabled: bool, done: int, total: int) -> None:
         self._enabled = enabled
         if not enabled:
             return
-        self._file = (folder / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(folder), purge_step=done or None)
+        self._path = folder / "metrics.jsonl"
+        kept = _records_until(self._path, done)
+        self._written = {(record.kind, record.step) for record in kept}
+        self._unwritten: list[str] = []
+        self._folder, self._purge = folder, done + 1 if done else 0
+        self._board: SummaryWriter | None = None
+        self._failing = False
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -44,8 +53,9 @@ class Logbook:
         trace: TracebackType | None,
     ) -> None:
         if self._enabled:
-            self._file.close()
-            self._board.close()
+            if self._board is not None:
+                with contextlib.suppress(OSError):
+                    self._board.close()
             self._bar.close()
 
     def advance(self) -> None:
@@ -56,22 +66,59 @@ class Logbook:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._enabled:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # the terminal is gone: train on
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """Print a sentence that somebody should act on."""
         self.say(f"WARNING: {text}")
 
+    def lacks(self, kind: str, step: int) -> bool:
+        """Whether the record of this kind at this step is still to be written; False elsewhere."""
+        return self._enabled and (kind, step) not in self._written
+
     def record(self, record: Record, text: str) -> None:
         """Append one record to metrics.jsonl and its numbers to TensorBoard; `text` says it."""
         if not self._enabled:
             return
-        self._file.write(record.line() + "\n")
-        self._file.flush()
-        for name, value in record.values.items():
-            self._board.add_scalar(name, value, record.step)
         self.say(text)
+        self._written.add((record.kind, record.step))
+        self._unwritten.append(record.line() + "\n")
+        try:
+            files.append(self._path, "".join(self._unwritten))
+            self._unwritten.clear()
+            self._to_board(record)
+        except OSError as error:
+            if not self._failing:
+                self.warn(f"{self._path} cannot be written ({error}): it is tried again later.")
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _to_board(self, record: Record) -> None:
+        """Opened with its first record, and again after a failure, which ends its thread."""
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(str(self._folder), purge_step=self._purge)
+            for name, value in record.values.items():
+                self._board.add_scalar(name, value, record.step)
+            self._board.flush()  # the file then has what metrics.jsonl has, whenever it ends
+        except OSError:
+            self._board, self._purge = None, record.step
+            raise
+
+
+def _records_until(path: Path, done: int) -> list[Record]:
+    """Leave in the file only whole records of at most `done` steps, none where it is 0."""
+    if not path.exists():
+        return []
+    records = read_records(path)
+    kept = [record for record in records if done and record.step <= done]
+    text = "".join(record.line() + "\n" for record in kept)
+    if text.encode() != path.read_bytes():
+        files.write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return kept
 
 
 def train_line(record: Record, steps: int, epochs: int, eta_s: float) -> str:

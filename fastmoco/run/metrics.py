@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastmoco.machine.collectives import all_reduce_mean_
 from fastmoco.machine.host import peak_memory_bytes
 from fastmoco.machine.ranks import World
-from fastmoco_kernels import InfoNCE
+from fastmoco.method.quality import FeatureSums, quality
+from fastmoco.method.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -59,30 +59,39 @@ class Clock:
 
 
 class Metrics:
-    """Loss and pretext accuracy of the steps since the last flush.
+    """Loss, pretext accuracy and quality of the features of the steps since the last flush.
 
     `add` only enqueues work on the device; `flush` is the one host synchronization of the loop.
+    `dim` is C, the feature dimension.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, dim: int) -> None:
         self._world = world
-        self._sums = torch.zeros(3, device=world.device)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._features = FeatureSums(dim, world.device)
         self._count = 0
 
-    def add(self, result: InfoNCE) -> None:
-        """Count one step: its mean loss and the share of queries with the positive on top."""
+    def add(self, result: StepResult) -> None:
+        """Count one step: mean loss, share of queries with the positive on top, features."""
         top1, top5 = (result.rank == 0).float().mean(), (result.rank < 5).float().mean()
         self._sums += torch.stack([result.loss, top1, top5])
+        self._features.add(result.q, result.k)
         self._count += 1
 
     def flush(self) -> dict[str, float]:
-        """Mean `loss`, `pretext_top1` and `pretext_top5` since the last flush, over all ranks."""
-        means: Tensor = self._sums / max(self._count, 1)
-        all_reduce_mean_([means], self._world)
-        loss, top1, top5 = means.tolist()  # the host waits for the device here
+        """Means since the last flush, over all ranks.
+
+        `loss`, `pretext_top1`, `pretext_top5` and what `fastmoco.method.quality` lists.
+        """
+        sums = torch.cat([self._sums / max(self._count, 1), self._features.flat])
+        all_reduce_mean_([sums], self._world)
+        sums = sums.cpu()  # the host waits for the device here
+        loss, top1, top5 = sums[:3].tolist()
         self._sums.zero_()
+        self._features.flat.zero_()
         self._count = 0
-        return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5}
+        spread = quality(self._world.size * sums[3:])
+        return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5, **spread}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

@@ -7,11 +7,11 @@ import math
 from fastmoco.config import Config
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
+from fastmoco.method.step import StepResult
 from fastmoco.run.alarms import alarms
 from fastmoco.run.logbook import Logbook, train_line
 from fastmoco.run.metrics import Clock, Metrics, peak_memory_gib
 from fastmoco.run.record import Record
-from fastmoco_kernels import InfoNCE
 
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
 WARMUP_STEPS = 3
@@ -39,12 +39,12 @@ class Progress:
         self._per_epoch = per_epoch
         self._warm = start + WARMUP_STEPS
         self._estimate_at = self._warm + WARMUP_STEPS
-        self._metrics = Metrics(world)
+        self._metrics = Metrics(world, config.model.dim)
         self._clock = Clock(world.device)
         self._waited = 0.0
         self._bad = 0
 
-    def add(self, result: InfoNCE) -> None:
+    def add(self, result: StepResult) -> None:
         """Count one step."""
         self._metrics.add(result)
         self._clock.mark()
@@ -63,9 +63,9 @@ class Progress:
         """
         values = self._metrics.flush()
         window = self._clock.window()
-        batch, queue_size = self._config.optim.global_batch_size, self._config.moco.queue_size
+        batch = self._config.optim.global_batch_size
         values |= {
-            "loss_random": math.log(1 + queue_size),
+            "loss_random": math.log(1 + self._config.negatives()),
             "lr": lr,
             "images_per_second": window.steps * batch / window.seconds,
             "step_ms_p50": window.step_ms_p50,
@@ -86,11 +86,10 @@ class Progress:
             )
         if self._warm < done <= self._estimate_at:
             self._estimate(done, eta, values["data_wait_percent"])
-        views = 2 if self._config.moco.symmetric else 1
         if bad > self._bad:
             self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
         self._bad = bad
-        for sentence in alarms(values, keys_enqueued=done * batch * views, queue_size=queue_size):
+        for sentence in alarms(record, self._config):
             self._log.warn(sentence)
 
     def _estimate(self, done: int, seconds: float, wait_percent: float) -> None:

@@ -61,14 +61,19 @@ def read_metrics(metrics_jsonl: Path) -> list[Record]:
 
     Raises `ConfigError` when the file cannot be read or holds no record.
     """
+    records = read_records(metrics_jsonl)
+    if not records:
+        raise ConfigError(f"{metrics_jsonl} holds no metrics yet.")
+    return records
+
+
+def read_records(metrics_jsonl: Path) -> list[Record]:
+    """The same of a file that may be empty. Raises `ConfigError` where it cannot be read."""
     try:
         lines = metrics_jsonl.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ConfigError(f"Cannot read the metrics {metrics_jsonl}: {error}.") from error
-    records = [record for line in lines if (record := parse_line(line)) is not None]
-    if not records:
-        raise ConfigError(f"{metrics_jsonl} holds no metrics yet.")
-    return records
+    return [record for line in lines if (record := parse_line(line)) is not None]
 
 
 # Of the steps that warm up, these say nothing about the run.

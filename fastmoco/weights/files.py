@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmoco.config import ConfigError
+from fastmoco.weights.checksums import damage
 
 LATEST = "latest.pth.tar"
 """Of a run directory: a link to its newest checkpoint, or a text with its name."""
+CHECKPOINT = re.compile(r"checkpoint_(\d+)_step(\d+)\.pth\.tar")
+"""Name of a checkpoint: epochs and steps done."""
 # What a folder without checkpoints is read from, first found: an export, a folder for the hub.
 EXPORTED = ("encoder.safetensors", "model.safetensors")
 METADATA = "metadata"
@@ -44,24 +48,49 @@ def locate(path: Path) -> Path:
     raise ConfigError(f"The folder {path} holds no weights yet (none of {names}).")
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, the newest first; whatever `LATEST` says."""
+    found = [path for path in folder.glob("checkpoint_*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted((p for p in found if p.is_file()), key=lambda p: (steps_in(p), p.name))[::-1]
+
+
+def steps_in(path: Path) -> int:
+    """The number of steps in the name of a checkpoint; -1 for another name."""
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match.group(2)) if match else -1
+
+
+def epoch_in(path: Path) -> int:
+    """The number of epochs in the name of a checkpoint; -1 for another name."""
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def pointed_at(folder: Path) -> Path | None:
+    """What `latest.pth.tar` names, be it there or not; itself where it is a whole file."""
+    pointer = folder / LATEST
+    if pointer.is_symlink():
+        return pointer.resolve()
+    if not pointer.is_file():
+        return None
+    with pointer.open("rb") as opened:
+        name = opened.read(256).decode("utf-8", errors="replace").strip()
+    return folder / name if CHECKPOINT.fullmatch(name) else pointer
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run directory, None where there is none.
 
-    `latest.pth.tar` is a symbolic link, or, where the file system has none, a text with the file's
-    name. Raises `ConfigError` where the checkpoint that it names is gone.
+    Found by looking at the folder: the link `latest.pth.tar` may be missing, or older, or a text,
+    in a copy. Raises `ConfigError` where it names a checkpoint and there is none at all.
     """
-    pointer = folder / LATEST
-    if not pointer.is_symlink() and not pointer.is_file():
-        return None
-    target = pointer.resolve()
-    if target.is_file() and target.stat().st_size < 256:
-        name = target.read_bytes().decode("utf-8", errors="replace").strip()
-        if re.fullmatch(r"checkpoint_\d+_step\d+\.pth\.tar", name):
-            target = folder / name
-    if not target.is_file():
+    if found := checkpoints(folder):
+        return found[0]
+    target = pointed_at(folder)
+    if target is not None and not target.is_file():
         raise ConfigError(
-            f"{pointer} names {target.name}, which is gone: delete {LATEST} to start afresh, or "
-            "name another checkpoint in run.resume."
+            f"{folder / LATEST} names {target.name}, which is gone, and no other checkpoint is "
+            f"there: delete {LATEST} to start afresh, or name a checkpoint in run.resume."
         )
     return target
 
@@ -80,6 +109,7 @@ def load(path: Path) -> dict[str, Any]:
             with safe_open(path, framework="pt") as opened:
                 return {METADATA: opened.metadata() or {}, "state_dict": load_file(path)}
         content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = damage(path, content) if isinstance(content, Mapping) else ""
     except Exception as error:
         raise ConfigError(
             f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or holds "
@@ -87,19 +117,24 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__} and no named weights.")
+    if damaged:
+        raise ConfigError(f"{path} is damaged: {damaged}.")
     return dict(content)
 
 
 def write(path: Path, put: Callable[[Path], object]) -> None:
-    """Let `put` write a neighbour of `path` and rename it: nobody ever sees half a file.
+    """Let `put` write a neighbour of `path`, and rename it once it is on the disk.
 
-    Raises `ConfigError` if the file cannot be written.
+    Nobody ever sees half a file, also after a power loss: the data reaches the disk before the
+    name does. Raises `ConfigError` if the file cannot be written; nothing of it is left then.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         put(partial)
+        _flush(partial)
         partial.replace(path)
+        _flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"Cannot write {path}: {error}.") from error
     finally:
@@ -107,9 +142,53 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # which cannot open folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines at the end, on the disk when this returns. Raises `OSError`.
+
+    Nothing of them is left in the file then: half a line would spoil the next one.
+    """
+    with path.open("a", encoding="utf-8") as opened:
+        before = os.fstat(opened.fileno()).st_size
+        try:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        except OSError:
+            os.truncate(path, before)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder in which nobody writes now."""
+    for left in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+|.+\.partial", left.name) and left.is_file():
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
 def write_torch(path: Path, content: object) -> None:
     """Write `content` as `torch.save` does. Raises `ConfigError` if that is not possible."""
-    write(path, lambda partial: torch.save(content, partial))
+
+    def put(partial: Path) -> None:
+        with partial.open("wb") as opened:
+            try:
+                torch.save(content, opened)
+            except RuntimeError as error:  # torch's own words for a write that failed
+                cause = error.__context__
+                raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
+
+    write(path, put)
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.method.step import Step
+from fastmoco.weights.checksums import first
 from fastmoco_kernels import ema_
 
 PREFIX = "module."
@@ -28,7 +29,13 @@ def official_state_dict(step: Step) -> dict[str, Tensor]:
     state = {f"{PREFIX}queue": ours.pop("queue").T, f"{PREFIX}queue_ptr": ours.pop("queue_ptr")}
     state |= {f"{PREFIX}{name}": tensor for name, tensor in ours.items()}
     # Contiguous, so that the file does not carry our memory format into other programs.
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: copied(tensor) for name, tensor in state.items()}
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, contiguous: training may go on while it is written."""
+    layout = torch.contiguous_format
+    return torch.empty_like(tensor, device="cpu", memory_format=layout).copy_(tensor.detach())
 
 
 def load_model(step: Step, state: Mapping[str, Tensor], place: str) -> None:
@@ -43,24 +50,29 @@ def load_model(step: Step, state: Mapping[str, Tensor], place: str) -> None:
     missing = [name for name in wanted if name not in given]
     if missing:
         raise ConfigError(
-            f"{place} does not fit this run: it lacks {_first(missing)}; set model.arch and "
+            f"{place} does not fit this run: it lacks {first(missing)}; set model.arch and "
             "model.head to what the file was trained with."
         )
     differing = [
-        f"{n} {tuple(t.shape)} there and {tuple(wanted[n].shape)} now" if n in wanted else n
+        f"{n} {_kind(t)} there and {_kind(wanted[n])} now" if n in wanted else n
         for n, t in given.items()
-        if n not in wanted or t.shape != wanted[n].shape
+        if n not in wanted or _kind(t) != _kind(wanted[n])
     ]
     if differing:
         raise ConfigError(
-            f"{place} does not fit this run: {_first(differing)}; set model.arch, model.head, "
+            f"{place} does not fit this run: {first(differing)}; set model.arch, model.head, "
             "model.dim and moco.queue_size to what the file was trained with."
         )
+    ptr, length = int(given["queue_ptr"]), len(step.moco.queue)
+    if not 0 <= ptr < max(1, length):
+        raise ConfigError(f"{place} does not fit: queue_ptr {ptr} is not in its {length} keys.")
     step.moco.load_state_dict(given)
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _kind(tensor: Tensor) -> str:
+    """Shape, and the type where it is not fp32."""
+    kind = "" if tensor.dtype == torch.float32 else f" {tensor.dtype}".replace("torch.", "")
+    return f"{tuple(tensor.shape)}{kind}"
 
 
 def is_complete(content: Mapping[str, Any]) -> bool:
@@ -84,7 +96,7 @@ def official_optimizer(saved: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     encoder = f"{PREFIX}encoder_q."
     parameters = sum(n.startswith(encoder) and n.endswith(("weight", "bias")) for n in state)
     momentum = {
-        index: {n: t.cpu().contiguous() if isinstance(t, Tensor) else t for n, t in entry.items()}
+        index: {n: copied(t) if isinstance(t, Tensor) else t for n, t in entry.items()}
         for index, entry in saved["state"].items()
     }
     group = {**saved["param_groups"][0], "params": list(range(2 * parameters))}

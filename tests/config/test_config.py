@@ -65,6 +65,36 @@ def test_every_recipe_passes_its_checks(path: Path) -> None:
     check(parse(["--config", str(path)]), world_size=1)
 
 
+# Training images of each set that a recipe is for, as its publishers count them.
+IMAGES = {
+    **{"cifar10_r18": 50_000, "cifar100_r18": 50_000, "stl10_r18": 105_000},
+    **{"imagenette_r18": 9_469, "tiny_imagenet_r18": 100_000, "imagenet100_r18": 126_689},
+    **dict.fromkeys(("moco_v2_r50_b1024", "moco_v2_r50_b4096"), 1_281_167),
+}
+
+
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_recipes_for_a_known_set_warn_of_nothing_and_have_enough_steps(name: str) -> None:
+    """A queue of at most half the set, BN groups that hide the key, and key encoders that move."""
+    config, ranks = recipe(name), 16 if "_b" in name else 1
+    check(config, ranks)
+    assert warnings(config, ranks, IMAGES[name]) == []
+    steps = IMAGES[name] // config.optim.global_batch_size
+    assert 1 / (1 - config.moco.momentum) < 3 * steps  # behind by less than three epochs
+    assert steps * config.optim.epochs > 20_000
+
+
+@pytest.mark.parametrize(("batch", "lr"), [(1024, 1.2), (4096, 4.8)])
+def test_large_batches_have_what_they_fail_without(batch: int, lr: float) -> None:
+    config = recipe(f"moco_v2_r50_b{batch}")
+    assert (config.optim.name, config.optim.warmup_epochs) == ("lars", 10)
+    assert config.resolved_lr() == pytest.approx(lr)
+    published = recipe("moco_v2_r50_200ep")
+    assert config.augment == published.augment
+    age = published.moco.momentum ** (batch / published.optim.global_batch_size)
+    assert config.moco.momentum == pytest.approx(age, abs=5e-4)
+
+
 def test_no_arguments_mean_the_demo() -> None:
     assert parse([]) == recipe("demo")
 
@@ -178,6 +208,10 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         parse(["--config", str(file)])
 
 
+MEMORY_BANK = ["--moco.mechanism", "memory_bank", "--optim.name", "sgd"]
+END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "mentions"),
     [
@@ -193,6 +227,16 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
         (["--optim.global_batch_size", "8"], 8, ["BN group of 1"]),
+        (["--moco.symmetric", "true", "--moco.shuffle_bn", "loader"], 1, ["shuffle_bn to auto"]),
+        (["--moco.mechanism", "end_to_end"], 1, ["one encoder", "optim.name to sgd"]),
+        (
+            [*END_TO_END, "--optim.accumulate", "2"],
+            *(1, ["accumulate 2", "end_to_end", "accumulate to 1"]),
+        ),
+        ([*MEMORY_BANK, "--data.source", "synthetic"], 1, ["memory_bank", "another data.source"]),
+        ([*MEMORY_BANK, "--moco.symmetric", "true"], 1, ["symmetric true has nothing to do"]),
+        ([*MEMORY_BANK, "--moco.shuffle_bn", "split"], 1, ["moco.shuffle_bn has nothing to do"]),
+        (["--moco.mechanism", "memory_bank"], 1, ["one encoder", "optim.name to sgd"]),
     ],
 )
 def test_cross_field_checks(overrides: list[str], world: int, mentions: list[str]) -> None:
@@ -205,7 +249,13 @@ def test_warnings_name_an_oversized_queue_and_a_useless_shuffle() -> None:
     config = recipe("moco_v2_r50_200ep")
     assert warnings(config, 8, 1_281_167) == []
     (queue,) = warnings(config, 8, 5000)
-    assert "65536 exceeds the 5000" in queue
+    assert "65536 exceeds half of the 5000" in queue
+    assert len(warnings(config, 8, 2 * 65536 - 1)) == 1
+    assert warnings(config, 8, 2 * 65536) == []
+    # The batch is the dictionary: it may be larger than the queue, which is not there.
+    small = recipe("moco_v2_r50_200ep", *END_TO_END, "--moco.queue_size", "8")
+    check(small, 8)
+    assert warnings(small, 8, 12) == []
     alone = recipe("moco_v2_r50_200ep", "--moco.bn_group_size", "0")
     (shuffle,) = warnings(alone, 1, 1_281_167)
     assert "BN group" in shuffle

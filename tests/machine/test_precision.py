@@ -15,9 +15,10 @@ from fastmoco.method.agreement import require_one_precision
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
-from fastmoco.run import checkpoint
+from fastmoco.run import checkpoint, resuming
 from fastmoco_kernels import processor
 from tests.support.ranks import Ranks
+from tests.support.tiny import ONE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SAPPHIRE_RAPIDS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}
@@ -131,10 +132,10 @@ def test_auto_that_means_another_type_on_resume_goes_on_with_a_warning(
     saved = build(auto, ZEN5, monkeypatch)
     assert saved.precision.name == "bf16"
     checkpoint.save(tmp_path, saved, steps=3, epoch=0, config=auto, world=start("cpu", 60))
-    path = tmp_path / checkpoint.LATEST
-    same = checkpoint.resume(path, build(auto, ZEN5, monkeypatch), auto, 10)
-    assert same == checkpoint.Resumed(3)
-    other = checkpoint.resume(path, build(auto, MILAN, monkeypatch), auto, 10)
+    found = resuming.read(tmp_path / "latest.pth.tar")
+    same = resuming.resume(found, build(auto, ZEN5, monkeypatch), auto, 10, ONE)
+    assert same == resuming.Resumed(3)
+    other = resuming.resume(found, build(auto, MILAN, monkeypatch), auto, 10, ONE)
     assert other.step == 3
     (note,) = other.notes
     assert "trained in bf16 so far and goes on in fp32" in note

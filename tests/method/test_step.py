@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config, ShuffleBN
 from fastmoco.method.build import build_step
-from tests.support.oracle import MEAN, STD, OracleMoCo, plain_double
+from tests.support.oracle import MEAN, STD, OracleEndToEnd, OracleMoCo, plain_double
 from tests.support.ranks import Ranks
 from tests.support.tiny import (
     BATCH,
@@ -32,11 +32,13 @@ from tests.support.tiny import (
 
 pytestmark = pytest.mark.processor
 
+ORACLES = {"queue": OracleMoCo, "end_to_end": OracleEndToEnd}
+
 
 def check_against_oracle(config: Config, ours: list[Outcome], steps: int) -> None:
     """Every rank's queue, gradients and weights; the mean of their losses and BN statistics."""
     moco = build_tiny(config, 0)
-    oracle = OracleMoCo(
+    oracle = ORACLES[config.moco.mechanism](
         moco.encoder_q,
         moco.queue,
         momentum=config.moco.momentum,
@@ -53,7 +55,9 @@ def check_against_oracle(config: Config, ours: list[Outcome], steps: int) -> Non
     oracle.update_k()
     for rank in ours:
         assert rank.ptr == oracle.ptr
-        close(rank.queue, oracle.queue, 5e-5)
+        assert rank.queue.shape == oracle.queue.shape
+        if config.moco.mechanism == "queue":
+            close(rank.queue, oracle.queue, 5e-5)
         for mine, truth in zip(rank.grads, oracle.grads, strict=True):
             close(mine, truth, 2e-4)
     for encoder, states in ((oracle.q, [r.q for r in ours]), (oracle.k, [r.k for r in ours])):
@@ -101,6 +105,28 @@ def test_accumulation_keeps_the_queue_until_the_step_ends(name: Literal["sgd", "
 
 def test_accumulation_on_two_ranks_averages_gradients_once(two_ranks: Ranks) -> None:
     config = with_strategy("all_to_all", accumulate=2)
+    check_against_oracle(config, two_ranks.run(run_ours, config, STEPS), STEPS)
+
+
+def end_to_end(strategy: ShuffleBN) -> Config:
+    config = with_strategy(strategy)
+    return replace(
+        config,
+        moco=replace(config.moco, mechanism="end_to_end"),
+        optim=replace(config.optim, name="sgd"),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["split", "none", "loader"])
+def test_end_to_end_on_one_rank_equals_oracle(strategy: ShuffleBN) -> None:
+    config = end_to_end(strategy)
+    check_against_oracle(config, [run_ours(ONE, config, STEPS)], STEPS)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "loader", "split", "none"])
+def test_end_to_end_on_two_ranks_equals_oracle(two_ranks: Ranks, strategy: ShuffleBN) -> None:
+    """Also the gradient through keys that another rank encoded."""
+    config = end_to_end(strategy)
     check_against_oracle(config, two_ranks.run(run_ours, config, STEPS), STEPS)
 
 

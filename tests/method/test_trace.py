@@ -130,7 +130,7 @@ def test_cpu_step_reads_nothing_back_between_flushes(accumulate: int) -> None:
 
 
 def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[Any], int, int]:
-    """Losses, state after some steps at changing rates, graphs and graph breaks."""
+    """Losses, features, state after some steps at changing rates, graphs and graph breaks."""
     torch._dynamo.reset()
     counters.clear()
     local = BATCH // world.size
@@ -143,7 +143,8 @@ def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[An
     for number in range(4):
         set_lr(step.optimizer, LR / (1 + number))
         views = images(number)
-        losses.append(step([Batch(views.im_q[mine], views.im_k[mine])], number).loss)
+        result = step([Batch(views.im_q[mine], views.im_k[mine])], number)
+        losses += [result.loss, result.q, result.k]
     state = [t.clone() for t in moco.state_dict().values()]
     return [*losses, *state], counters["stats"]["unique_graphs"], len(counters["graph_break"])
 

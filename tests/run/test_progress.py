@@ -10,10 +10,10 @@ import torch
 
 from fastmoco.config import parse
 from fastmoco.machine.ranks import World
+from fastmoco.method.step import StepResult
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.metrics import Window
 from fastmoco.run.progress import WARMUP_STEPS, Progress, in_words, why_so_long
-from fastmoco_kernels import InfoNCE
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -53,7 +53,8 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
     """Lines about time that a run of `stop` steps prints by step 10."""
     config = parse(["--data.source", source, "--moco.queue_size", "512"])
     lines: list[str] = []
-    result = InfoNCE(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]))
+    one = torch.nn.functional.normalize(torch.ones(1, 1, config.model.dim), dim=2)
+    result = StepResult(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]), one, one)
     with (
         Logbook(folder, enabled=True, done=0, total=stop) as log,
         mock.patch.object(log, "say", lines.append),

@@ -87,19 +87,63 @@ class OracleMoCo:
             logits = torch.cat([(q[i] * k[i]).sum()[None], self.queue @ q[i]]) / self.t
             losses.append(torch.logsumexp(logits, 0) - logits[0])
         loss = torch.stack(losses).mean()
-        params = list(self.q.parameters())
-        self.grads = list(torch.autograd.grad(loss, params))
+        self._sgd(loss, lr)
         for key in k:
             self.queue[self.ptr] = key
             self.ptr = (self.ptr + 1) % len(self.queue)
+        return float(loss.detach())
+
+    def _sgd(self, loss: Tensor, lr: float) -> None:
+        params = list(self.q.parameters())
+        self.grads = list(torch.autograd.grad(loss, params))
         with torch.no_grad():
             for p, g, v in zip(params, self.grads, self.velocity, strict=True):
                 v.copy_(self.sgd_momentum * v + g + self.weight_decay * p)
                 p.sub_(lr * v)
-        return float(loss.detach())
 
     def update_k(self) -> None:
         """The EMA that the next step would begin with: where fastmoco stands between two steps."""
         with torch.no_grad():
             for pk, pq in zip(self.k.parameters(), self.q.parameters(), strict=True):
                 pk.copy_(self.m * pk + (1 - self.m) * pq)
+
+
+class OracleEndToEnd(OracleMoCo):
+    """Figure 2a of the paper: one encoder, keys of the global batch, gradients to both."""
+
+    def step(
+        self, im_q: Tensor, im_k: Tensor, query_groups: Groups, key_groups: Groups, lr: float
+    ) -> float:
+        """As above. All logits of the global batch stand in one matrix: no ranks, no gather."""
+        q = self._encode(self.q, im_q, query_groups)
+        k = self._encode(self.q, im_k, key_groups)
+        losses = []
+        for i in range(len(q)):
+            logits = torch.stack([(q[i] * key).sum() for key in k]) / self.t
+            losses.append(torch.logsumexp(logits, 0) - logits[i])
+        loss = torch.stack(losses).mean()
+        self._sgd(loss, lr)
+        self.k = self.q
+        return float(loss.detach())
+
+
+class OracleMemoryBank(OracleMoCo):
+    """Figure 2b of the paper: one encoder, and a stored feature of every sample in `queue`."""
+
+    def step_on(
+        self, im_q: Tensor, samples: list[int], negatives: list[int], groups: Groups, lr: float
+    ) -> float:
+        """One step on the global batch; samples: of each row, negatives: of all rows alike."""
+        q = self._encode(self.q, im_q, groups)
+        losses = []
+        for i, sample in enumerate(samples):
+            logits = torch.stack([self.queue[j] @ q[i] for j in [sample, *negatives]]) / self.t
+            losses.append(torch.logsumexp(logits, 0) - logits[0])
+        loss = torch.stack(losses).mean()
+        self._sgd(loss, lr)
+        with torch.no_grad():
+            for i, sample in enumerate(samples):
+                if sample not in samples[:i]:
+                    mixed = self.m * self.queue[sample] + (1 - self.m) * q[i]
+                    self.queue[sample] = mixed / mixed.norm()
+        return float(loss.detach())

@@ -13,6 +13,7 @@ from fastmoco.config import Config, MocoConfig, ModelConfig, OptimConfig, RunCon
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import MoCo, build_moco
 from fastmoco.method.shuffle_bn import AllToAllShuffle, LoaderShuffle, Shuffle
 from fastmoco.method.step import Step
@@ -22,7 +23,7 @@ from tests.support.oracle import Groups
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 
-BATCH, GROUP, STEPS, SIDE = 16, 4, 4, 12
+BATCH, GROUP, STEPS, SIDE, SAMPLES = 16, 4, 4, 12, 60
 LR = 0.05
 
 CONFIG = Config(
@@ -53,13 +54,20 @@ def build_tiny(config: Config, bn_group_size: int) -> MoCo:
 
 
 def images(step: int) -> Batch:
-    """The global batch of a step: noise of another colour for each sample."""
+    """The global batch of a step: noise of another colour for each sample.
+
+    In every third step the last sample stands twice in it, once for another that could not be read.
+    """
     generator = torch.Generator().manual_seed(step)
     shape = (BATCH, SIDE, SIDE, 3)
     base = torch.randint(0, 128, (BATCH, 1, 1, 3), generator=generator)
     noise = [torch.randint(0, 128, shape, generator=generator) for _ in range(2)]
     im_q, im_k = ((base + n).to(torch.uint8) for n in noise)
-    return Batch(im_q, im_k)
+    asked = torch.randperm(SAMPLES, generator=generator)[:BATCH].numpy()
+    delivered = asked.copy()
+    if step % 3 == 2:
+        delivered[2] = delivered[-1]
+    return Batch(im_q, im_k, np.stack([asked, delivered], axis=1))
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Outcome:
     k: dict[str, Tensor]
     queue: Tensor
     ptr: int
+    bank: Tensor | None
 
 
 def consecutive(rows: list[int]) -> Groups:
@@ -98,6 +107,7 @@ def key_order(step: Step, micro_step: int, local: int, world_size: int) -> list[
 def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None = None) -> Outcome:
     """Train on this rank for some steps; `shuffle` takes the place of the configured strategy."""
     moco = build_tiny(config, config.bn_group_size(world.size))
+    allocate_bank(config, moco, SAMPLES)
     step = build_step(config, moco, world, compile_encoders=False)
     step.shuffle = shuffle or step.shuffle
     local, micro_batches = config.local_batch_size(world.size), config.optim.accumulate
@@ -117,7 +127,7 @@ def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None =
             key_rows = rows
             if step.shuffle.key_rows is not None:
                 key_rows = first + step.shuffle.key_rows(micro_step)[rows - first]
-            parts.append(Batch(views.im_q[rows], views.im_k[key_rows]))
+            parts.append(Batch(views.im_q[rows], views.im_k[key_rows], views.replaced[rows]))
             order += [first + r for r in key_order(step, micro_step, local, world.size)]
         losses.append(float(step(parts, number).loss))
         orders.append(order)
@@ -129,6 +139,7 @@ def run_ours(world: World, config: Config, steps: int, shuffle: Shuffle | None =
         k={n: t.clone() for n, t in moco.encoder_k.state_dict().items()},
         queue=moco.queue.clone(),
         ptr=int(moco.queue_ptr),
+        bank=moco.bank.clone() if config.moco.mechanism == "memory_bank" else None,
     )
 
 

@@ -3,7 +3,7 @@
     python -m tests.support.traced_step resnet50 whole|eager
 
 `whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
-one rank without a compiler, in fp16, operation by operation.
+one rank without a compiler, in fp16, operation by operation, with its metrics.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import set_lr
+from fastmoco.run.metrics import Metrics
 from tests.support.fake_cuda import (
     Watch,
     allow_backward_without_driver,
@@ -125,8 +126,9 @@ def main() -> None:
             found = graphs.found()
             found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
         else:
+            metrics = Metrics(world, config.model.dim)
             with watch:
-                step([Batch(images, images)], 0)
+                metrics.add(step([Batch(images, images)], 0))
             found = {
                 "host_syncs": watch.host_syncs,
                 "other_layouts": watch.other_layouts,

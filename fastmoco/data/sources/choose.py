@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastmoco.config import Config, ConfigError
+from fastmoco.config import Config, ConfigError, DataConfig
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.source import Source
 
-OPEN: dict[str, Callable[[str, int], Source]] = {
-    "folder": open_folder,
-    "list": open_list,
-    "shards": open_shards,
+OPEN: dict[str, Callable[[DataConfig], Source]] = {
+    "folder": lambda data: open_folder(data.root, data.max_pixels, any_name=data.any_name),
+    "list": lambda data: open_list(data.root, data.max_pixels),
+    "shards": lambda data: open_shards(data.root, data.max_pixels),
 }
 
 
@@ -24,7 +24,7 @@ def open_source(config: Config) -> Source:
     data = config.data
     if data.source not in OPEN:
         raise ConfigError(f"data.source {data.source} has no files to read.")
-    return OPEN[data.source](data.root, data.max_pixels)
+    return OPEN[data.source](data)
 
 
 def resolve_folders(config: Config) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,62 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import is_image_name
 from fastmoco.data.sources.index import FILE_NAMES, Index, Indexed, kept_index, require_readable
-from fastmoco.data.sources.measure import CHUNK, measure, probe_chunk, progress
-
-# Kernels stamp files with the time of the last clock tick, of which there are 100 or more a second.
-_TICK_S = 0.02
+from fastmoco.data.sources.listing import Listed, Passed, read_file, suffix_of, walk
+from fastmoco.data.sources.measure import CHUNK, OTHER, measure, probe_chunk, progress
 
 
-Listed = tuple[str, int, list[str]]
-"""A folder's path relative to the root, modification time in ns, sorted names of its images."""
-
-
-def walk(root: str) -> Iterator[Listed]:
-    """Every folder below root, itself included, in depth-first sorted order.
-
-    Links are followed; a folder that was already visited is not visited again. Folders without
-    images are yielded too, because a file added to one later must be noticed. Raises `OSError` for
-    a folder that cannot be listed: leaving it out would train on less than the user named.
-    """
-    seen: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        place = os.path.join(root, folder)
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        _let_tick_pass(status.st_mtime_ns)
-        inner, images = [], []
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "lost+found":
-                    continue
-                if entry.is_dir():
-                    inner.append(os.path.join(folder, entry.name))
-                elif is_image_name(entry.name):
-                    images.append(entry.name)
-        yield folder, status.st_mtime_ns, sorted(images)
-        pending += sorted(inner, reverse=True)
-
-
-def _let_tick_pass(changed: int) -> None:
-    """Waits until a change from now on gives the folder another modification time than this one."""
-    if abs(time.time_ns() - changed) < _TICK_S * 1e9:
-        time.sleep(_TICK_S)
-
-
-def scan_folder(root: str, max_pixels: int) -> Index:
+def scan_folder(root: str, max_pixels: int, *, any_name: bool = False) -> Index:
     """The index of all images below root, with a progress bar on a terminal.
 
     Raises `OSError` for a folder that cannot be listed.
     """
+    passed = Passed()
     folders: list[tuple[str, int]] = []
     folder_of, ends, blobs, end = [], [], [], 0
-    for number, (folder, changed, names) in enumerate(progress(walk(root), _images, "list")):
+    listed = progress(walk(root, passed, any_name=any_name), _images, "list")
+    for number, (folder, changed, names) in enumerate(listed):
         folders.append((folder, changed))
         encoded = [os.fsencode(name) for name in names]
         folder_of.append(np.full(len(names), number, np.uint32))
@@ -81,9 +39,35 @@ def scan_folder(root: str, max_pixels: int) -> Index:
         "names": np.frombuffer(b"".join(blobs), np.uint8),
     }
     paths = _paths(root, folders, arrays)
-    probe = partial(probe_chunk, max_pixels=max_pixels)
+    probe = partial(probe_chunk, max_pixels=max_pixels, any_name=any_name)
     sizes, bad = measure(probe, paths, len(arrays["folder_of"]))
-    return Index({**arrays, "sizes": sizes}, {"folders": folders, "bad": bad})
+    arrays["sizes"] = sizes
+    other = [sample for sample, reason in bad.items() if reason == OTHER]
+    if other:
+        arrays, bad = _without(other, arrays, bad, passed)
+    facts = {"folders": folders, "bad": bad, "lost": passed.lost, "shut": passed.shut}
+    return Index(arrays, {**facts, "notes": passed.notes(), "warnings": passed.warnings()})
+
+
+def _without(
+    other: list[int], arrays: dict[str, Any], bad: dict[int, str], passed: Passed
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """The arrays without files that are no images by name nor content; these are counted."""
+    ends = arrays["name_ends"].astype(np.int64)
+    lengths = np.diff(ends, prepend=0)
+    for sample in other:
+        name = arrays["names"][ends[sample] - lengths[sample] : ends[sample]].tobytes()
+        passed.suffixes[suffix_of(os.fsdecode(name))] += 1
+    stays = np.ones(len(ends), bool)
+    stays[other] = False
+    kept = {
+        "folder_of": arrays["folder_of"][stays],
+        "name_ends": np.cumsum(lengths[stays]).astype(np.uint64),
+        "names": arrays["names"][np.repeat(stays, lengths)],
+        "sizes": arrays["sizes"][stays],
+    }
+    number = np.cumsum(stays) - 1
+    return kept, {int(number[at]): why for at, why in bad.items() if stays[at]}
 
 
 def _images(listed: Listed) -> int:
@@ -122,8 +106,7 @@ class FolderSource(Indexed):
         return np.bincount(self.index.arrays["folder_of"]).astype(np.int64)
 
     def read(self, sample: int) -> bytes:
-        with open(self.name(sample), "rb", buffering=0) as file:
-            return file.read()
+        return read_file(self.name(sample))
 
     def name(self, sample: int) -> str:
         arrays = self.index.arrays
@@ -133,8 +116,10 @@ class FolderSource(Indexed):
         return os.path.join(self.root, folder, name.decode(*FILE_NAMES))  # keeps absolute names
 
 
-def open_folder(root: str, max_pixels: int) -> FolderSource:
+def open_folder(root: str, max_pixels: int, *, any_name: bool = False) -> FolderSource:
     """The images below a folder, from the cached index where that still holds.
+
+    any_name: files without the suffix of an image count too if their content is one.
 
     Raises `ConfigError` where the folder is missing or holds no image that can be read.
     """
@@ -145,9 +130,9 @@ def open_folder(root: str, max_pixels: int) -> FolderSource:
     real = str(Path(root).resolve())
     try:
         index = kept_index(
-            f"{real} {max_pixels}",
+            f"{real} {max_pixels} {any_name}",
             holds=lambda index: folders_unchanged(real, index),
-            scan=lambda: scan_folder(real, max_pixels),
+            scan=lambda: scan_folder(real, max_pixels, any_name=any_name),
         )
     except OSError as error:
         if error.filename is None:  # about no path: a process or a pipe that could not be made
@@ -156,5 +141,5 @@ def open_folder(root: str, max_pixels: int) -> FolderSource:
             f"data.root: the folder {error.filename} cannot be listed: {error.strerror}; "
             "make it readable or move it elsewhere."
         ) from error
-    require_readable(index, f"data.root {root}")
+    require_readable(index, f"data.root {root}", by_name=not any_name)
     return FolderSource(real, index)

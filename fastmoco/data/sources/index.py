@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.machine.cache import cache_folder, exclusive
 
-_MAGIC = b"fastmoco index 2\n"  # 2: hidden members of shards do not count
+_MAGIC = b"fastmoco index 3\n"  # 3: what the scan passed over is part of the facts
 
 
 _ALIGN = 64
@@ -90,6 +90,16 @@ class Indexed:
     def bad(self) -> dict[int, str]:
         """Reason by sample, for those found unreadable while indexing."""
         return self.index.bad
+
+    @property
+    def notes(self) -> list[str]:
+        """What indexing found that a user may want to know, one sentence each."""
+        return list(self.index.facts.get("notes", []))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What indexing left out that a user should act on, one sentence each."""
+        return list(self.index.facts.get("warnings", []))
 
     def fingerprint(self) -> str:
         """Changes when a sample is added, removed, renamed or found to have another size."""
@@ -162,10 +172,16 @@ def kept_index(what: str, holds: Callable[[Index], bool], scan: Callable[[], Ind
         return index
 
 
-def require_readable(index: Index, what: str) -> None:
-    """Raises `ConfigError` for an index without samples, or without a readable one."""
+def require_readable(index: Index, what: str, *, by_name: bool = False) -> None:
+    """Raises `ConfigError` for an index without samples, or without a readable one.
+
+    by_name: files were counted by their names, so that content may find more.
+    """
     if not len(index.sizes):
-        raise ConfigError(f"{what} holds no image file.")
+        notes, warnings = (index.facts.get(kind, []) for kind in ("notes", "warnings"))
+        seen = f" ({'; '.join(note.rstrip('.') for note in notes + warnings)})"
+        hint = "; data.any_name true counts images by their content" if by_name and notes else ""
+        raise ConfigError(f"{what} holds no image file{seen * bool(notes + warnings)}{hint}.")
     if len(index.bad) == len(index.sizes):
         sample, reason = next(iter(index.bad.items()))
         raise ConfigError(

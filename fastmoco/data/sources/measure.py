@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastmoco.data.decode import BadImage, image_size
+from fastmoco.data.sources.listing import is_image_name, open_regular, starts_like_image
 
 HEAD = 1 << 16
 
@@ -40,15 +41,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def probe_file(path: str, max_pixels: int) -> Found:
-    """Size of an image file from its first bytes; the whole file only where those do not tell."""
+OTHER = "no image"
+"""The reason of a file that is no image by its name nor by its content: it does not count."""
+
+
+def probe_file(path: str, max_pixels: int, *, any_name: bool = False) -> Found:
+    """Size of an image file from its first bytes; the whole file only where those do not tell.
+
+    any_name: a file that is not named like an image must start like one, else it is `OTHER`.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             head = file.read(HEAD)
+            starts = starts_like_image(head)
+            if any_name and not starts and not is_image_name(path):
+                return 0, 0, OTHER
             try:
                 return (*image_size(head, max_pixels), "")
             except BadImage:
-                if len(head) < HEAD:
+                if len(head) < HEAD or not starts:  # nothing that follows makes it an image
                     raise
                 return (*image_size(head + file.read(), max_pixels), "")
     except BadImage as bad:
@@ -57,9 +68,9 @@ def probe_file(path: str, max_pixels: int) -> Found:
         return 0, 0, f"{type(error).__name__}: {error.strerror}"
 
 
-def probe_chunk(paths: Sequence[str], max_pixels: int) -> list[Found]:
+def probe_chunk(paths: Sequence[str], max_pixels: int, *, any_name: bool = False) -> list[Found]:
     """`probe_file` of several paths: the unit of work of one process."""
-    return [probe_file(path, max_pixels) for path in paths]
+    return [probe_file(path, max_pixels, any_name=any_name) for path in paths]
 
 
 def measure(

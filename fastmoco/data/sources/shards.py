@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import BadImage, image_size, is_image_name
+from fastmoco.data.decode import BadImage, image_size
 from fastmoco.data.sources.index import Index, Indexed, load_index, require_readable, save_index
+from fastmoco.data.sources.listing import is_hidden_path, is_image_name
 from fastmoco.data.sources.measure import HEAD, in_order, in_parallel, progress
 from fastmoco.machine.cache import cache_folder, exclusive
 
@@ -150,7 +151,9 @@ def _scan(shard: Path, stamp: list[Any], max_pixels: int) -> Index:
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb", buffering=0) as file:
             for member in tar:
-                if not member.isfile() or not is_image_name(member.name):
+                if not member.isfile() or is_hidden_path(member.name):
+                    continue
+                if not is_image_name(member.name):
                     continue
                 offsets.append(member.offset_data)
                 lengths.append(member.size)

@@ -24,6 +24,14 @@ class Source(Protocol):
         """Reason by sample, for those found unreadable while indexing."""
 
     @property
+    def notes(self) -> list[str]:
+        """What indexing found that a user may want to know, one sentence each."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What indexing left out that a user should act on, one sentence each."""
+
+    @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """Samples of each run of neighbours that are fast to read together; they add up to N."""
 

@@ -82,44 +82,40 @@ def test_no_quantile_of_fewer_than_three_measurements() -> None:
     assert tables.cell([2.0, 2.0, 2.0], 1) == "2.00 (n=1)"
 
 
-def test_tables_of_the_loader_and_of_the_index(tmp_path: Path) -> None:
+def test_the_loaders_table_holds_pipelines_only(tmp_path: Path) -> None:
     spread = {"p20": 900.0, "p50": 1234.5, "p80": 2000.0, "n": 21}
-    case = {"part": "pipeline", "unit": "images/s"}
     contest = [
-        row_of(case, name, **spread, ratios=[1, ratio, 9])
+        row_of({"part": "pipeline"}, name, **spread, ratios=[1, ratio, 9])
         for name, ratio in (("torchvision", 1.0), ("array", 2.5))
     ]
-    reader = row_of({"part": "reader", "unit": "samples/s"}, "folder", **spread)
+    reader = row_of({"part": "reader"}, "folder", **spread)
     shown = table(tmp_path, "loader", [*contest, reader])
-    assert "| pipeline: array, images/s | 1234 (900.0-2000) | 2.50 (1.00-9.00) |" in shown
-    assert "| reader: folder, samples/s | 1234 (900.0-2000) | - |" in shown
-    million = {"files": 10**6, "folders": 1000}
-    once = {"p20": 2.0, "p50": 2.0, "p80": 2.0, "n": 1}
-    made = [row_of(million, "first", **once, gained_bytes=84e6), row_of(million, "batch", **spread)]
-    shown = table(tmp_path, "index", made)
-    assert "| first | 2.000 (n=1) | 84.0 |" in shown
-    assert "| batch | 1234.500 (900.000-2000.000) | - |" in shown
+    assert "| array | 1234 (900.0-2000) | 2.50 (1.00-9.00) |" in shown
+    assert "folder" not in shown
 
 
-def test_tables_of_layers_leave_out_other_races(tmp_path: Path) -> None:
-    case = {"n": 32, "c": 512, "side": 15, "o": 256, "k": 3, "stride": 2, "device": "cpu"}
-    contest = [
-        row_of(case, name, benchmark="weight_gradient", p50_ms=ms)
-        for name, ms in (("official", 6.0), ("fastmoco", 4.0))
+def test_kernels_table_has_a_line_per_operation_type_and_class_of_machine(tmp_path: Path) -> None:
+    def case(benchmark: str, sizes: dict[str, Any], **ms: float) -> Rows:
+        cell = {"device": "cpu", **sizes}
+        extra = {"official": 2**21, "compiled": 2**21}
+        return [
+            row_of(cell, name, benchmark=benchmark, p50_ms=x, peak_extra_bytes=extra.get(name, 0))
+            for name, x in ms.items()
+        ]
+
+    made = [
+        *case("convolution", {"side": 8}, official=6.0, direct=4.0, winograd=3.0),
+        *case("convolution", {"side": 7}, official=6.0, direct=4.0),
+        *case("info_nce", {"dtype": "float32"}, official=8.0, compiled=3.0, fastmoco=2.0),
+        *case("info_nce", {"dtype": "bfloat16"}, official=9.0, fastmoco=1.0),
+        *case("max_pool", {}, official=1.0, fastmoco=1.0),
     ]
-    other = row_of(case, "compiled", benchmark="batch_norm", p50_ms=1.0)
-    assert table(tmp_path, "weight_gradient", [other]) == tables.NO_ROW
-    flops = 2 * 32 * 8 * 8 * 256 * 512 * 9  # 15 columns at stride 2 are 8
-    line = f"| 6.00 | 4.00 | **1.50** | {flops / 4 / 1e6:.0f} |"
-    shown = table(tmp_path, "weight_gradient", [*contest, other])
-    assert shown.splitlines()[-1] == f"| 32x512x15x15 to 256, 3x3, stride 2 {line}"
-    forward = [
-        row_of(case | {"part": "forward"}, name, benchmark="convolution", p50_ms=ms)
-        for name, ms in (("official", 6.0), ("direct", 4.0))
+    assert table(tmp_path, "kernels", made).splitlines()[2:] == [
+        "| convolution, avx2 (2) | 6.00 | 3.00-4.00 | **1.50-2.00** | - | 0.00 of 2.00 |",
+        "| InfoNCE float32, avx2 (1) | 8.00 | 2.00 | **4.00** | 1.50 | 0.00 of 2.00 |",
+        "| InfoNCE bfloat16, avx2 (1) | 9.00 | 1.00 | **9.00** | - | 0.00 of 2.00 |",
     ]
-    line = f"| 6.00 | 4.00 | - | **1.50** | {flops / 4 / 1e6:.0f} |"
-    shown = table(tmp_path, "convolution", [*contest, *forward])
-    assert shown.splitlines()[-1] == f"| 32x512x15x15 to 256, 3x3, stride 2: forward {line}"
+    assert table(tmp_path, "kernels", case("max_pool", {}, official=1.0)) == tables.NO_ROW
 
 
 def test_ablation_has_a_column_per_case_and_leaves_out_our_step_itself(tmp_path: Path) -> None:
@@ -138,30 +134,21 @@ def test_ablation_has_a_column_per_case_and_leaves_out_our_step_itself(tmp_path:
             *part("switches", "bf16", 2.0, environment={"date": "2026-01-02"}),
             *part("data", "array loader", 3.0),
             *part("switches", "bf16", 5.0, environment=elsewhere),
+            *part("switches", tables.GONE, 1.0, environment=elsewhere),
             *part("waterfall", "published step", 4.0),
         ],
     )
     assert shown.splitlines()[0].endswith(", avx2 | resnet18, 32 px, batch 8, bf16, avx512_bf16 |")
     assert "| bf16 | 2.00 (1.90-2.10) | 5.00 (4.90-5.10) |" in shown
-    assert "| array loader | 3.00 (2.90-3.10) | - |" in shown
-    for absent in ("old", "published", "nothing"):
+    for absent in ("old", "published", "nothing", "array loader", "max pooling"):
         assert absent not in shown
 
 
-def test_tables_of_threads_and_profiles(tmp_path: Path) -> None:
-    made = [
-        row_of({"beside": beside}, name, relative=[0.9 * p50, p50, p50], n=9, **more)
-        for beside, p50, more in (
-            (0, 2.0, {}),
-            (3, 4.0, {}),
-            (0, 9.0, {"environment": {"extension": "avx512_bf16"}}),
-        )
-        for name in ("nothing", "1 thread")
+def test_profile_leaves_out_parts_below_one_percent(tmp_path: Path) -> None:
+    shares = [
+        {"convolution": 60.0, "data": 5.0, "pooling": 0.9},
+        {"convolution": 20.0, "loss": 70.0},
     ]
-    shown = table(tmp_path, "threads", made)
-    assert shown.splitlines()[0] == "| time of a step | idle | beside three |"
-    assert shown.splitlines()[-1] == "| 1 thread | 2.00 (1.80-2.00) | 4.00 (3.60-4.00) |"
-    shares = [{"convolution": 60.0, "data": 5.0}, {"convolution": 20.0, "loss": 70.0}]
     made = [row_of({"batch": i}, "-", shares=share) for i, share in enumerate(shares)]
     shown = table(tmp_path, "profile", made)
     assert shown.splitlines()[0] == "| percent of the time | loss | convolution | data |"

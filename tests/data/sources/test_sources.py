@@ -146,9 +146,9 @@ def test_an_added_removed_or_renamed_file_invalidates_the_cache(
     assert len(open_folder(str(root), LIMIT).sizes) == 3
     scans: list[str] = []
 
-    def counted(folder: str, max_pixels: int) -> Index:
+    def counted(folder: str, max_pixels: int, **options: bool) -> Index:
         scans.append(folder)
-        return scan_folder(folder, max_pixels)
+        return scan_folder(folder, max_pixels, **options)
 
     monkeypatch.setattr(folder_module, "scan_folder", counted)
     assert len(open_folder(str(root), LIMIT).sizes) == 3

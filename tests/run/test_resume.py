@@ -1,0 +1,105 @@
+"""Runs that stop and go on, on two ranks and with every mechanism, end in the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.config import parse
+from fastmoco.config.fields import Mechanism
+from fastmoco.machine.ranks import World
+from fastmoco.train import Run
+from tests.support.ranks import Ranks
+from tests.support.tiny import ONE
+
+SMALL = [
+    *("--augment.image_size=32", "--model.arch=resnet18", "--model.width=0.25", "--model.dim=8"),
+    *("--moco.queue_size=15", "--moco.bn_group_size=4", "--optim.global_batch_size=8"),
+    *("--optim.epochs=3", "--optim.name=sgd", "--run.device=cpu", "--run.precision=fp32"),
+    *("--data.source=folder", "--data.workers=1", "--data.max_bad_share=0.1"),
+]
+
+
+def pictures(folder: Path, count: int = 24) -> Path:
+    """Noise; the second file is cut short, so that another sample stands for it."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.jpg")
+    broken = folder / "01.jpg"
+    broken.write_bytes(broken.read_bytes()[:-500])
+    return folder
+
+
+def train(world: World, arguments: list[str]) -> None:
+    # Processes of the pool are daemons, which may have no children; `Run` ends its readers itself.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    Run(parse(arguments), world).train()
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "latest.pth.tar", weights_only=True)
+    tensors = dict(content["state_dict"])
+    for index, buffers in content["optimizer"]["state"].items():
+        tensors[f"momentum.{index}"] = buffers["momentum_buffer"]
+    return tensors
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def options(mechanism: Mechanism, root: Path, run: Path, *more: str) -> list[str]:
+    return [
+        *SMALL,
+        f"--moco.mechanism={mechanism}",
+        f"--data.root={root}",
+        f"--run.dir={run}",
+        *more,
+    ]
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("mechanism", ["end_to_end", "memory_bank"])
+def test_two_ranks_go_on_from_any_step(
+    two_ranks: Ranks, tmp_path: Path, mechanism: Mechanism
+) -> None:
+    """Each rank goes on with its own BN statistics, and saving changes none of them."""
+    root, whole, parts = pictures(tmp_path / "images"), tmp_path / "whole", tmp_path / "parts"
+    two_ranks.run(train, options(mechanism, root, whole))
+    for stop in ("2", "6", "0"):
+        two_ranks.run(train, options(mechanism, root, parts, f"--run.max_steps={stop}"))
+    assert_same_bits(final_state(whole), final_state(parts))
+    assert ("module.bank" in final_state(whole)) == (mechanism == "memory_bank")
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("mechanism", ["end_to_end", "memory_bank"])
+def test_one_rank_goes_on_from_any_step(tmp_path: Path, mechanism: Mechanism) -> None:
+    root, whole, parts = pictures(tmp_path / "images"), tmp_path / "whole", tmp_path / "parts"
+    train(ONE, options(mechanism, root, whole))
+    for stop in ("4", "0"):
+        train(ONE, options(mechanism, root, parts, f"--run.max_steps={stop}"))
+    assert_same_bits(final_state(whole), final_state(parts))
+
+
+def test_a_killed_bank_run_goes_on_from_its_last_checkpoint(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    """What happened after the checkpoint leaves no trace: the last steps are done twice."""
+    root, whole, killed = pictures(tmp_path / "images"), tmp_path / "whole", tmp_path / "killed"
+    two_ranks.run(train, options("memory_bank", root, whole))
+    two_ranks.run(train, options("memory_bank", root, killed, "--run.max_steps=5"))
+    last = killed / "checkpoint_0001_step00000005.pth.tar"
+    last.unlink()  # as if the run had died in step 6, before this one was written
+    (killed / "latest.pth.tar").unlink()
+    (killed / "latest.pth.tar").symlink_to("checkpoint_0001_step00000003.pth.tar")
+    two_ranks.run(train, options("memory_bank", root, killed))
+    assert_same_bits(final_state(whole), final_state(killed))
