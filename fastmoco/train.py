@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
-from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.stopping import StopRequest
@@ -51,7 +50,7 @@ class Run:
 
     def __init__(self, config: Config, world: ranks.World) -> None:
         check(config, world.size)
-        self.config = config = resolve_folders(config)
+        self.config = config = directory.resolved(config)
         self.world = world
         self.folder = Path(config.run.dir)
         if world.is_main:
@@ -109,7 +108,8 @@ class Run:
             if not self.stopping:
                 with collectives.averaged(self.step.moco.running_statistics(), self.world):
                     epochs = self.done // self.per_epoch
-                    log.say(export_trunk(self.step.moco, self.folder, epochs) if main else "")
+                    data = self.config.data
+                    log.say(export_trunk(self.step.moco, self.folder, epochs, data) if main else "")
             end = "stopped by a signal, the same command resumes" if self.stopping else "done"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 

@@ -19,11 +19,15 @@ from tqdm import tqdm
 
 from fastmoco.config import AugmentConfig, ConfigError
 from fastmoco.data.backends.array import Canvas
+from fastmoco.data.backends.engine import Executor
+from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.pixels.deep import Deep
+from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco.evaluate.features import filled_up
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.network.encoder import NormalizePixels, build_encoder
+from fastmoco.network.encoder import NormalizePixels, pixel_statistics
 from fastmoco.weights.read import read
 
 
@@ -44,11 +48,11 @@ class FrozenTrunk(nn.Module):
         super().__init__()
         self.weights = read(checkpoint)
         # The encoder of training and of kNN, so that all three have the same features.
-        self.network = build_encoder(self.weights.architecture.config())
+        self.network = self.weights.architecture.encoder()
         self.network.add_module("fc", nn.Identity())
         self.network.load_state_dict(self.weights.trunk)
         self.network.to(device).eval().requires_grad_(False)
-        self.normalize_pixels = NormalizePixels(device)
+        self.normalize_pixels = NormalizePixels(device, pixel_statistics(self.weights.pixels))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -64,6 +68,13 @@ class FrozenTrunk(nn.Module):
         return digest.hexdigest()
 
 
+def _canvas(side: int, rule: PixelRule) -> Executor:
+    recipe = crop_and_flip(side).recipe
+    if rule.float_views:
+        return FloatCanvas(side, recipe, rule.channels, "array")
+    return Canvas(side, recipe)
+
+
 def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: int) -> Tensor:
     """Crop number `crop` of some images, uint8 (len(rows), S, S, 3): what training would show.
 
@@ -74,15 +85,18 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     augment = crop_and_flip(side)
     position = np.empty(n, np.int64)
     position[EpochOrder(n, seed, 0, ()).samples(crop, np.arange(n))] = np.arange(n)
-    out = np.empty((len(rows), side, side, 3), np.uint8)
+    rule = images.rule
+    kind = np.float32 if rule.float_views else np.uint8
+    out = np.empty((len(rows), side, side, rule.channels), kind)
 
     def one(index: int) -> None:
-        row, canvas = rows[index], Canvas(side, augment.recipe)
+        row, canvas = rows[index], _canvas(side, rule)
         try:
-            image = canvas.decode(images.paths[row].read_bytes(), images.rule)
-        except (OSError, ValueError) as error:
+            image = canvas.decode(images.paths[row].read_bytes(), rule)
+        except (OSError, ValueError, BadImage) as error:
             raise ConfigError(f"Cannot decode {images.paths[row]} ({error}).") from error
-        size = np.array([[image.shape[2], image.shape[1]]], np.int32)
+        height, width = (image.values if isinstance(image, Deep) else image).shape[1:]
+        size = np.array([[width, height]], np.int32)
         uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
         out[index] = canvas.execute(image, view_table(augment, uniforms, size), 0)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.config.command import CommandParser
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import choose_labels, hold_out
@@ -63,7 +64,9 @@ def schedule_of(given: argparse.Namespace) -> Schedule:
     return Schedule(given.epochs, given.batch_size, steps, seed=given.seed)
 
 
-def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
+def both_folders(
+    given: argparse.Namespace, rule: PixelRule
+) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images in the evaluation view. Raises `ConfigError`."""
     names = [n for n in ("test", "val") if (given.root / n).is_dir()]
     if not (given.root / "train").is_dir() or not names:
@@ -72,7 +75,9 @@ def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledIma
     if resize < given.image_size:
         raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
     train, test = (
-        LabelledImages(given.root / name, resize=resize, image_size=given.image_size, strict=True)
+        LabelledImages(
+            given.root / name, resize=resize, image_size=given.image_size, rule=rule, strict=True
+        )
         for name in ("train", names[0])
     )
     if train.class_names != test.class_names:
@@ -87,7 +92,7 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
     if world.size > 1:
         raise ConfigError("--cached runs on one process: start it without torchrun.")
     schedule, show = schedule_of(given), sys.stderr.isatty()
-    train, test = both_folders(given)
+    train, test = both_folders(given, PixelRule.of(trunk.weights.pixels))
     store = cache_folder() / "features"
     options = {"device": world.device, "seed": given.seed, "progress": show}
     crops = stored_features(trunk, train, store, crops=given.crops, **options)
@@ -118,7 +123,7 @@ def cached(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) ->
 def full(given: argparse.Namespace, trunk: FrozenTrunk, world: ranks.World) -> dict[str, object]:
     """The published protocol. Raises `ConfigError`."""
     schedule = schedule_of(given)
-    train, test = both_folders(given)
+    train, test = both_folders(given, PixelRule.of(trunk.weights.pixels))
     protocol = Protocol(
         trunk,
         train,

@@ -19,7 +19,7 @@ from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import build_encoder
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import Weights, read
 
 
@@ -90,7 +90,7 @@ class Evaluation:
             )
         precision = choose_precision(given.precision, world.device)
         trunk = FrozenTrunk.of(weights, precision.dtype, world.device)
-        data = replace((run or Config()).data, max_pixels=given.max_pixels)
+        data = replace(weights.pixels, max_pixels=given.max_pixels)
         return cls(weights, trunk, resize, size, str(precision), data)
 
     @property
@@ -135,8 +135,9 @@ def untrained(evaluation: Evaluation, world: World, seed: int = 0) -> FrozenTrun
     """The same architecture with random weights: what training has to beat."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(evaluation.weights.architecture.config())
-    return FrozenTrunk(encoder.to(world.device).eval(), evaluation.trunk.precision, world.device)
+        encoder = evaluation.weights.architecture.encoder().to(world.device).eval()
+    statistics = pixel_statistics(evaluation.data)
+    return FrozenTrunk(encoder, evaluation.trunk.precision, world.device, statistics)
 
 
 def command(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from fastmoco.config import Config, ConfigError, dump, load
+from fastmoco.config import Config, ConfigError, dump, load, parse_text
+from fastmoco.data.pixels.resolve import resolve_pixels
+from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.weights import files
 
 CONFIG = "config.yaml"
 
@@ -30,6 +34,23 @@ def check_run_directory(config: Config) -> None:
     written = folder / CONFIG
     if written.exists():
         require_same_run(load(written), config, str(folder))
+
+
+def resolved(config: Config) -> Config:
+    """The same run with every folder and every number of its pixels spelled out, on every rank.
+
+    What a run in `run.dir`, or the checkpoint that it is to go on from, has measured stays.
+    Raises `ConfigError` for data that cannot be used.
+    """
+    begun, written = None, Path(config.run.dir) / CONFIG
+    named = Path(config.run.resume)
+    if written.exists():
+        begun = load(written)
+    elif named.is_file():
+        with contextlib.suppress(ConfigError):  # resuming has the reason
+            ours = files.load(files.locate(named)).get("fastmoco", {})
+            begun = parse_text(ours["config"]) if "config" in ours else None
+    return resolve_pixels(resolve_folders(config), begun)
 
 
 def claim_run_directory(config: Config) -> None:

@@ -19,6 +19,13 @@ DALI_EXTRAS = {"12": "dali-cuda12", "13": "dali"}
 
 def choose_backend(config: Config, device: torch.device) -> str:
     """`dali`, `array` or `pil`, without importing any."""
+    if config.data.float_views:
+        if config.data.backend == "dali":
+            raise ConfigError(
+                "data.backend is dali, which makes views of 8-bit RGB only, but the pictures have "
+                "other channels or more bits: set data.backend to array or pil."
+            )
+        return "pil" if config.data.backend == "pil" else "array"
     if config.data.backend != "auto":
         missing = config.data.backend == "dali" and not has_dali()
         if missing:
