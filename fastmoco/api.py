@@ -10,6 +10,7 @@ import torch
 
 from fastmoco.config import Config, validated
 from fastmoco.machine import ranks
+from fastmoco.machine.stopping import StopRequest
 from fastmoco.run.record import read_metrics
 from fastmoco.train import Run, join_world
 
@@ -45,14 +46,15 @@ def train(config: Config) -> Trained:
     threads, device = torch.get_num_threads(), torch.cuda.is_initialized()
     try:
         with torch.random.fork_rng([torch.cuda.current_device()] if device else []):
-            run = Run(config, join_world(config))
-            run.train()
+            with StopRequest() as request:
+                run = Run(config, join_world(config), request)
+                run.train()
             main = run.world.is_main
     finally:
         ranks.stop()
         torch.set_num_threads(threads)
     metrics = last_metrics(run.folder / "metrics.jsonl") if main else {}
-    return Trained(run.folder, metrics, not run.stopping)
+    return Trained(run.folder, metrics, run.finished)
 
 
 def last_metrics(metrics_jsonl: Path) -> dict[str, float]:

@@ -57,10 +57,25 @@ VERBS = {
         "carry an encoder to torchvision, timm, Detectron2 and others",
         words=("--to", "--out", *FORMATS),
     ),
+    "finetune": Verb(
+        "fastmoco.evaluate.finetune",
+        "train the whole network on labels",
+        words=("--checkpoint", "--data.root", "--labels", "--layer_decay", "--out"),
+    ),
+    "retrieval": Verb(
+        "fastmoco.evaluate.retrieval",
+        "mAP and a picture of nearest images",
+        words=("--checkpoint", "--data.root"),
+    ),
     "linear": Verb(
-        "fastmoco.evaluate.linear",
+        "fastmoco.evaluate.linear.__main__",
         "linear classification on a frozen encoder",
         words=("--checkpoint", "--data.root", "--cached", "--crops", "--labels", "--out"),
+    ),
+    "experiment": Verb(
+        "fastmoco.experiments.__main__",
+        "a named grid of runs, drawn beside the paper's numbers",
+        words=("--data.root", "--budget", "--out", "--jobs", "mini", "momentum", "mechanism"),
     ),
     "report": Verb(
         "fastmoco.report", "one page about a run, or several compared", words=("--out",)

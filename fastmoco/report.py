@@ -1,7 +1,8 @@
 """`fastmoco report RUN_DIR [RUN_DIR ...]`: what a run has learned, on one page.
 
 Writes `curves.png` into every run directory and `report.html` into the first. It reads records
-only, so it works while a run trains.
+only, so it works while a run trains. With `--data.root` it also draws what the first and the last
+checkpoint of the run hold to be alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.run.curves import draw_curves
-from fastmoco.run.html_report import NAME, write_report
+from fastmoco.run.page.html_report import NAME, Picture, write_report
 from fastmoco.run.record import knn_summary, train_summary
 
 
@@ -24,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, nargs="+", help="run directory with metrics.jsonl")
     parser.add_argument("--out", type=Path, help=f"page to write; default RUN_DIR/{NAME}")
+    parser.add_argument(
+        "--data.root",
+        dest="root",
+        help="folder with train and test/val: draw nearest images and a map of features",
+    )
     given = parser.parse_args(arguments)
     folders: list[Path] = given.run_dir
     out = given.out or folders[0] / NAME
@@ -34,12 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"{folder}: " if len(folders) > 1 else ""
             print(name + train_summary(metrics), knn_summary(metrics), sep="\n")
             print(folder / "curves.png")
-        write_report(folders, out)
+        if given.root and len(folders) > 1:
+            raise ConfigError("--data.root draws the features of one run: name one run directory.")
+        drawn = _pictures(folders[0], given.root) if given.root else []
+        write_report(folders, out, drawn)
     except ConfigError as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2
     print(out)
     return 0
+
+
+def _pictures(folder: Path, root: str) -> list[Picture]:
+    # Imported here: a report of records alone needs no torch.
+    import torch
+
+    from fastmoco.evaluate.report_pictures import pictures
+
+    return pictures(folder, root, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
-from fastmoco.machine.stopping import StopRequest
+from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import INTERRUPTED, StopRequest
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.memory_bank import allocate_bank
@@ -31,12 +32,12 @@ from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
 from fastmoco.run.record import knn_summary
+from fastmoco.run.tracker import tracked
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
 
 if TYPE_CHECKING:
     from fastmoco.api import Trained
-
 
 # Errors whose message is one sentence for the user.
 SENTENCES = (
@@ -48,11 +49,10 @@ SENTENCES = (
 class Run:
     """One training run on this rank: built once, trained once."""
 
-    def __init__(self, config: Config, world: ranks.World) -> None:
+    def __init__(self, config: Config, world: World, request: StopRequest | None = None) -> None:
         check(config, world.size)
-        self.config = config = directory.resolved(config)
-        self.world = world
-        self.folder = Path(config.run.dir)
+        config, source = directory.resolved(config)
+        self.config, self.world, self.folder = config, world, Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
         self.lines = [host.settle(world.device)]  # before anything large is allocated
@@ -61,13 +61,13 @@ class Run:
         self.monitor = KnnMonitor(config, world) if config.knn.every else None
         moco = build_moco(config, config.bn_group_size(world.size), world.device)
         fresh = config.model.init_from and not found
-        started_from = [start_from(config, moco)] if fresh else []
+        self.lines += [start_from(config, moco)] if fresh else []
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
-        rows = self.step.shuffle.key_rows
+        rows, device = self.step.shuffle.key_rows, world.device
         self.loader = build_loader(
-            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
+            config, source, rank=world.rank, world_size=world.size, device=device, key_rows=rows
         )
         allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
@@ -75,23 +75,21 @@ class Run:
         self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
         self.stop_at = min(total, config.run.max_steps or total)
-        self.request, self.shared = StopRequest(), collectives.SharedRequest(world)
-        self.stopping = False  # on every rank in the same step
+        self.request, self.shared = request or StopRequest(), collectives.SharedRequest(world)
+        self.stopping = self.finished = False  # on every rank in the same step
         self.saver = Saver(self.step, config, world, self.per_epoch)
         self.lines += start_lines(config, world, loader=self.loader, done=self.done)
-        self.lines += started_from
         told = [*resumed.notes, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:
         """Run to the last step or to a signal; either way the final state is on disk."""
-        main = self.world.is_main
-        if main:
-            directory.claim_run_directory(self.config)
+        main, self.request.patient = self.world.is_main, True
         with (
-            self.request,
+            directory.claimed(self.config, main),
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
+            tracked(self.config, log.warn, enabled=main) as log.send,
         ):
             for line in self.lines:
                 log.say(line)
@@ -105,19 +103,19 @@ class Run:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
-            if not self.stopping:
+            self.finished = self.done == self.stop_at
+            if self.finished:
                 with collectives.averaged(self.step.moco.running_statistics(), self.world):
-                    epochs = self.done // self.per_epoch
-                    data = self.config.data
+                    epochs, data = self.done // self.per_epoch, self.config.data
                     log.say(export_trunk(self.step.moco, self.folder, epochs, data) if main else "")
-            end = "stopped by a signal, the same command resumes" if self.stopping else "done"
+            end = "done" if self.finished else "stopped by a signal, the same command resumes"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 
     def _loop(self, log: Logbook) -> None:
         step, accumulate = self.step, self.config.optim.accumulate
         start, stop = self.done, self.stop_at
         progress = Progress(
-            self.config, self.world, log, start=start, stop=stop, per_epoch=self.per_epoch
+            self.config, self.world, log, step.moco.queue, range(start, stop), self.per_epoch
         )
         if self.monitor and start == 0:
             raw, untrained = self.monitor.raw_pixels(), self.monitor.trained(step.moco)
@@ -141,6 +139,7 @@ class Run:
                 if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):
                     log.warn(warning)
                 self._evaluate(progress, log)
+                progress.draw_report(done, now=bool(asked))
                 if self.stopping:
                     break
                 progress.restart()
@@ -154,7 +153,7 @@ class Run:
             progress.knn(self.done, self.monitor.trained(self.step.moco))
 
 
-def join_world(config: Config) -> ranks.World:
+def join_world(config: Config) -> World:
     """This rank among all. Raises `ConfigError` for a device that is not there."""
     try:
         return ranks.start(config.run.device, config.run.timeout_s)
@@ -163,24 +162,26 @@ def join_world(config: Config) -> ranks.World:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when trained, 2 for a configuration or input that cannot train, 1 if diverged."""
+    """Exit code 0 when trained, 2 for bad input, 1 if it failed; stopped 75 (`REQUEUE`) or 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = os.environ.get("RANK", "0") == "0"
     try:
         if first and not arguments:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
-        config = parse(arguments)
-        Run(config, join_world(config)).train()
+        with StopRequest() as request:
+            config = parse(arguments)
+            run = Run(config, join_world(config), request)
+            run.train()
+            return 0 if run.finished else request.code
     except SENTENCES as error:
         # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
         if first or isinstance(error, collectives.CollectiveError):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        return 130  # asked twice, or before there was anything to save
+        return INTERRUPTED  # asked twice, or before there was anything to save
     finally:
         ranks.stop()
-    return 0
 
 
 class _Callable(ModuleType):

@@ -25,8 +25,8 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
+from fastmoco.machine import stopping
 from fastmoco.method.moco import build_moco
-from fastmoco.run import stopping
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,6 +175,7 @@ def test_signals_ask_to_stop_and_get_their_handlers_back(
     previous = signal.signal(signal.SIGINT, mine)
     try:
         with stopping.StopRequest() as request:
+            request.patient = True
             assert not request.made
             for name in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # one key press
                 signal.raise_signal(name)

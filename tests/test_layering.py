@@ -32,7 +32,8 @@ STANDS_ON: dict[str, set[str]] = {
     "evaluate": {"weights"},
     "run": {"weights"},
     "train": {"run", "evaluate", "doctor"},
-    "cli": {"train"},
+    "experiments": {"train"},
+    "cli": {"experiments"},
 }
 # Files beside the rooms that belong to one of them: its Python door, and what the console needs.
 BELONGS_TO = {"api": "train", "report": "train", "__main__": "cli", "completion": "cli"}

@@ -20,7 +20,9 @@ from PIL import Image
 from fastmoco.config import ConfigError, parse
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import REQUEUE
 from fastmoco.train import Run, main
+from tests.support.final_state import assert_same_bits, final_state
 
 ROOT = Path(__file__).parent.parent
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -37,20 +39,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(folder / "latest.pth.tar", weights_only=True)
-    tensors = dict(content["state_dict"])
-    for index, buffers in content["optimizer"]["state"].items():
-        tensors[f"momentum.{index}"] = buffers["momentum_buffer"]
-    return tensors
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
 @pytest.mark.processor
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: str) -> None:
@@ -59,7 +47,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: st
     assert main([*common, "--run.dir", str(tmp_path / "whole")]) == 0
     for stop in ("4", "7", "0"):
         assert main([*common, "--run.dir", str(tmp_path / "parts"), "--run.max_steps", stop]) == 0
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     steps = {r["step"]: r["loss"] for r in records(tmp_path / "whole")}
     again = {r["step"]: r["loss"] for r in records(tmp_path / "parts")}
     assert steps[12] == pytest.approx(again[12], rel=1e-6)
@@ -92,6 +80,7 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     assert main(arguments) == 0  # nothing left to do is no error
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "curves.png", "views.png", "latest.pth.tar"} <= names
+    assert "step 6, epoch 2.00" in (run / "report.html").read_text()
     assert [n for n in names if n.startswith("checkpoint_")] == [
         "checkpoint_0002_step00000006.pth.tar"
     ]
@@ -101,7 +90,32 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     accuracies = [r["knn_top1"] for r in records(run) if r["kind"] == "knn"]
     assert len(accuracies) >= 2
     assert all(0 <= a <= 1 for a in accuracies)
-    assert state(run)["module.queue_ptr"].item() == 6 * 8 % 40
+    assert final_state(run)["module.queue_ptr"].item() == 6 * 8 % 40
+
+
+def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:
+    """It stops the run at the next step, and what was trained until then is saved."""
+    images(tmp_path / "data" / "train", 24, 0)
+    images(tmp_path / "data" / "test", 10, 1)
+    arguments = [
+        *(*NARROW, "--data.source", "folder", "--data.root", str(tmp_path / "data")),
+        *("--data.workers", "1", "--run.dir", str(tmp_path / "run"), "--optim.epochs", "9"),
+        *("--knn.every", "1", "--knn.resize", "32", "--run.checkpoint_every", "1000"),
+    ]
+    run = Run(parse(arguments), World(0, 0, 1, torch.device("cpu"), "none"))
+    calls = []
+
+    def trained(_: object) -> float:
+        calls.append(run.done)
+        run.request.made = len(calls) == 2  # the first is of the untrained encoder
+        return 0.5
+
+    assert run.monitor is not None
+    run.monitor.trained = trained  # type: ignore[method-assign, assignment]
+    run.train()
+    assert calls == [0, 3]
+    saved = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)
+    assert saved["fastmoco"]["step"] == run.done == 4
 
 
 def test_bad_files_are_replaced_counted_and_listed(
@@ -164,9 +178,17 @@ def test_run_directory_of_another_run_is_not_touched(
     assert "moco.temperature" in refused(
         capfd, *other, "--run.resume", str(latest), "--moco.temperature", "0.5"
     )
+    changed = ["--optim.epochs", "3", "--run.resume_changes", "allow"]
+    assert main([*NARROW, *run, *changed]) == 0
+    assert "optim.epochs 2 -> 3" in capfd.readouterr().out
+    assert records(tmp_path / "run")[-1]["step"] == 18
+    run += changed
     assert "not a file" in refused(capfd, *other, "--run.resume", str(tmp_path / "no.pth.tar"))
-    latest.resolve().write_bytes(b"half a checkpoint")
+    for path in (tmp_path / "run").glob("checkpoint_*"):
+        path.write_bytes(b"half a checkpoint")
     assert "cannot be resumed" in refused(capfd, *run)
+    (tmp_path / "run" / "config.yaml").write_text("optim: [")
+    assert "config.yaml cannot be read as a configuration" in refused(capfd, *run)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the super user may write anywhere")
@@ -238,7 +260,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.returncode == REQUEUE, output
     assert "stopped by a signal" in output
     done = torch.load(tmp_path / "run" / "latest.pth.tar", weights_only=True)["fastmoco"]["step"]
     assert done == records(tmp_path / "run")[-1]["step"]

@@ -1,47 +1,17 @@
-"""Power, clock and utilization of a GPU while a contestant works, as torch reads them from NVML.
+"""Power, clock, utilization and energy of a GPU while a contestant works.
 
-The process that waits reads them, so the one that is timed is not disturbed. What a GPU does not
-report is left out.
+The process that waits reads them, so the one that is timed is not disturbed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from fastmoco.machine.gpu_meter import Meter, Sample, build_meter
 
+__all__ = ["SAMPLE_EVERY_S", "Meter", "Sample", "build_meter", "summary"]
 SAMPLE_EVERY_S = 0.05
-Sample = dict[str, float]
-"""Fields of a row at one moment."""
-Meter = Callable[[], Sample]
-FIELDS: dict[str, Callable[[torch.device], float]] = {
-    "power_w": lambda device: torch.cuda.power_draw(device) / 1000,
-    "sm_clock_mhz": lambda device: torch.cuda.clock_rate(device),
-    "gpu_utilization_percent": lambda device: torch.cuda.utilization(device),
-}
-
-
-def build_meter(device: torch.device, say: Callable[[str], None]) -> Meter | None:
-    """Reads the GPU once per call; None on the CPU and, after one sentence, where nothing reads."""
-    if device.type != "cuda":
-        return None
-    known, missing = [], ""
-    for name, read in FIELDS.items():
-        try:
-            read(device)
-            known.append(name)
-        except Exception as error:  # NVML reports every absence by an exception class of its own
-            missing = type(error).__name__
-    if not known:
-        say(f"NVML is not usable ({missing}): rows have no power, clock and energy.")
-        return None
-    return partial(_read, known, device)
-
-
-def _read(names: Sequence[str], device: torch.device) -> Sample:
-    return {name: float(FIELDS[name](device)) for name in names}
 
 
 def summary(samples: Sequence[Sample], seconds: float, images: int) -> dict[str, Any]:

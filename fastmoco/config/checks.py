@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from fastmoco.config.fields import Config, ConfigError, flatten
 
 _INFINITE = float("inf")
@@ -94,6 +96,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"A BN group of {group} sample has no variance to normalize with: raise "
             f"optim.global_batch_size above {world_size * config.optim.accumulate}."
+        )
+    if config.run.tracker != "none" and importlib.util.find_spec(config.run.tracker) is None:
+        raise ConfigError(
+            f"run.tracker is {config.run.tracker}, but the package is not installed: pip install "
+            f"{config.run.tracker}, or set run.tracker to none."
         )
     _check_mechanism(config)
 

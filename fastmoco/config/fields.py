@@ -37,6 +37,8 @@ class RunConfig:
     resume: str = "auto"
     """`auto` continues from the latest checkpoint in `run.dir`; `never` refuses one; or the path of
     a checkpoint, ours or the official trainer's, to go on from until `run.dir` has its own."""
+    resume_changes: Literal["refuse", "allow"] = "refuse"
+    """`allow` resumes with other settings than before, such as more epochs, and lists them."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes CUDA where there is a device."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -57,6 +59,8 @@ class RunConfig:
     """Number of most recent checkpoints kept; 0 keeps all of them."""
     keep_every: int = 0
     """The checkpoints at the ends of epochs that are multiples of this stay for good; 0: none."""
+    tracker: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Sends the records of metrics.jsonl to Weights & Biases, MLflow or trackio as well."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
     timeout_s: float = 600.0
@@ -71,10 +75,12 @@ class DataConfig:
     """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
     files; `demo`: rendered on first use; `synthetic`: noise."""
     root: str = ""
-    """Folder of images: flat, nested or class folders; its `train` subfolder where there is one.
-    For a list its file; for shards a folder of tar files, or one of them."""
+    """Folder of images: flat, nested or class folders; its `train` subfolder where `test` or `val`
+    is beside it. For a list its file; for shards tar files or their folder. `~`, `${HOME}`,
+    `{00..11}` and `*` are understood."""
     any_name: bool = False
-    """Whether files of a folder count as images by their content too, whatever their names."""
+    """Whether files of a folder, and members of shards, count as images by their content too,
+    whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
     """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
@@ -90,6 +96,8 @@ class DataConfig:
     within this many samples, for storage that is slow at random reads."""
     verify: bool = False
     """Decode every image once before training, with all cores, to find the bad ones."""
+    rescan: bool = False
+    """Index the images anew although nothing seems to have changed."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
     channels: int = 3
@@ -304,11 +312,11 @@ class Config:
 
 # Also the limits that stop a run: whoever raises one after it has done so wants to go on.
 _NOT_IDENTITY = {
-    *("run.dir", "run.resume", "run.device", "run.compile", "run.log_every", "run.timeout_s"),
+    *("run.dir", "run.resume", "run.resume_changes", "run.device", "run.compile", "run.log_every"),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
-    "run.max_steps",
+    *("run.max_steps", "run.timeout_s", "run.tracker"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
-    *("data.verify", "data.max_bad_share"),
+    *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from fastmoco.config.command import print_any_name
 from fastmoco.config.fields import Config, ConfigError
 
 
@@ -84,18 +85,26 @@ def _assemble(parser: ArgumentParser, parsed: Namespace) -> Config:
     return Config(**{field.name: groups[field.name] for field in fields(Config)})
 
 
+# What jsonargparse and yaml raise for a file or an option that is no configuration.
+UNREADABLE = (
+    *(ArgumentError, OSError, TypeError, LookupError, ValueError, AttributeError),
+    *(RecursionError, yaml.YAMLError),
+)
+
+
 def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") -> Config:
     """Configuration from `--config FILE` and dotted overrides; none at all means the demo recipe.
 
     Raises `ConfigError` for an unknown key, a wrong type or an unreadable file.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    print_any_name()
     parser = _parser(prog)
     try:
         return _assemble(
             parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
         )
-    except (ArgumentError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -133,7 +142,7 @@ def validated(config: Config) -> Config:
 
 
 def load(path: Path) -> Config:
-    """Configuration from a file that `dump` wrote."""
+    """Configuration from a file that `dump` wrote. Raises `ConfigError` where it is damaged."""
     return parse(["--config", str(path)])
 
 

@@ -17,6 +17,6 @@ class Batch:
     im_q: Tensor
     """uint8 (n, S, S, 3), or float32 (n, S, S, channels), on the device: for encoder_q."""
     im_k: Tensor
-    """As `im_q`: the views for encoder_k."""
+    """As `im_q`: the views for encoder_k; none for labels."""
     replaced: Int64 = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(n, 2): the query sample asked for and the one delivered; empty for images of no source."""

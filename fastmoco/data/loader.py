@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
@@ -20,6 +21,7 @@ from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.batch import Batch
 from fastmoco.data.order import EpochOrder
 from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.pixels.survey import Survey, survey
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
@@ -31,9 +33,10 @@ class Loader:
     """The batches of one rank. Use as a context manager, or call `close`."""
 
     def __init__(
-        self, plan: Plan, engine: Engine, bad: BadSamples, source: Source | None = None
+        self, plan: Plan, engine: Engine, bad: BadSamples, reader: Reader | None = None
     ) -> None:
-        self.plan, self._engine, self.bad_samples = plan, engine, bad
+        self.plan, self._engine, self.bad_samples, self._reader = plan, engine, bad, reader
+        source = reader.source if reader else None
         self.notes = source.notes if source else []
         """What the source passed over, one sentence each; `warnings` those to act on."""
         self.warnings = (source.warnings if source else []) + bad.sentences()
@@ -44,6 +47,11 @@ class Loader:
         self.wait_s = 0.0
         """Seconds that the consumer has waited for data; host time, without device syncs."""
         self._next: int | None = None
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """What a sample of the pictures looks like; None where there are no files."""
+        return survey(self._reader.source, self._reader.rule) if self._reader else None
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps start_step .. end_step - 1, `optim.accumulate` for each, in order.
@@ -77,22 +85,28 @@ class Loader:
 
 def build_loader(
     config: Config,
+    source: Source | None = None,
     *,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device,
     key_rows: KeyRows | None = None,
+    labelled: bool = False,
 ) -> Loader:
     """The loader that the configuration describes, for one rank.
 
+    source: the images that it names, where they are open already.
+
+    labelled: one view of each image, and the incomplete last batch of an epoch too; see `Plan`.
+
     key_rows(micro_step) permutes the rows of the global micro-batch, identically on every rank, and
     must be picklable; without it the keys are views of the queries' samples. config: from
-    `resolve_folders`, unless `data.source` is synthetic. Raises `ConfigError`.
+    `resolve_pixels`, unless `data.source` is synthetic. Raises `ConfigError`.
     """
-    synthetic = config.data.source == "synthetic"
-    source = None if synthetic else open_source(config)
+    if source is None and config.data.source != "synthetic":
+        source = open_source(config)
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
-    plan = make_plan(config, source, samples, rank, world_size, key_rows)
+    plan = make_plan(config, source, samples, rank, world_size, key_rows, labelled=labelled)
     bad = BadSamples(config, source, rank)
     reader: Reader | None = None
     if source is not None:
@@ -102,7 +116,7 @@ def build_loader(
             new = {sample: why for sample, why in found.items() if sample not in source.bad}
             reader.quarantine(new)
             bad.add(new, write=rank == 0)
-    return Loader(plan, build_engine(config, plan, reader, device), bad, source)
+    return Loader(plan, build_engine(config, plan, reader, device), bad, reader)
 
 
 def make_plan(
@@ -112,10 +126,12 @@ def make_plan(
     rank: int = 0,
     world_size: int = 1,
     key_rows: KeyRows | None = None,
+    *,
+    labelled: bool = False,
 ) -> Plan:
     """Which samples and rows every micro-batch has. Raises `ConfigError` for too few samples."""
     global_batch = config.optim.global_batch_size
-    if samples < global_batch:
+    if samples < global_batch and not labelled:
         raise ConfigError(
             f"optim.global_batch_size {global_batch} exceeds the {samples} samples of the data "
             f"set: choose at most {samples}."
@@ -127,10 +143,11 @@ def make_plan(
     return Plan(
         order=order,
         seed=config.run.seed,
-        steps_per_epoch=samples // global_batch,
+        steps_per_epoch=-(-samples // global_batch) if labelled else samples // global_batch,
         accumulate=config.optim.accumulate,
         local_batch=config.local_batch_size(world_size),
         rank=rank,
         world_size=world_size,
         key_rows=key_rows,
+        views=1 if labelled else 2,
     )

@@ -64,7 +64,8 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
             for row, image in enumerate(images)
         ]
         columns.append(Column(f"{name}, by PIL", views, captions(table, [i.size for i in images])))
-    if has_dali() and not rule.float_views:
+    dali = has_dali() and config.data.backend in ("auto", "dali")
+    if dali and not rule.float_views:
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
             columns.append(Column(f"{name}, by DALI", list(batch)))
     sheet(columns, side).save(path)

@@ -148,7 +148,9 @@ def read_work(
         queries, keys = queries.part(rows), keys.part(rows)
     encoded_q = [reader.fetch(sample) for sample in queries.samples.tolist()]
     encoded_k = encoded_q
-    if plan.key_rows is not None:
+    if plan.views == 1:
+        encoded_k = []
+    elif plan.key_rows is not None:
         encoded_k = [reader.fetch(sample) for sample in keys.samples.tolist()]
     delivered = np.array([one.sample for one in encoded_q], dtype=np.int64)
     return Work(
@@ -161,5 +163,5 @@ def read_work(
 
 
 def _rows(augment: AugmentConfig, draw: Draw, encoded: list[Encoded]) -> Float32:
-    sizes = np.array([(one.width, one.height) for one in encoded], dtype=np.int32)
+    sizes = np.array([(one.width, one.height) for one in encoded], np.int32).reshape(-1, 2)
     return view_table(augment, draw.uniforms, sizes).pack()

@@ -252,7 +252,11 @@ def _embed(given: argparse.Namespace, world: World) -> None:
     given.root = config.data.root
     if world.is_main:
         print(evaluation.describe(), flush=True)
-    embedding = Embedding(evaluation, open_source(config), given, world)
+    source = open_source(config)
+    if world.is_main:
+        for sentence in source.warnings:
+            print(f"WARNING: {sentence}", file=sys.stderr)
+    embedding = Embedding(evaluation, source, given, world)
     embedding.compute()
     barrier(world)
     failed = False

@@ -33,6 +33,17 @@ BATCH_SIZE = 256
 """Rows of a forward pass where nobody says otherwise: `knn.batch_size` of a run."""
 
 
+def trunk_of(weights: Weights) -> ResNet:
+    """The trunk of a file: the encoder of training, so that its features are the monitor's.
+
+    Its `fc` is the identity; fp32, on the CPU.
+    """
+    encoder = weights.architecture.encoder()
+    encoder.add_module("fc", torch.nn.Identity())
+    encoder.load_state_dict(weights.trunk)
+    return encoder
+
+
 class FrozenTrunk:
     """Images (n, S, S, C) on `device`, uint8 or float32, to trunk features fp32 (n, D).
 
@@ -58,11 +69,8 @@ class FrozenTrunk:
     def of(
         cls, weights: Weights, precision: torch.dtype, device: torch.device | str = "cpu"
     ) -> FrozenTrunk:
-        """The trunk of a file: the encoder of training, so that its features are the monitor's."""
-        encoder = weights.architecture.encoder()
-        encoder.add_module("fc", torch.nn.Identity())
-        encoder.load_state_dict(weights.trunk)
-        encoder.requires_grad_(False)
+        """The trunk of a file, frozen."""
+        encoder = trunk_of(weights).requires_grad_(False)
         statistics = pixel_statistics(weights.pixels)
         return cls(encoder.to(device).eval(), precision, device, statistics)
 

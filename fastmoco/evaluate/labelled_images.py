@@ -23,6 +23,7 @@ from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.deep import Deep, decode_deep, resized
 from fastmoco.data.pixels.rule import RGB8, PixelRule
+from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
@@ -73,7 +74,6 @@ class ImageSet:
     read: encoded bytes of image i; raises `OSError` where the file cannot be read.
     name: what to call image i in a report.
     known_bad: reasons of images that need no second look.
-    strict: raise `ConfigError` for a bad image instead of leaving it out, where all must count.
     Decoded pixels stay in memory when all n views fit into `cache_bytes`.
     """
 
@@ -89,14 +89,13 @@ class ImageSet:
         rule: PixelRule = RGB8,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         self.name = name
         self.resize = resize
         self.image_size = image_size
         self.bad: dict[int, str] = dict(known_bad or {})
         """Reason by image, of those that this rank knows to be bad."""
-        self._read, self.rule, self._strict = read, rule, strict
+        self._read, self.rule = read, rule
         self._threads = threads or min(8, os.cpu_count() or 1)
         self._cache_bytes = cache_bytes
         self._resize_to(n)
@@ -172,52 +171,57 @@ class ImageSet:
     def _kind(self) -> torch.dtype:
         return torch.float32 if self.rule.float_views else torch.uint8
 
-    def _view(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises `BadImage` where they cannot be read."""
         try:
-            data = self._read(i)
+            return self._read(i)
         except OSError as error:
             raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
-        return eval_view(data, self.resize, self.image_size, self.rule)
+
+    def _view(self, i: int) -> np.ndarray:
+        return eval_view(self.read(i), self.resize, self.image_size, self.rule)
 
     def _decode(self, indices: Sequence[int], into: Tensor, offset: int) -> None:
         """Write the view of image i to row i - offset; PIL releases the GIL while it decodes."""
         rows = into.numpy()
 
-        def one(i: int) -> None:
+        def one(i: int) -> str:
             try:
                 if i in self.bad:
                     raise BadImage(self.bad[i])
                 rows[i - offset] = self._view(i)
             except BadImage as error:
-                if self._strict:
-                    place = self.name(i)
-                    raise ConfigError(
-                        f"Cannot use {place} ({error}): repair or remove it."
-                    ) from error
                 rows[i - offset] = 0
-                self.bad[i] = str(error)
+                return str(error)
+            return ""
 
         if indices:
             with ThreadPoolExecutor(self._threads) as pool:
-                # Consuming the results raises what a thread raised.
-                list(pool.map(one, indices))
+                reasons = list(pool.map(one, indices))
+            # In the order of the images, whichever thread was the first.
+            self.bad |= {i: why for i, why in zip(indices, reasons, strict=True) if why}
 
 
 def index_class_folders(
     root: Path, *, any_name: bool = False, passed: Passed | None = None
 ) -> tuple[list[Path], list[int], list[str]]:
-    """Image paths, their labels and the class names of `root/<class>/.../<image>`.
+    """Image paths, their labels and the class names of `root/<class>/.../<image>`, or of a list.
 
     Classes and, within each, paths are sorted by name; label i stands for the i-th class name.
     What counts as an image, and which files and folders are hidden, is as in training; `passed`
     takes note of the rest. A class folder without images keeps its label.
 
+    A file is read as a list with a column of labels, see `labelled_list`.
+
     Raises `ConfigError` when root is missing, is empty, has no class folders, holds no image, or
     holds a folder that cannot be listed.
     """
+    if root.is_file():
+        return labelled_list(root)
     if not root.is_dir():
         raise ConfigError(
-            f"No folder {root}: labels need a folder that holds one folder per class."
+            f"No folder {root}: labels need a folder that holds one folder per class, or a list "
+            "with labels."
         )
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
@@ -225,11 +229,15 @@ def index_class_folders(
         raise ConfigError(
             f"{root} holds {found}: labels need one folder of images per class in it."
         )
+    passed = Passed() if passed is None else passed
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
         try:
             listed = list(walk(str(folder), passed, any_name=any_name))
+        except PermissionError:
+            passed.shut.append(str(folder))
+            continue
         except OSError as error:
             raise ConfigError(
                 f"The folder {error.filename} cannot be listed: {error.strerror}; "
@@ -268,7 +276,6 @@ class LabelledImages(ImageSet):
         any_name: bool = False,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        strict: bool = False,
     ) -> None:
         passed = Passed()
         paths, labels, self.class_names = index_class_folders(
@@ -289,7 +296,6 @@ class LabelledImages(ImageSet):
             rule=rule,
             threads=threads,
             cache_bytes=cache_bytes,
-            strict=strict,
         )
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -1,14 +1,22 @@
-"""Which of the labelled images a classifier may learn from: shares that keep every class."""
+"""Which labelled images a classifier learns from: two folders, and shares that keep every class."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastmoco.config import ConfigError
+from fastmoco.config import Config, ConfigError, DataConfig, KnnConfig
+from fastmoco.config.command import CommandParser
 from fastmoco.data.order import stream_key
+from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.evaluate.labelled_images import LabelledImages
 
 _LABELS, _HELD_OUT = 11, 12  # purposes of random streams
 
@@ -61,3 +69,69 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
             "One image per class leaves none to choose a learning rate on: use more --labels."
         )
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def labelled_parser(prog: str, description: str) -> CommandParser:
+    """The options of every command that trains on labels."""
+    options = CommandParser(prog=prog, description=description)
+    add = options.add_argument
+    add("--checkpoint", required=True, type=Path, help="any file or folder of weights")
+    add("--data.root", default="", dest="root", help="folder with train and test/val")
+    add("--train", default="", help="class folders or a labelled list; else from the root")
+    add("--test", default="", help="class folders or a labelled list; else from the root")
+    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
+    add("--out", type=Path, help="folder of results; default: a new one beside the checkpoint")
+    add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
+    add("--batch_size", type=int, default=256, help="over all ranks")
+    add("--image_size", type=int, default=224)
+    add("--resize", type=int, default=0, help="shorter edge before the centre crop; 0: 8/7 of size")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="reader processes; 0 chooses")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return options
+
+
+def check_numbers(given: argparse.Namespace, **least: int) -> None:
+    """Raises `ConfigError` for numbers that are too small; `least` names further options."""
+    for name, low in {"epochs": 1, "batch_size": 1, "image_size": 8, **least}.items():
+        if getattr(given, name) < low:
+            raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
+
+
+def both_folders(
+    given: argparse.Namespace, pixels: DataConfig
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images in the evaluation view, read as `pixels` says.
+
+    Raises `ConfigError`.
+    """
+    named = KnnConfig(train_root=given.train, test_root=given.test)
+    knn = resolve_folders(Config(data=DataConfig(root=given.root), knn=named)).knn
+    roots = Path(knn.train_root), Path(knn.test_root)
+    if not (knn.train_root and knn.test_root) or roots[1].is_relative_to(roots[0]):
+        where = given.root or "--data.root"
+        raise ConfigError(
+            f"{where} needs a folder train, and test or val, of class folders: or name folders or "
+            "labelled lists in --train and --test."
+        )
+    resize = given.resize or given.image_size * 8 // 7
+    if resize < given.image_size:
+        raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
+    train, test = (
+        LabelledImages(
+            root,
+            resize=resize,
+            image_size=given.image_size,
+            rule=PixelRule.of(pixels),
+            any_name=given.any_name == "true",
+        )
+        for root in roots
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in dict.fromkeys(train.warnings + test.warnings):
+            print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+    if train.class_names != test.class_names:
+        raise ConfigError(f"{roots[0]} and {roots[1]} do not hold the same classes.")
+    kept = choose_labels(train.labels, given.labels, given.seed)
+    train.keep(kept.tolist())
+    return train, test

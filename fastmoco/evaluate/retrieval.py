@@ -100,7 +100,7 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> s
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one sentence for input that cannot be evaluated."""
     title = (__doc__ or "").split("\n")[0]
-    options = evaluation_parser("python -m fastmoco.evaluate.retrieval", title)
+    options = evaluation_parser("fastmoco retrieval", title)
     labelled_options(options)
     options.add_argument("--out", type=Path, default=Path("neighbours.png"), help="the picture")
     options.add_argument("--queries", type=int, default=10, help="rows of the picture")

@@ -6,8 +6,11 @@ Standard library only: nothing here may load torch.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import MutableMapping
+from pathlib import Path
 
 # How far `FASTMOCO_CPU=avx2` (see `fastmoco_kernels.processor`) caps the libraries of torch.
 _CAPPED = {
@@ -34,6 +37,19 @@ def settle_environment(environment: MutableMapping[str, str] = os.environ) -> No
         environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
+def leave_quietly_on_interrupt() -> None:
+    """Ctrl-C while modules are imported ends a program of ours without a traceback.
+
+    Nothing has started yet that would have to end first; `main` handles signals from then on.
+    """
+    program = Path(getattr(sys, "argv", [""])[0]).stem
+    if program == "-m":  # so it is called while Python looks for the module
+        program = sys.orig_argv[sys.orig_argv.index("-m") + 1].split(".")[0]
+    if program == "fastmoco" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
 settle_environment()
+leave_quietly_on_interrupt()
 LATE = "torch" in sys.modules
 """Whether torch was loaded before, so that the variables above come too late for this process."""

@@ -8,26 +8,37 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+REQUEUE = 75
+"""Exit code of a run that a signal stopped before its end, after saving: start it again. It is
+EX_TEMPFAIL of <sysexits.h>."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+# SIGUSR1 and SIGUSR2 come from SLURM before the time is up, SIGHUP when a connection is lost.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.
 ONE_REQUEST_S = 1.0
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT set `made` instead of ending the process.
+    """While entered, a signal ends the program with a code of its own, and without a traceback.
 
-    A second SIGINT raises `KeyboardInterrupt`. Only the main thread of a process may handle
-    signals: in any other, nothing is installed. On leaving, the handlers from before are back.
+    While `patient`, the first one only sets `made`: the loop saves and ends. At any other time, and
+    for the second one, it raises `KeyboardInterrupt` (Ctrl-C) or `SystemExit`. Only the main thread
+    of a process may handle signals: in any other, nothing is installed. On leaving, the handlers
+    from before are back.
     """
 
     def __init__(self) -> None:
-        self.made = False
+        self.made = self.patient = False
+        self.code = REQUEUE
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGTERM, signal.SIGINT):
-                self._before[name] = signal.signal(name, self._ask)
+            for name in SIGNALS:
+                if number := getattr(signal, name, None):  # Windows has two of them
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(
@@ -36,13 +47,19 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for name, handler in self._before.items():
+        for number, handler in self._before.items():
             # None: it was installed by something that is not Python and cannot be put back.
-            signal.signal(name, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.made and now - self._at > ONE_REQUEST_S:
-            raise KeyboardInterrupt  # asked again: do not wait for the next flush
+        now, again = time.monotonic(), self.made
+        if again and now - self._at < ONE_REQUEST_S:
+            return
         self._at, self.made = now, True
+        if number == signal.SIGINT:
+            self.code = INTERRUPTED
+        if again or not self.patient:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(self.code)

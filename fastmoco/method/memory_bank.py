@@ -22,7 +22,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import all_gather, gradient_sync
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
-from fastmoco.method.step import Step, StepResult, merge
+from fastmoco.method.step import Step, StepResult, merge, upload
 from fastmoco_kernels import info_nce
 
 
@@ -61,7 +61,7 @@ class MemoryBankStep(Step):
     def _sample_numbers(self, batch: Batch) -> Tensor:
         """(N,) int64: of the samples whose images these are, also where one replaces another."""
         numbers = torch.from_numpy(np.ascontiguousarray(batch.replaced[:, 1]))
-        return _upload(numbers, self.moco.bank.device)
+        return upload(numbers, self.moco.bank.device)
 
     def _draw(self, batch: Tensor, step: int) -> Tensor:
         """(K,) int64 entries, the same on every rank: a function of seed, step and the batch."""
@@ -69,13 +69,7 @@ class MemoryBankStep(Step):
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, step, 0xBA]))
         others = len(self.moco.bank) - len(batch)
         drawn = generator.choice(others, self.negatives, replace=False, shuffle=False)
-        return outside(_upload(torch.from_numpy(drawn), batch.device), batch)
-
-
-def _upload(numbers: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return numbers
-    return numbers.pin_memory().to(device, non_blocking=True)  # does not stall the host
+        return outside(upload(torch.from_numpy(drawn), batch.device), batch)
 
 
 def outside(numbers: Tensor, batch: Tensor) -> Tensor:

@@ -100,12 +100,18 @@ class Step:
         contrasts = []
         for micro, batch in enumerate(micro_batches):
             order = self.shuffle.indices(step * len(micro_batches) + micro)
-            if batch.im_q.is_cuda:  # from pinned memory the copy does not stall the host
-                order = order.pin_memory().to(batch.im_q.device, non_blocking=True)
+            order = upload(order, batch.im_q.device)
             contrasts.append((batch.im_q, batch.im_k, order))
             if self.symmetric:
                 contrasts.append((batch.im_k, batch.im_q, order))
         return contrasts
+
+
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory the copy does not stall the host."""
+    if device.type != "cuda":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResult:

@@ -9,7 +9,8 @@ import torch
 from fastmoco.config import Config, warnings
 from fastmoco.data.backends.choose import missing_dali
 from fastmoco.data.loader import Loader
-from fastmoco.data.pixels.survey import survey_of
+from fastmoco.data.pixels.survey import Survey
+from fastmoco.data.sources.choose import recognized, shared_images
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import compile_encoders, compile_reason
@@ -35,8 +36,8 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
         f"device    {world.size} x {device}, collectives {world.backend}",
         f"data      {loader.num_samples:,} images in {config.data.root or config.data.source}; "
         f"{loader.description}",
-        *(f"files     {note}" for note in loader.notes),
-        *pixel_lines(config),
+        *(f"files     {note}" for note in [*recognized(config), *loader.notes]),
+        *pixel_lines(config, loader.survey),
         f"model     {config.model.arch}{wide}, {config.model.stem} stem, {config.model.head} head, "
         f"C = {config.model.dim}; views {config.augment.recipe}, {config.augment.image_size} px",
         f"moco      {moco.mechanism}, K = {config.negatives()}{slow}, T = {moco.temperature:g}, "
@@ -58,9 +59,9 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
     return lines
 
 
-def pixel_lines(config: Config) -> list[str]:
+def pixel_lines(config: Config, survey: Survey | None) -> list[str]:
     """How pixels are read, in one line; none where there are no files."""
-    survey, data = survey_of(config.data), config.data
+    data = config.data
     if survey is None:
         return []
     turned = {"ignore": "ignored", "apply": "applied"}[data.exif]
@@ -83,9 +84,10 @@ def pixel_lines(config: Config) -> list[str]:
 
 def start_warnings(config: Config, world: World, loader: Loader) -> list[str]:
     """What this rank warns of before the first step, one sentence each."""
-    sentences = [*loader.warnings, *warnings(config, world.size, loader.num_samples)]
-    if survey := survey_of(config.data):
-        sentences += survey.warnings()
+    sentences = [*loader.warnings, *shared_images(config)]
+    sentences += warnings(config, world.size, loader.num_samples)
+    if loader.survey:
+        sentences += loader.survey.warnings()
     if warning := choose_precision(config.run.precision, world.device).warning:
         sentences.append(warning)
     if lost := missing_dali(config, world.device):

@@ -8,7 +8,6 @@ learning rate; speed; waiting for data. A panel for which a run recorded nothing
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
+from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_metrics, series
 
 BLUE, ORANGE, GREEN, PURPLE = "#3564c4", "#e07b28", "#2c9a6b", "#8a56b5"
@@ -145,14 +145,12 @@ def draw_curves(metrics_jsonl: Path, out: Path) -> None:
         f"{metrics_jsonl.parent.name}{where}", color=FAINT, fontsize=9, x=0.01, ha="left"
     )
     FigureCanvasAgg(figure)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        figure.savefig(partial, format="png", facecolor="white")
-        partial.replace(out)
+        durable.replace(
+            out, lambda partial: figure.savefig(partial, format="png", facecolor="white")
+        )
     except OSError as error:
         raise ConfigError(f"Cannot write the curves {out}: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _dress(axes: Axes, end: float) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fastmoco.config import Config, ConfigError, dump, load, parse_text
 from fastmoco.data.pixels.resolve import resolve_pixels
-from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.sources.source import Source
+from fastmoco.machine import owner
 from fastmoco.weights import files
 
 CONFIG = "config.yaml"
@@ -31,38 +35,86 @@ def check_run_directory(config: Config) -> None:
             f"The run directory {folder} cannot be written ({error.strerror}): "
             "set run.dir to a folder that you may write to."
         ) from error
+    with _owner_as_config_error():
+        owner.require_free(folder)
     written = folder / CONFIG
+    if written.exists() and not written.is_file():
+        raise ConfigError(f"{written} is no regular file: delete it, or choose another run.dir.")
     if written.exists():
-        require_same_run(load(written), config, str(folder))
+        require_same_run(_written_by_us(written), config, str(folder))
 
 
-def resolved(config: Config) -> Config:
-    """The same run with every folder and every number of its pixels spelled out, on every rank.
+def resolved(config: Config) -> tuple[Config, Source | None]:
+    """The same run with every folder and every number of its pixels spelled out, and its images.
 
-    What a run in `run.dir`, or the checkpoint that it is to go on from, has measured stays.
-    Raises `ConfigError` for data that cannot be used.
+    Every rank calls it. What a run in `run.dir`, or the checkpoint that it is to go on from, has
+    measured stays. Raises `ConfigError` for data that cannot be used.
     """
-    begun, written = None, Path(config.run.dir) / CONFIG
+    config, begun, written = resolve_folders(config), None, Path(config.run.dir) / CONFIG
     named = Path(config.run.resume)
-    if written.exists():
-        begun = load(written)
+    if written.is_file():
+        begun = _written_by_us(written)
     elif named.is_file():
         with contextlib.suppress(ConfigError):  # resuming has the reason
             ours = files.load(files.locate(named)).get("fastmoco", {})
             begun = parse_text(ours["config"]) if "config" in ours else None
-    return resolve_pixels(resolve_folders(config), begun)
+    source = None if config.data.source == "synthetic" else open_source(config)
+    return resolve_pixels(config, source, begun), source
 
 
-def claim_run_directory(config: Config) -> None:
-    """Write the resolved configuration into `run.dir`: from here on it belongs to this run."""
-    (Path(config.run.dir) / CONFIG).write_text(dump(config))
-
-
-def require_same_run(theirs: Config, ours: Config, place: str) -> None:
-    there, here = theirs.identity(), ours.identity()
-    changed = [f"{n} ({there[n]} there, {here[n]} now)" for n in here if there[n] != here[n]]
-    if changed:
+def _written_by_us(path: Path) -> Config:
+    try:
+        if not path.read_bytes().strip():
+            raise ConfigError("it is empty.")
+        return load(path)
+    except (OSError, ConfigError) as error:
         raise ConfigError(
-            f"{place} holds a run with another configuration: {', '.join(changed)}. "
-            "Set run.dir to a new folder, or restore those values to resume it."
-        )
+            f"{path} cannot be read as a configuration: {str(error).rstrip('.')}; delete it if it "
+            "is damaged, for every checkpoint holds the configuration too."
+        ) from error
+
+
+@contextmanager
+def claimed(config: Config, enabled: bool) -> Iterator[None]:
+    """`run.dir` belongs to this process inside, and has the resolved configuration.
+
+    Parts of files that a killed run left are deleted. Raises `ConfigError` where the folder has
+    another owner by now. Does nothing unless `enabled`: one rank does it for all.
+    """
+    if not enabled:
+        yield
+        return
+    folder = Path(config.run.dir)
+    with ExitStack() as stack:
+        with _owner_as_config_error():
+            stack.enter_context(owner.Owner(folder))
+        files.sweep(folder)
+        files.write(folder / CONFIG, lambda path: path.write_text(dump(config), encoding="utf-8"))
+        yield
+
+
+@contextmanager
+def _owner_as_config_error() -> Iterator[None]:
+    try:
+        yield
+    except owner.OwnedError as error:
+        raise ConfigError(str(error)) from error
+
+
+def require_same_run(theirs: Config, ours: Config, place: str) -> str:
+    """An empty text, or what `run.resume_changes` allows to differ, as a sentence for the user.
+
+    Raises `ConfigError` for a difference that it does not allow.
+    """
+    there, here = theirs.identity(), ours.identity()
+    changed = [n for n in here if there[n] != here[n]]
+    if not changed:
+        return ""
+    if ours.run.resume_changes == "allow":
+        diff = ", ".join(f"{n} {there[n]} -> {here[n]}" for n in changed)
+        return f"The run goes on with other settings, as run.resume_changes allows: {diff}."
+    named = ", ".join(f"{n} ({there[n]} there, {here[n]} now)" for n in changed)
+    raise ConfigError(
+        f"{place} holds a run with another configuration: {named}. Set run.dir to a new folder, "
+        "restore those values, or go on with the new ones by --run.resume_changes allow."
+    )

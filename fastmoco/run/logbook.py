@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +26,8 @@ class Logbook:
 
     def __init__(self, folder: Path, *, enabled: bool, done: int, total: int) -> None:
         self._enabled = enabled
+        self.send: Callable[[Record], None] | None = None
+        """Where records go besides the run directory, see `tracker.tracked`."""
         if not enabled:
             return
         self._path = folder / "metrics.jsonl"
@@ -83,6 +86,8 @@ class Logbook:
         if not self._enabled:
             return
         self.say(text)
+        if self.send is not None:
+            self.send(record)
         self._written.add((record.kind, record.step))
         self._unwritten.append(record.line() + "\n")
         try:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastmoco.machine.collectives import all_reduce_mean_
 from fastmoco.machine.host import peak_memory_bytes
@@ -92,6 +93,29 @@ class Metrics:
         self._count = 0
         spread = quality(self._world.size * sums[3:])
         return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5, **spread}
+
+
+class QueueChange:
+    """How far the keys of the queue are from those that they replaced; K rows, C columns.
+
+    Compares a thousand rows once per turnover, when each of them was due to be overwritten.
+    """
+
+    def __init__(self, queue: Tensor, keys_per_step: int, done: int) -> None:
+        self._rows = queue[:: max(1, len(queue) // 1024)]
+        self._keys_per_step, self._size = keys_per_step, len(queue)
+        self._before, self._done = self._rows.clone(), done
+
+    def measure(self, done: int) -> dict[str, float]:
+        """`queue_change`, the mean Euclidean distance, or nothing where it is not yet time.
+
+        Reads one number from the device; call it where the host waits anyway.
+        """
+        if not self._size or (done - self._done) * self._keys_per_step < self._size:
+            return {}
+        change = float((self._rows - self._before).norm(dim=1).mean())
+        self._before, self._done = self._rows.clone(), done
+        return {"queue_change": change}
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

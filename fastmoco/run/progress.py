@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from fastmoco.config import Config
+from torch import Tensor
+
+from fastmoco.config import Config, ConfigError
+from fastmoco.machine.gpu_meter import Sample, build_meter
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
-from fastmoco.run.alarms import alarms
+from fastmoco.run.alarms import Watch
 from fastmoco.run.logbook import Logbook, train_line
-from fastmoco.run.metrics import Clock, Metrics, peak_memory_gib
-from fastmoco.run.record import Record
+from fastmoco.run.metrics import Clock, Metrics, QueueChange, peak_memory_gib
+from fastmoco.run.page.html_report import NAME, write_report
+from fastmoco.run.record import WARMUP_STEPS, Record, read_metrics
 
-# Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
-WARMUP_STEPS = 3
 # A demo that takes longer than this has gone wrong, and its user should not wait to find out.
 LONG_DEMO_S = 30 * 60
 
@@ -30,18 +33,31 @@ class Progress:
     """
 
     def __init__(
-        self, config: Config, world: World, log: Logbook, *, start: int, stop: int, per_epoch: int
+        self,
+        config: Config,
+        world: World,
+        log: Logbook,
+        queue: Tensor,
+        steps: range,
+        per_epoch: int,
     ) -> None:
         self._config = config
         self._world = world
         self._log = log
-        self._stop = stop
+        self._stop = steps.stop
         self._per_epoch = per_epoch
-        self._warm = start + WARMUP_STEPS
+        self._warm = steps.start + WARMUP_STEPS
         self._estimate_at = self._warm + WARMUP_STEPS
         self._metrics = Metrics(world, config.model.dim)
+        views = 2 if config.moco.symmetric else 1
+        keys_per_step = views * config.optim.global_batch_size
+        self._queue_change = QueueChange(queue, keys_per_step, steps.start)
+        self._watch, self._told = Watch(config), set[str]()
+        for record in _earlier(Path(config.run.dir) / "metrics.jsonl", steps.start):
+            self._watch.see(record)
         self._clock = Clock(world.device)
         self._waited = 0.0
+        self._meter = build_meter(world.device, log.warn)
         self._bad = 0
 
     def add(self, result: StepResult) -> None:
@@ -72,13 +88,15 @@ class Progress:
             "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
             "bad_samples": bad,
         }
+        values |= self._read_gpu()
         if (memory := peak_memory_gib(self._world.device)) is not None:
             values["peak_memory_gib"] = memory
+        values |= self._queue_change.measure(done)
         self._waited = waited_s
         record = Record("train", values, done, done / self._per_epoch, done <= self._warm)
         eta = (self._stop - done) * window.seconds / window.steps
         epochs = self._config.optim.epochs
-        self._log.record(record, train_line(record, self._per_epoch * epochs, epochs, eta))
+        self._write(record, train_line(record, self._per_epoch * epochs, epochs, eta))
         if not math.isfinite(values["loss"]):
             raise DivergedError(
                 f"The loss became {values['loss']} before step {done}: lower optim.lr, or train in "
@@ -89,8 +107,37 @@ class Progress:
         if bad > self._bad:
             self._log.warn(f"{bad} bad samples so far, replaced by others: see bad_samples.jsonl")
         self._bad = bad
-        for sentence in alarms(record, self._config):
-            self._log.warn(sentence)
+
+    def _read_gpu(self) -> Sample:
+        """Readings of this rank's GPU; nothing from the moment on in which it cannot be read."""
+        try:
+            return self._meter() if self._meter else {}
+        except Exception:  # NVML reports every absence by an exception class of its own
+            self._meter = None
+            return {}
+
+    def draw_report(self, done: int, *, now: bool = False) -> None:
+        """Renew the page about the run where a checkpoint is due after `done` steps, or `now`.
+
+        What fails there is a warning, never the end of a run.
+        """
+        every = self._per_epoch * self._config.run.checkpoint_every
+        due = now or done % every == 0 or done == self._stop
+        if not due or not self._world.is_main:
+            return
+        folder = Path(self._config.run.dir)
+        try:
+            write_report([folder], folder / NAME)
+        except Exception as error:
+            self._log.warn(f"{NAME} was not renewed ({type(error).__name__}: {error}).")
+
+    def _write(self, record: Record, text: str) -> None:
+        """Keep a record, and tell of each kind of alarm when it shows for the first time."""
+        self._log.record(record, text)
+        for alarm in self._watch.see(record):
+            if alarm.kind not in self._told:
+                self._told.add(alarm.kind)
+                self._log.warn(alarm.sentence)
 
     def _estimate(self, done: int, seconds: float, wait_percent: float) -> None:
         """Say how long the rest will take, while there is still something to change."""
@@ -109,8 +156,7 @@ class Progress:
     def knn(self, done: int, accuracy: float) -> None:
         """Record the kNN accuracy of the trunk after `done` steps."""
         record = Record("knn", {"knn_top1": accuracy}, done, done / self._per_epoch)
-        text = f"kNN top-1 {100 * accuracy:.1f} % after epoch {record.epoch:.2f}"
-        self._log.record(record, text)
+        self._write(record, f"kNN top-1 {100 * accuracy:.1f} % after epoch {record.epoch:.2f}")
 
     def baseline(self, raw_pixel: float | None, untrained: float, chance: float) -> None:
         """Record the kNN accuracies that training has to beat."""
@@ -118,11 +164,19 @@ class Progress:
         if raw_pixel is not None:
             marks["raw_pixel"] = raw_pixel
         pixels = "not computed" if raw_pixel is None else f"{100 * raw_pixel:.1f} %"
-        self._log.record(
+        self._write(
             Record("knn_baseline", marks),
             f"kNN top-1 before training: raw pixels {pixels}, untrained encoder "
             f"{100 * untrained:.1f} %, chance {100 * chance:.1f} %",
         )
+
+
+def _earlier(metrics_jsonl: Path, start: int) -> list[Record]:
+    """What was recorded up to step `start`, where a resumed run goes on."""
+    try:
+        return [r for r in read_metrics(metrics_jsonl) if r.step <= start] if start else []
+    except ConfigError:  # there is no run here yet: it was resumed from another folder
+        return []
 
 
 def in_words(seconds: float) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from fastmoco.config import ConfigError
 
+# Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
+WARMUP_STEPS = 3
+
 
 @dataclass(frozen=True)
 class Record:

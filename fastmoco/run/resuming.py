@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def find(config: Config, world: World) -> Found | None:
             "choose another run.dir, or delete that one."
         )
     if own:
-        return _newest_good(own, world)
+        found = _newest_good(own, world)
+        return replace(found, notes=(*found.notes, *_passed_over(config, found.path)))
     if config.run.resume in ("auto", "never"):
         return None
     named = Path(config.run.resume)
@@ -82,6 +83,19 @@ def find(config: Config, world: World) -> Found | None:
     if not named.is_file():
         raise ConfigError(f"run.resume names {named}, which is not a file.")
     return read(named)
+
+
+def _passed_over(config: Config, own: Path) -> Iterator[str]:
+    """A sentence where `run.resume` names an older checkpoint of the run's own directory."""
+    named = Path(config.run.resume)
+    if named.parent.resolve() == own.parent.resolve() and files.steps_in(named) not in (
+        -1,
+        files.steps_in(own),
+    ):
+        yield (
+            f"run.resume names {named.name}, but this directory goes on from its newest, "
+            f"{own.name}: to go back, name that file with a new run.dir."
+        )
 
 
 def _candidates(folder: Path, world: World) -> list[Path]:
@@ -163,13 +177,13 @@ def resume(
         if ours is None:
             steps = resume_official(content, step, config, steps_per_epoch, place)
             return Resumed(steps, found.notes)
-        require_same_run(parse_text(ours["config"]), config, place)
+        changed = require_same_run(parse_text(ours["config"]), config, place)
         load_model(step, content["state_dict"], place)
         load_optimizer(step, content["optimizer"], place)
         step.scaler.load_state_dict(ours["scaler"])
         _load_own_statistics(step, ours.get("running_statistics"), world)
-        changes = _changes(ours.get("precision"), step)
-        return Resumed(_step_number(ours["step"]), (*found.notes, *changes))
+        notes = (*found.notes, *([changed] if changed else []))
+        return Resumed(_step_number(ours["step"]), (*notes, *_changes(ours.get("precision"), step)))
     except ConfigError:
         raise
     except (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmoco.config import ConfigError
+from fastmoco.machine import durable
 from fastmoco.weights.checksums import damage
 
 LATEST = "latest.pth.tar"
@@ -123,34 +123,15 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, put: Callable[[Path], object]) -> None:
-    """Let `put` write a neighbour of `path`, and rename it once it is on the disk.
+    """`durable.replace`, in a folder that is made if need be.
 
-    Nobody ever sees half a file, also after a power loss: the data reaches the disk before the
-    name does. Raises `ConfigError` if the file cannot be written; nothing of it is left then.
+    Raises `ConfigError` if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put(partial)
-        _flush(partial)
-        partial.replace(path)
-        _flush(path.parent)
+        durable.replace(path, put)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"Cannot write {path}: {error}.") from error
-    finally:
-        with contextlib.suppress(OSError):  # where there could be no partial file either
-            partial.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return  # which cannot open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def append(path: Path, text: str) -> None:

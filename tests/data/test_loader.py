@@ -256,3 +256,27 @@ def test_dali_that_is_asked_for_and_missing_is_refused(
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     sentence = refused(replace(config, data=replace(config.data, backend="dali")))
     assert 'pip install "fastmoco[dali-cuda12]"' in sentence
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_for_labels_an_epoch_is_every_image_once_in_one_view(
+    photos: Path, tmp_path: Path, backend: str, ranks: int
+) -> None:
+    count = len(list(photos.rglob("*.jpg")))
+    assert count == 60  # so that the third batch of 26 is incomplete
+    config = configuration(photos, tmp_path, backend, global_batch_size=26)
+    two_views = drawn(config, 0, 1, world_size=ranks)
+    seen: list[int] = []
+    for rank in range(ranks):
+        with build_loader(config, rank=rank, world_size=ranks, device=CPU, labelled=True) as loader:
+            assert loader.steps_per_epoch == 3
+            for step, batch in enumerate(loader.batches(0, 3)):
+                mine, everyone = loader.plan.counted(step)
+                assert everyone == [26, 26, 8][step]
+                assert batch.im_q.shape == (26 // ranks, 32, 32, 3)
+                assert batch.im_k.shape == (0, 32, 32, 3)
+                if step == 0 and rank == 0:
+                    assert torch.equal(batch.im_q, two_views[0].im_q)
+                seen += batch.replaced[:mine, 1].tolist()
+    assert sorted(seen) == list(range(count))

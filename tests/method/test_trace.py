@@ -33,11 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILED = replace(CONFIG, run=replace(CONFIG.run, compile="on"))
 
 
-def traced(arch: str, how: str) -> dict[str, Any]:
+def traced(arch: str, how: str, mechanism: str = "queue") -> dict[str, Any]:
     """What `tests.support.traced_step` prints, from a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.traced_step", arch, how],
+        [sys.executable, "-m", "tests.support.traced_step", arch, how, mechanism],
         env=os.environ | {"PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
@@ -75,8 +75,9 @@ def test_r50_step_on_eight_gpus_is_one_graph_with_the_expected_collectives() -> 
 
 
 @needs_no_gpu
-def test_eager_step_on_cuda_never_waits_for_the_device() -> None:
-    found = traced("resnet18", "eager")
+@pytest.mark.parametrize("mechanism", ["queue", "end_to_end", "memory_bank"])
+def test_eager_step_on_cuda_never_waits_for_the_device(mechanism: str) -> None:
+    found = traced("resnet18", "eager", mechanism)
     assert found["operations"] > 500
     assert found["host_syncs"] == []
     assert found["other_layouts"] == []

@@ -13,7 +13,8 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.metrics import Window
-from fastmoco.run.progress import WARMUP_STEPS, Progress, in_words, why_so_long
+from fastmoco.run.progress import Progress, in_words, why_so_long
+from fastmoco.run.record import WARMUP_STEPS, read_metrics
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -49,6 +50,43 @@ def test_a_long_demo_says_why(wait: float, load: float | None, reason: str) -> N
     assert "--optim.epochs 4" in sentence
 
 
+def progress_of(folder: Path, log: Logbook, world: World = ONE) -> Progress:
+    """Of a run of ten steps in `folder`."""
+    config = parse(["--data.source", "synthetic", "--run.dir", str(folder), "--model.dim", "2"])
+    return Progress(config, world, log, torch.zeros(512, 2), range(10), 100)
+
+
+def test_the_gpu_is_read_at_every_flush_until_it_fails(tmp_path: Path) -> None:
+    readings = [{"power_w": 300.0}, RuntimeError("NVML went away"), {"power_w": 1.0}]
+    build = mock.Mock(return_value=mock.Mock(side_effect=readings))
+    one = torch.ones(1, 1, 2) / 2**0.5
+    with (
+        mock.patch("fastmoco.run.progress.build_meter", build),
+        Logbook(tmp_path, enabled=True, done=0, total=10) as log,
+    ):
+        progress = progress_of(tmp_path, log)
+        for done in (1, 2, 3):
+            progress.add(StepResult(torch.tensor(6.0), torch.tensor([0]), torch.ones(1), one, one))
+            progress.flush(done, 0.1, 0.0, 0)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r.values.get("power_w") for r in records] == [300.0, None, None]
+
+
+def test_a_report_that_fails_is_a_warning_of_the_main_rank(tmp_path: Path) -> None:
+    said: list[str] = []
+    with (
+        Logbook(tmp_path, enabled=True, done=0, total=10) as log,
+        mock.patch.object(log, "say", said.append),
+        mock.patch("fastmoco.run.progress.write_report", side_effect=OSError("full")),
+    ):
+        other = World(1, 1, 2, torch.device("cpu"), "none")
+        progress_of(tmp_path, log, other).draw_report(10)
+        progress_of(tmp_path, log).draw_report(9)  # no checkpoint is due
+        assert said == []
+        progress_of(tmp_path, log).draw_report(10)
+    assert said == ["WARNING: report.html was not renewed (OSError: full)."]
+
+
 def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str]:
     """Lines about time that a run of `stop` steps prints by step 10."""
     config = parse(["--data.source", source, "--moco.queue_size", "512"])
@@ -59,7 +97,7 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
         Logbook(folder, enabled=True, done=0, total=stop) as log,
         mock.patch.object(log, "say", lines.append),
     ):
-        progress = Progress(config, ONE, log, start=0, stop=stop, per_epoch=100)
+        progress = Progress(config, ONE, log, torch.zeros(512, 2), range(stop), 100)
         for done in range(1, min(stop, 10) + 1):
             progress.add(result)
             if progress.due(done):

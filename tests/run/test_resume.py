@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastmoco.config import parse
 from fastmoco.config.fields import Mechanism
 from fastmoco.machine.ranks import World
 from fastmoco.train import Run
+from tests.support.final_state import assert_same_bits, final_state
 from tests.support.ranks import Ranks
 from tests.support.tiny import ONE
 
@@ -41,19 +41,6 @@ def train(world: World, arguments: list[str]) -> None:
     # Processes of the pool are daemons, which may have no children; `Run` ends its readers itself.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     Run(parse(arguments), world).train()
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(folder / "latest.pth.tar", weights_only=True)
-    tensors = dict(content["state_dict"])
-    for index, buffers in content["optimizer"]["state"].items():
-        tensors[f"momentum.{index}"] = buffers["momentum_buffer"]
-    return tensors
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def options(mechanism: Mechanism, root: Path, run: Path, *more: str) -> list[str]:

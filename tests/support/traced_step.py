@@ -1,9 +1,9 @@
 """One step of the R50 recipe on fake CUDA tensors among eight fake ranks; prints what it found.
 
-    python -m tests.support.traced_step resnet50 whole|eager
+    python -m tests.support.traced_step resnet50 whole|eager [MECHANISM]
 
 `whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
-one rank without a compiler, in fp16, operation by operation, with its metrics.
+one rank without a compiler, for the queue in fp16, operation by operation, with its metrics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -27,6 +28,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import set_lr
 from fastmoco.run.metrics import Metrics
@@ -100,16 +102,19 @@ def _leaves_device(node: torch.fx.Node) -> bool:
 
 
 def main() -> None:
-    arch, how = sys.argv[1:3]
+    arch, how, mechanism = [*sys.argv[1:], "queue"][:3]
     allow_backward_without_driver()
     torch.autograd.set_multithreading_enabled(False)
     arguments = ["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"]
-    if how == "eager":
+    if how == "eager" and mechanism == "queue":
         arguments.append("--run.precision=fp16")  # with its gradient scaler
+    if mechanism != "queue":  # in bf16: torch's scaler asks the device whether to step torch's SGD
+        arguments += [f"--moco.mechanism={mechanism}", "--optim.name=sgd", "--moco.queue_size=1024"]
     config = parse(arguments)
     ranks = 8 if how == "whole" else 1
     world = World(0, 0, ranks, torch.device("cuda", 0), "nccl" if ranks > 1 else "none")
     moco = build_moco(config, config.bn_group_size(ranks), torch.device("cpu"))
+    allocate_bank(config, moco, 4096)
     graphs, watch = Graphs(), Watch()
     with cuda_without_device(), FakeTensorMode(allow_non_fake_inputs=True), fake_world(ranks):
         to_fake_cuda_(moco)
@@ -128,7 +133,8 @@ def main() -> None:
         else:
             metrics = Metrics(world, config.model.dim)
             with watch:
-                metrics.add(step([Batch(images, images)], 0))
+                numbers = np.arange(2 * len(images)).reshape(-1, 2)
+                metrics.add(step([Batch(images, images, numbers)], 0))
             found = {
                 "host_syncs": watch.host_syncs,
                 "other_layouts": watch.other_layouts,

@@ -57,6 +57,7 @@ class DaliEngine:
             recipe=self.augment.recipe,
             device="cpu" if self._device_id is None else "gpu",
             two_decodes=self.plan.key_rows is not None,
+            one_view=self.plan.views == 1,
         )
         self._pipe = dali_graph.build(
             Delivery(self.reader, self.plan, self.augment, micro_step),
@@ -89,8 +90,9 @@ class DaliEngine:
         # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         outputs = self._pipe.run(stream)
-        im_q, im_k, replaced = dali_graph.to_torch(outputs, self.device)
-        return Batch(im_q, im_k, replaced.numpy())
+        *views, replaced = dali_graph.to_torch(outputs, self.device)
+        im_k = views[1] if len(views) == 2 else views[0][:0]
+        return Batch(views[0], im_k, replaced.numpy())
 
     def _repair(self, error: RuntimeError) -> None:
         """Finds what made the pipeline fail; raises the error again if no image did."""

@@ -59,6 +59,8 @@ class Shape:
     """`cpu` or `gpu`."""
     two_decodes: bool
     """Whether queries and keys are different images."""
+    one_view: bool = False
+    """Whether there are no keys."""
 
 
 def decode(data: Node, device: str) -> Node:
@@ -171,17 +173,24 @@ def execute(image: Node, row: Node, shape: Shape) -> Node:
 def two_views(
     source: Callable[[Any], Delivery], shape: Shape, prefetch: int, parallel: bool
 ) -> Any:
-    """im_q, im_k and `replaced` of the micro-batches that the source delivers."""
-    count = 5 if shape.two_decodes else 4
+    """im_q, im_k (unless `one_view`) and `replaced` of the micro-batches of the source."""
+    kinds = [types.UINT8, types.FLOAT, types.FLOAT, types.INT64]
+    if shape.two_decodes:
+        kinds.append(types.UINT8)
+    if shape.one_view:
+        kinds = [types.UINT8, types.FLOAT, types.INT64]
     inputs = fn.external_source(
         source,
-        num_outputs=count,
+        num_outputs=len(kinds),
         batch=True,
         parallel=parallel,
         prefetch_queue_depth=prefetch if parallel else None,
-        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT64, types.UINT8][:count],
-        ndim=[1, 1, 1, 1, 1][:count],
+        dtype=kinds,
+        ndim=[1] * len(kinds),
     )
+    if shape.one_view:
+        data, row_q, replaced = inputs
+        return execute(decode(data, shape.device), row_q, shape), replaced
     data, row_q, row_k, replaced = inputs[:4]
     image_q = decode(data, shape.device)
     image_k = decode(inputs[4], shape.device) if shape.two_decodes else image_q

@@ -39,10 +39,12 @@ class Delivery:
 
     @staticmethod
     def pack(work: Work) -> tuple[list[NDArray[Any]], ...]:
-        """The five lists, or four where queries and keys are the same images."""
+        """The five lists, four where queries and keys are the same images, three without keys."""
         rows_q, rows_k = (
             list(programme(ViewTable.unpack(rows))) for rows in (work.rows_q, work.rows_k)
         )
+        if not work.keys:
+            return _bytes(work.queries), rows_q, list(work.replaced)
         delivered = (_bytes(work.queries), rows_q, rows_k, list(work.replaced))
         same = work.keys is work.queries
         return delivered if same else (*delivered, _bytes(work.keys))

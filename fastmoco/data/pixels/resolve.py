@@ -15,43 +15,43 @@ from typing import Literal
 import numpy as np
 
 from fastmoco.config import Config, ConfigError, DataConfig
-from fastmoco.data.pixels.survey import Part, Survey, survey_of
+from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.pixels.survey import Part, Survey, survey
+from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.source import Source
 
 # Noise of the synthetic source: uniform in 0..255.
 _UNIFORM = 0.5, 12**-0.5
 
 
-def resolve_pixels(config: Config, begun: Config | None = None) -> Config:
+def resolve_pixels(
+    config: Config, source: Source | None = None, begun: Config | None = None
+) -> Config:
     """The same run with every number of its pixels spelled out.
 
-    config: from `resolve_folders`. begun: the configuration of the run that this one goes on with;
-    what it had measured stays. Raises `ConfigError` for pictures without a range.
+    config: from `resolve_folders`. source: its images, where they are open already. begun: the
+    configuration of the run that this one goes on with; what it had measured stays. Raises
+    `ConfigError` for pictures without a range.
     """
     data = config.data
     if begun is not None:
-        data = _kept(data, begun.data)
+        data = replace(
+            data,
+            mean=begun.data.mean if isinstance(data.mean, str) else data.mean,
+            std=begun.data.std if isinstance(data.std, str) else data.std,
+        )
     if data.source == "synthetic":
         return replace(config, data=_uniform(data))
-    survey = survey_of(data)
-    assert survey is not None
-    if isinstance(data.intensity, str) and (begun is None or data.intensity != "auto"):
-        data = replace(data, intensity=_range(data, survey))
+    seen = survey(source or open_source(config), PixelRule.of(data))
+    if isinstance(data.intensity, str):
+        kept = None if begun is None else begun.data.intensity
+        data = replace(data, intensity=_range(data, seen, kept))
     needed = ("auto", "default") if data.float_views else ("auto",)
     if data.mean in needed or data.std in needed:
-        mean, std = _statistics(survey, data)
+        mean, std = _statistics(seen, data)
         data = replace(data, mean=mean if data.mean in needed else data.mean)
         data = replace(data, std=std if data.std in needed else data.std)
     return replace(config, data=data)
-
-
-def _kept(data: DataConfig, begun: DataConfig) -> DataConfig:
-    """What was measured when the run began, where this configuration leaves it open again."""
-    return replace(
-        data,
-        intensity=begun.intensity if isinstance(data.intensity, str) else data.intensity,
-        mean=begun.mean if isinstance(data.mean, str) else data.mean,
-        std=begun.std if isinstance(data.std, str) else data.std,
-    )
 
 
 def _uniform(data: DataConfig) -> DataConfig:
@@ -64,21 +64,34 @@ def _uniform(data: DataConfig) -> DataConfig:
     return data
 
 
-def _range(data: DataConfig, survey: Survey) -> Literal["auto"] | tuple[float, float]:
-    """The values that become 0 and 255; `auto` where all pictures have 8 bits."""
-    deep = survey.deep
-    if deep is None:
-        if data.intensity == "percentiles":
+Intensity = Literal["auto", "percentiles"] | tuple[float, float]
+
+
+def _range(data: DataConfig, seen: Survey, begun: Intensity | None) -> Intensity:
+    """The values that become 0 and 255; `auto` where all pictures have 8 bits.
+
+    begun: those of the run that this one goes on with. They stay, whatever was added to the set
+    since, unless the sample shows that the run measured them by the other rule: then they are what
+    was asked for now, and resuming refuses the difference.
+    """
+    deep, percentiles = seen.deep, data.intensity == "percentiles"
+    rules = {False: (deep.low, deep.high), True: deep.percentiles} if deep else {}
+    found = rules.pop(percentiles, None)
+    refused = percentiles and begun == "auto"
+    if begun is not None and begun not in rules.values() and not refused:
+        return begun
+    if found is None:
+        if percentiles:
             raise ConfigError(
                 "data.intensity is percentiles, but it is for pictures of more than 8 bits and no "
                 "sampled picture has: leave it at auto."
             )
         return "auto"
-    low, high = deep.percentiles if data.intensity == "percentiles" else (deep.low, deep.high)
+    low, high = found
     if not low < high:
         raise ConfigError(
-            f"All values of {deep.pictures} sampled pictures are {low:g}: set data.intensity to "
-            "the two values that are to become 0 and 255."
+            f"All values of the sampled pictures are {low:g}: set data.intensity to the two "
+            "values that are to become 0 and 255."
         )
     return low, high
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -34,6 +34,11 @@ class PixelRule:
         """The rule of a configuration that `resolve_pixels` has returned."""
         found = None if isinstance(data.intensity, str) else data.intensity
         return cls(data.max_pixels, data.alpha_over, data.exif, data.channels, found)
+
+    def into(self, data: DataConfig) -> DataConfig:
+        """A configuration with this rule: what `of` takes from it."""
+        intensity = "auto" if self.intensity is None else self.intensity
+        return replace(data, **{**asdict(self), "intensity": intensity})
 
     @property
     def float_views(self) -> bool:

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastmoco.config import Config, ConfigError, DataConfig
+from fastmoco.config import ConfigError
 from fastmoco.data.decode import BadImage
 from fastmoco.data.pixels.deep import stored_or_bad
 from fastmoco.data.pixels.rgb import exif_orientation
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import read_sample
-from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
 from fastmoco.machine.cache import cache_folder, exclusive
@@ -83,13 +82,6 @@ class Survey:
             f"{self.first_flat}: look at views.png; where a transparent background took the colour "
             "of the drawing, set data.alpha_over to another colour."
         ]
-
-
-def survey_of(data: DataConfig) -> Survey | None:
-    """The survey of the pictures that a configuration names; None where there are no files."""
-    if data.source == "synthetic":
-        return None
-    return survey(open_source(Config(data=data)), PixelRule.of(data))
 
 
 def survey(source: Source, rule: PixelRule) -> Survey:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,23 +14,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
+from fastmoco.config.paths import matching
 from fastmoco.data.sources.index import FILE_NAMES, Index, Indexed, kept_index, require_readable
-from fastmoco.data.sources.listing import Listed, Passed, read_file, suffix_of, walk
-from fastmoco.data.sources.measure import CHUNK, OTHER, measure, probe_chunk, progress
+from fastmoco.data.sources.listing import (
+    Listed,
+    Passed,
+    read_file,
+    stamp_of,
+    suffix_of,
+    times_tell,
+    walk,
+)
+from fastmoco.data.sources.measure import CHUNK, OTHER, measure, probe_chunk, probe_file, progress
 
 
-def scan_folder(root: str, max_pixels: int, *, any_name: bool = False) -> Index:
+def scan_folder(
+    root: str, max_pixels: int, *, any_name: bool = False, parts: Sequence[str] = ("",)
+) -> Index:
     """The index of all images below root, with a progress bar on a terminal.
 
-    Raises `OSError` for a folder that cannot be listed.
+    parts: folders in root of which alone the images count. Raises `OSError` for a folder that
+    cannot be listed.
     """
-    passed = Passed()
+    passed, listing = Passed(), hashlib.sha256()
     folders: list[tuple[str, int]] = []
     folder_of, ends, blobs, end = [], [], [], 0
-    listed = progress(walk(root, passed, any_name=any_name), _images, "list")
-    for number, (folder, changed, names) in enumerate(listed):
+    walked = _walk(root, parts, passed, any_name=any_name)
+    for number, (folder, changed, names) in enumerate(progress(walked, _images, "list")):
         folders.append((folder, changed))
         encoded = [os.fsencode(name) for name in names]
+        listing.update(_line(folder, encoded))
         folder_of.append(np.full(len(names), number, np.uint32))
         ends.append(end + np.cumsum([len(name) for name in encoded], dtype=np.uint64))
         blobs.append(b"".join(encoded))
@@ -38,6 +53,7 @@ def scan_folder(root: str, max_pixels: int, *, any_name: bool = False) -> Index:
         "name_ends": np.concatenate(ends or [np.zeros(0, np.uint64)]).astype(np.uint64),
         "names": np.frombuffer(b"".join(blobs), np.uint8),
     }
+    began = time.time_ns()
     paths = _paths(root, folders, arrays)
     probe = partial(probe_chunk, max_pixels=max_pixels, any_name=any_name)
     sizes, bad = measure(probe, paths, len(arrays["folder_of"]))
@@ -45,8 +61,60 @@ def scan_folder(root: str, max_pixels: int, *, any_name: bool = False) -> Index:
     other = [sample for sample, reason in bad.items() if reason == OTHER]
     if other:
         arrays, bad = _without(other, arrays, bad, passed)
-    facts = {"folders": folders, "bad": bad, "lost": passed.lost, "shut": passed.shut}
-    return Index(arrays, {**facts, "notes": passed.notes(), "warnings": passed.warnings()})
+    facts = {
+        "folders": folders,
+        "parts": list(parts),
+        "listing": listing.hexdigest(),
+        "lost": passed.lost,
+        "shut": passed.shut,
+        "notes": passed.notes(),
+        "warnings": passed.warnings(),
+    }
+    return with_stamps(root, Index(arrays, {**facts, "bad": bad}), began)
+
+
+def _walk(root: str, parts: Sequence[str], passed: Passed, *, any_name: bool) -> Iterator[Listed]:
+    """`walk` of some folders in root; one that lies in another is visited once."""
+    seen: set[tuple[int, int]] = set()
+    for part in parts:
+        place = os.path.join(root, part) if part else root
+        for folder, changed, names in walk(place, passed, any_name=any_name, seen=seen):
+            yield os.path.join(part, folder), changed, names
+
+
+def _line(folder: str, names: Sequence[bytes]) -> bytes:
+    return b"\0".join([os.fsencode(folder), *names]) + b"\n"
+
+
+def with_stamps(root: str, index: Index, began: int) -> Index:
+    """The index with the stamps of its bad files, so that repaired ones are noticed.
+
+    began: time in ns before the first was read; what has changed since will be looked at again.
+    """
+    source = FolderSource(root, index)
+    stamps = {sample: stamp_of(source.name(int(sample))) for sample in index.facts["bad"]}
+    stamps = {n: stamp if stamp and stamp[1] < began else [] for n, stamp in stamps.items()}
+    return Index(index.arrays, {**index.facts, "stamps": stamps})
+
+
+def look_again(source: FolderSource, max_pixels: int) -> Index | None:
+    """The index with bad files measured anew that have changed since; None if none has."""
+    facts, began = source.index.facts, time.time_ns()
+    samples = [int(sample) for sample in facts["bad"]]
+    names = {sample: source.name(sample) for sample in samples}
+    changed = [n for n in samples if stamp_of(names[n]) != facts["stamps"][str(n)]]
+    if not changed:
+        return None
+    sizes = source.sizes.copy()
+    bad = {int(sample): reason for sample, reason in facts["bad"].items()}
+    for sample in changed:
+        width, height, reason = probe_file(names[sample], max_pixels)
+        sizes[sample] = width, height
+        bad.pop(sample)
+        if reason:
+            bad[sample] = reason
+    index = Index({**source.index.arrays, "sizes": sizes}, {**facts, "bad": bad})
+    return with_stamps(source.root, index, began)
 
 
 def _without(
@@ -84,12 +152,22 @@ def _paths(root: str, folders: list[tuple[str, int]], arrays: dict[str, Any]) ->
             start = end
 
 
-def folders_unchanged(root: str, index: Index) -> bool:
-    """Whether every folder of the index still has the modification time that it had."""
+def folders_unchanged(root: str, index: Index, *, any_name: bool = False) -> bool:
+    """Whether every folder still holds the same names, by its modification time if that tells."""
+    facts = index.facts
+    if any(os.path.exists(link) for link in facts["lost"]):
+        return False
+    if any(os.access(folder, os.R_OK | os.X_OK) for folder in facts["shut"]):
+        return False
     try:
+        if not times_tell(root, (changed for _, changed in facts["folders"])):
+            listing = hashlib.sha256()
+            for folder, _, names in _walk(root, facts["parts"], Passed(), any_name=any_name):
+                listing.update(_line(folder, [os.fsencode(name) for name in names]))
+            return bool(listing.hexdigest() == facts["listing"])
         return all(
             os.stat(os.path.join(root, folder)).st_mtime_ns == changed
-            for folder, changed in index.facts["folders"]
+            for folder, changed in facts["folders"]
         )
     except (OSError, KeyError):
         return False
@@ -108,6 +186,9 @@ class FolderSource(Indexed):
     def read(self, sample: int) -> bytes:
         return read_file(self.name(sample))
 
+    def stamp(self, sample: int) -> list[int]:
+        return stamp_of(self.name(sample))
+
     def name(self, sample: int) -> str:
         arrays = self.index.arrays
         start = arrays["name_ends"][sample - 1] if sample else 0
@@ -116,23 +197,32 @@ class FolderSource(Indexed):
         return os.path.join(self.root, folder, name.decode(*FILE_NAMES))  # keeps absolute names
 
 
-def open_folder(root: str, max_pixels: int, *, any_name: bool = False) -> FolderSource:
+def open_folder(
+    root: str, max_pixels: int, *, any_name: bool = False, rescan: bool = False
+) -> FolderSource:
     """The images below a folder, from the cached index where that still holds.
 
-    any_name: files without the suffix of an image count too if their content is one.
+    root: may be a pattern of several folders. any_name: files without the suffix of an image count
+    too if their content is one. rescan: list and measure anew.
 
     Raises `ConfigError` where the folder is missing or holds no image that can be read.
     """
     if not root:
         raise ConfigError("data.root is not set: name the folder of the training images.")
-    if not Path(root).is_dir():
-        raise ConfigError(f"data.root {root} is not a folder.")
-    real = str(Path(root).resolve())
+    places = matching(root)
+    for place in places:
+        if not Path(place).is_dir():
+            raise ConfigError(f"data.root {place} is not a folder.")
+    real, parts = str(Path(places[0]).resolve()), [""]
+    if len(places) > 1:
+        real, parts = "/", [str(Path(place).resolve()) for place in places]
     try:
         index = kept_index(
-            f"{real} {max_pixels} {any_name}",
-            holds=lambda index: folders_unchanged(real, index),
-            scan=lambda: scan_folder(real, max_pixels, any_name=any_name),
+            f"{real} {parts} {max_pixels} {any_name}",
+            holds=lambda index: folders_unchanged(real, index, any_name=any_name),
+            scan=lambda: scan_folder(real, max_pixels, any_name=any_name, parts=parts),
+            again=lambda index: look_again(FolderSource(real, index), max_pixels),
+            rescan=rescan,
         )
     except OSError as error:
         if error.filename is None:  # about no path: a process or a pipe that could not be made

@@ -5,14 +5,16 @@ width and height (8). The cache is one file of raw arrays that every process map
 its pages.
 
 It is valid while no folder below the root has changed its modification time: one stat per folder,
-none per file. Every added, removed or renamed file or folder changes that time. It does not show
+none per file. Every added, removed or renamed file or folder changes that time. Where these times
+say nothing, as on mounted buckets, the folders are listed again. Files that were bad are looked at
+again when their size or time has changed, and so are links that led nowhere. Not noticed are
 
-- a file that is overwritten in place: the reader takes the size from the file itself, so its views
-  are right, but a file that was bad and is good now stays replaced;
-- another target of a link;
+- a good file that is overwritten in place: the reader takes the size from the file itself, so its
+  views are right, and one that is bad by then is replaced;
+- another target of a link to a file;
 - changes on network file systems that report modification times late.
 
-Deleting the cache file indexes anew; `FASTMOCO_CACHE` names its folder.
+`data.rescan` indexes anew; `FASTMOCO_CACHE` names the folder of the cache.
 
 N samples, F folders.
 """
@@ -23,6 +25,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +50,8 @@ class Index:
     arrays: dict[str, NDArray[Any]]
     """Named arrays, among them `sizes`: int32 (N, 2), width and height, 0 where unreadable."""
     facts: dict[str, Any]
-    """JSON: whatever the source needs to validate the index, and `bad`: {sample: reason}."""
+    """JSON: whatever the source needs to validate the index, and of bad samples `bad`: {sample:
+    reason}, `stamps`: {sample: `stamp_of` its file} and `where`: {sample: line of a list}."""
     path: str = ""
     """The cache file that the arrays are mapped from; empty if they are in memory."""
 
@@ -73,7 +77,9 @@ class Index:
     @property
     def bad(self) -> dict[int, str]:
         """Reasons of the samples that were found unreadable while indexing."""
-        return {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+        where = {int(sample): f"{line}: " for sample, line in self.facts.get("where", {}).items()}
+        reasons = {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
+        return {sample: where.get(sample, "") + why for sample, why in reasons.items()}
 
 
 class Indexed:
@@ -156,20 +162,38 @@ def load_index(path: str) -> Index:
 FILE_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-trips all of them
 
 
-def kept_index(what: str, holds: Callable[[Index], bool], scan: Callable[[], Index]) -> Index:
-    """The cached index of `what` where it holds, else a new one; one rank per machine scans."""
+_BEGAN = time.time()
+
+
+def kept_index(
+    what: str,
+    holds: Callable[[Index], bool],
+    scan: Callable[[], Index],
+    again: Callable[[Index], Index | None] = lambda index: None,
+    *,
+    rescan: bool = False,
+) -> Index:
+    """The cached index of `what` where it holds, else a new one; one rank per machine scans.
+
+    again: a better index where files that were bad have changed. rescan: use none that is older
+    than this process; another rank may have made one since.
+    """
     digest = hashlib.sha256(what.encode(*FILE_NAMES)).hexdigest()[:20]
     cached = cache_folder() / "index" / digest
     with exclusive(cached.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = load_index(str(cached))
-            if holds(index):
-                return index
-        index = scan()
-        if len(index.sizes):
-            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
-                index = save_index(index, cached)
-        return index
+            if (not rescan or cached.stat().st_mtime > _BEGAN) and holds(index):
+                better = again(index)
+                return index if better is None else _kept(better, cached)
+        return _kept(scan(), cached)
+
+
+def _kept(index: Index, cached: Path) -> Index:
+    if len(index.facts.get("bad", {})) < len(index.sizes):  # a disk may be missing: look again
+        with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
+            return save_index(index, cached)
+    return index
 
 
 def require_readable(index: Index, what: str, *, by_name: bool = False) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
+from fastmoco.config.paths import matching
 from fastmoco.data.decode import BadImage, image_size
-from fastmoco.data.sources.index import Index, Indexed, load_index, require_readable, save_index
-from fastmoco.data.sources.listing import is_hidden_path, is_image_name
+from fastmoco.data.sources.index import (
+    Index,
+    Indexed,
+    kept_index,
+    load_index,
+    require_readable,
+    save_index,
+)
+from fastmoco.data.sources.listing import (
+    Passed,
+    in_words,
+    open_regular,
+    stamp_of,
+    starts_like_image,
+    walk,
+)
 from fastmoco.data.sources.measure import HEAD, in_order, in_parallel, progress
-from fastmoco.machine.cache import cache_folder, exclusive
+from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
+from fastmoco.machine.cache import cache_folder
 
 _SUFFIX = ".fastmoco-index"
 _OPEN_FILES = 64
+_PACKED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class ShardSource(Indexed):
@@ -38,7 +55,7 @@ class ShardSource(Indexed):
     def __init__(self, index: Index) -> None:
         self.index = index
         self._files: dict[int, int] = {}
-        self._named: tuple[int, dict[int, str]] = (-1, {})  # a shard, its members by offset
+        self._named: tuple[int, list[str]] = (-1, [])  # a shard, its pictures
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSource, (self.index,)  # open files stay in their process
@@ -57,12 +74,18 @@ class ShardSource(Indexed):
         number = int(self.index.arrays["shard_of"][sample])
         shard = self.index.facts["shards"][number]
         if self._named[0] != number:
-            names: dict[int, str] = {}
-            with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
-                names = {member.offset_data: member.name for member in tar}
+            names: list[str] = []
+            with contextlib.suppress(OSError, ConfigError):
+                any_name = self.index.facts["any_name"]
+                found = _pictures(Path(shard), any_name=any_name)[0].images
+                names = [member.name for member in found]
             self._named = number, names
-        offset = int(self.index.arrays["offsets"][sample])
-        return f"{shard}:{self._named[1].get(offset, f'@{offset}')}"
+        at = sample - int(self.shard_sizes[:number].sum())
+        names = self._named[1]
+        return f"{shard}:{names[at] if at < len(names) else f'number {at}'}"
+
+    def stamp(self, sample: int) -> list[int]:
+        return stamp_of(self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])])
 
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
@@ -74,45 +97,77 @@ class ShardSource(Indexed):
         return file
 
 
-def open_shards(root: str, max_pixels: int) -> ShardSource:
+def open_shards(
+    root: str, max_pixels: int, *, any_name: bool = False, rescan: bool = False
+) -> ShardSource:
     """The images in a tar file or in all tar files below a folder, in sorted order.
+
+    root: may be a pattern of several. any_name: members count by their content too. rescan: read
+    all shards anew.
 
     Raises `ConfigError` for no shard, a compressed or unreadable one, or no image in them.
     """
-    path = Path(root)
-    if not root or not path.exists():
-        raise ConfigError(f"data.root {root or '(empty)'} does not exist: name a folder of shards.")
-    shards = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    if not root:
+        raise ConfigError("data.root is not set: name a folder of shards, or one of them.")
+    passed = Passed()
+    shards = [shard for place in matching(root) for shard in _shards(Path(place), passed)]
     if not shards:
         raise ConfigError(f"data.root {root} holds no .tar file.")
     stamps = [_stamp(shard) for shard in shards]
-    digest = hashlib.sha256(repr((stamps, max_pixels)).encode()).hexdigest()[:20]
-    cached = cache_folder() / "index" / digest
-    with exclusive(cached.with_suffix(".lock")):
-        try:
-            index = load_index(str(cached))
-        except (OSError, ValueError, KeyError):
-            index = _join(shards, max_pixels)
-            with contextlib.suppress(OSError):  # nowhere to cache: keep it in memory
-                index = save_index(index, cached)
-    require_readable(index, f"data.root {root}")
+    index = kept_index(
+        repr((stamps, max_pixels, any_name)),
+        holds=lambda index: True,
+        scan=lambda: _join(shards, max_pixels, any_name=any_name, rescan=rescan),
+        rescan=rescan,
+    )
+    index.facts["warnings"] = [*passed.warnings(), *index.facts["warnings"]]
+    require_readable(index, f"data.root {root}", by_name=not any_name)
     return ShardSource(index)
 
 
+def _shards(place: Path, passed: Passed) -> list[Path]:
+    """The shards in a folder, below linked folders too, or the file itself.
+
+    Raises `ConfigError` where there is nothing, or a shard is packed and not unpacked beside it.
+    """
+    if not place.exists():
+        raise ConfigError(f"data.root {place} does not exist: name a folder of shards.")
+    if not place.is_dir():
+        return [place]
+    try:
+        listed = list(walk(str(place), passed, counts=_is_shard_name))
+    except OSError as error:
+        raise ConfigError(
+            f"data.root: the folder {error.filename} cannot be listed: {error.strerror}; "
+            "make it readable or move it elsewhere."
+        ) from error
+    found = sorted(place / folder / name for folder, _, names in listed for name in names)
+    plain = {path for path in found if path.name.lower().endswith(".tar")}
+    for path in found:
+        if path not in plain and not {path.with_suffix(""), path.with_suffix(".tar")} & plain:
+            return [path]  # reading it is refused with the command that unpacks it
+    return [path for path in found if path in plain]
+
+
+def _is_shard_name(name: str) -> bool:
+    return name.lower().endswith((".tar", *_PACKED))
+
+
 def _stamp(shard: Path) -> list[Any]:
-    status = shard.stat()
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise ConfigError(f"The shard {shard} cannot be read: {error.strerror}.") from error
     return [str(shard.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _join(shards: Sequence[Path], max_pixels: int) -> Index:
+def _join(shards: Sequence[Path], max_pixels: int, *, any_name: bool, rescan: bool) -> Index:
     """One index of all shards, each from its own where that still holds."""
-    work = partial(_indexed, max_pixels=max_pixels)
+    work = partial(_indexed, max_pixels=max_pixels, any_name=any_name, rescan=rescan)
     with in_parallel(many=len(shards) > 8) as pool:
         indexed = in_order(pool, work, shards)
         parts = list(progress(indexed, lambda part: len(part.sizes), "index"))
     counts = [len(part.sizes) for part in parts]
-    if not sum(counts):
-        raise ConfigError(f"the {len(shards)} shards of data.root hold no image file.")
     first = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist()
     bad = {
         start + sample: why
@@ -124,62 +179,93 @@ def _join(shards: Sequence[Path], max_pixels: int) -> Index:
         for name in ("sizes", "offsets", "lengths")
     }
     arrays["shard_of"] = np.repeat(np.arange(len(parts), dtype=np.uint32), counts)
-    names = [str(shard.resolve()) for shard in shards]
-    return Index(arrays, {"shards": names, "counts": counts, "bad": bad})
+    facts = {
+        "shards": [str(shard.resolve()) for shard in shards],
+        "counts": counts,
+        "bad": bad,
+        "any_name": any_name,
+        "notes": _notes(parts),
+        "warnings": [part.facts["end"] for part in parts if part.facts["end"]],
+    }
+    return Index(arrays, facts)
 
 
-def _indexed(shard: Path, max_pixels: int) -> Index:
+def _notes(parts: Sequence[Index]) -> list[str]:
+    notes = []
+    others: Counter[str] = Counter()
+    for part in parts:
+        others.update(part.facts["others"])
+    if others:
+        notes.append(f"members not counted as images: {in_words(others)}")
+    if beside := sum(part.facts["beside"] for part in parts):
+        notes.append(
+            f"{beside:,} pictures have the key of another and are left out, as masks are: one per "
+            "key counts, a JPEG first"
+        )
+    return notes
+
+
+def _indexed(shard: Path, max_pixels: int, *, any_name: bool, rescan: bool) -> Index:
     """The index of one shard, built unless the one beside it still holds."""
-    stamp = [*_stamp(shard), max_pixels]
+    stamp = [*_stamp(shard), max_pixels, any_name]
     beside = shard.with_name(shard.name + _SUFFIX)
-    spare = cache_folder() / "index" / hashlib.sha256(str(stamp[0]).encode()).hexdigest()[:20]
+    spare = cache_folder() / "index" / hashlib.sha256(os.fsencode(stamp[0])).hexdigest()[:20]
     for place in (beside, spare):
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = load_index(str(place))
-            if index.facts["stamp"] == stamp:
+            if index.facts["stamp"] == stamp and not rescan:
                 return index
-    index = _scan(shard, stamp, max_pixels)
+    index = _scan(shard, stamp, max_pixels, any_name=any_name)
     for place in (beside, spare):
         with contextlib.suppress(OSError):
             return save_index(index, place)
     return index
 
 
-def _scan(shard: Path, stamp: list[Any], max_pixels: int) -> Index:
-    offsets, lengths, sizes = [], [], []
-    bad: dict[int, str] = {}
+def _pictures(shard: Path, *, any_name: bool) -> tuple[Pictures, str]:
+    """What a shard holds, and a sentence if it does not end as it should."""
+    with open_regular(str(shard)) as file:
+        tar = Tar(str(shard), file.fileno())
+        return pictures(tar, any_name=any_name), tar.end
+
+
+def _scan(shard: Path, stamp: list[Any], max_pixels: int, *, any_name: bool) -> Index:
     try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb", buffering=0) as file:
-            for member in tar:
-                if not member.isfile() or is_hidden_path(member.name):
-                    continue
-                if not is_image_name(member.name):
-                    continue
-                offsets.append(member.offset_data)
-                lengths.append(member.size)
-                try:
-                    sizes.append(_size(file.fileno(), member, max_pixels))
-                except BadImage as error:
-                    bad[len(sizes)] = str(error)
-                    sizes.append((0, 0))
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(
-            f"shard {shard} cannot be read as an uncompressed tar: {error}"
-        ) from error
+        (found, beside, others), end = _pictures(shard, any_name=any_name)
+        sizes, bad = _measure(shard, found, max_pixels)
+    except OSError as error:
+        raise ConfigError(f"The shard {shard} cannot be read: {error.strerror}.") from error
     arrays: dict[str, NDArray[Any]] = {
         "sizes": np.array(sizes, np.int32).reshape(-1, 2),
-        "offsets": np.array(offsets, np.int64),
-        "lengths": np.array(lengths, np.uint32),
+        "offsets": np.array([member.offset for member in found], np.int64),
+        "lengths": np.array([member.size * (not member.fault) for member in found], np.uint32),
     }
-    return Index(arrays, {"stamp": stamp, "bad": bad})
+    facts = {"stamp": stamp, "bad": bad, "end": end, "others": others, "beside": beside}
+    return Index(arrays, facts)
 
 
-def _size(file: int, member: tarfile.TarInfo, max_pixels: int) -> tuple[int, int]:
-    head = os.pread(file, min(HEAD, member.size), member.offset_data)
+def _measure(
+    shard: Path, found: Sequence[Member], max_pixels: int
+) -> tuple[list[tuple[int, int]], dict[int, str]]:
+    sizes: list[tuple[int, int]] = []
+    bad: dict[int, str] = {}
+    with open_regular(str(shard)) as file:
+        for sample, member in enumerate(found):
+            try:
+                if member.fault:
+                    raise BadImage(member.fault)
+                sizes.append(_size(file.fileno(), member, max_pixels))
+            except BadImage as error:
+                bad[sample] = str(error)
+                sizes.append((0, 0))
+    return sizes, bad
+
+
+def _size(file: int, member: Member, max_pixels: int) -> tuple[int, int]:
+    head = os.pread(file, min(HEAD, member.size), member.offset)
     try:
         return image_size(head, max_pixels)
     except BadImage:
-        if member.size <= HEAD:
+        if member.size <= HEAD or not starts_like_image(head):
             raise
-        whole = os.pread(file, member.size, member.offset_data)
-        return image_size(whole, max_pixels)
+        return image_size(os.pread(file, member.size, member.offset), max_pixels)

@@ -38,6 +38,9 @@ class Source(Protocol):
     def read(self, sample: int) -> bytes:
         """Encoded bytes. Raises `OSError`."""
 
+    def stamp(self, sample: int) -> list[int]:
+        """Size and modification time of the file with the sample; empty if it is not there."""
+
     def name(self, sample: int) -> str:
         """What to call the sample in a report."""
 

@@ -165,6 +165,10 @@ def test_a_folder_without_permission_is_left_out_and_named(
     assert source.warnings == [
         f"1 folders may not be listed and are left out: {tmp_path / 'shut'}."
     ]
+    passed = Passed()
+    paths, labels, classes = index_class_folders(tmp_path, passed=passed)
+    assert ([path.name for path in paths], labels) == (["1.jpg", "4.jpg"], [0, 2])
+    assert (classes, passed.shut) == (["a", "shut", "z"], [str(tmp_path / "shut")])
     with pytest.raises(ConfigError, match="shut cannot be listed: Permission denied"):
         open_folder(str(tmp_path / "shut"), LIMIT)
 

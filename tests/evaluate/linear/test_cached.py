@@ -8,7 +8,7 @@ from torch import nn
 
 from fastmoco.config import ConfigError
 from fastmoco.evaluate.labelled_part import choose_labels, hold_out
-from fastmoco.evaluate.linear_cached import (
+from fastmoco.evaluate.linear.cached import (
     Classifiers,
     Schedule,
     Sweep,
@@ -72,11 +72,22 @@ def test_accuracy_counts_by_setting_and_a_diverged_classifier_has_none() -> None
     weight = torch.tensor([[[1.0], [-1.0]], [[-1.0], [1.0]], [[float("nan")], [0.0]]])
     model = Classifiers(weight, torch.zeros(3, 2))
     x, labels = torch.tensor([[1.0], [2.0], [-1.0], [3.0]]), torch.tensor([0, 0, 1, 1])
-    assert model.accuracy(x, labels).tolist() == [0.75, 0.25, 0.0]
+    top1, top5 = model.accuracies(x, labels)
+    assert top1.tolist() == [0.75, 0.25, 0.0]
+    assert top5.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_top5_counts_the_five_likeliest_and_ties_count_against_the_label() -> None:
+    model = Classifiers(torch.arange(7.0).view(1, 7, 1), torch.zeros(1, 7))
+    x, labels = torch.ones(7, 1), torch.arange(7)
+    top1, top5 = model.accuracies(x, labels)
+    assert (float(top1), float(top5)) == pytest.approx((1 / 7, 5 / 7))
+    top1, top5 = model.accuracies(torch.zeros(7, 1), labels)  # all classes equally likely
+    assert (float(top1), float(top5)) == (0.0, 0.0)
 
 
 def test_the_held_out_images_choose_and_the_test_images_do_not() -> None:
-    found = Sweep([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)], [0.5, 0.7, 0.6], [0.1, 0.2, 0.9])
+    found = Sweep([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)], [0.5, 0.7, 0.6], [0.1, 0.2, 0.9], [1.0] * 3)
     assert found.best == 1
     (line,) = [line for line in found.table().splitlines() if "chosen" in line]
     assert line.split()[:6] == ["2", "0", "70.00", "%", "20.00", "%"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.data.order import EpochOrder
+from fastmoco.evaluate.labelled_training import place_of
 
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 100.0, 300.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-4)
@@ -87,17 +88,19 @@ class Classifiers:
             velocity.mul_(momentum).add_(gradient)
             parameter.sub_(velocity * lr.view(shape))
 
-    def accuracy(self, x: Tensor, labels: Tensor) -> Tensor:
-        """(S,) share of the rows of (n, D) whose largest logit is their label's; in [0, 1].
+    def accuracies(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-1 and top-5, (S,) each: shares of the rows of (n, D) in [0, 1].
 
-        A classifier that diverged to infinity has accuracy 0.
+        Equal logits count against the label. A classifier that diverged to infinity has 0.
         """
-        correct = torch.zeros(len(self.weight), dtype=torch.int64, device=x.device)
+        correct = torch.zeros(2, len(self.weight), dtype=torch.int64, device=x.device)
         for rows, wanted in zip(x.split(2048), labels.split(2048), strict=True):
             logits = self.logits(rows)
-            correct += (logits.argmax(dim=2) == wanted[:, None]).sum(dim=0)
+            place = place_of(logits, wanted[:, None].expand(-1, logits.shape[1]))
+            correct += torch.stack([(place < k).sum(dim=0) for k in (1, 5)])
         finite = self.weight.flatten(1).isfinite().all(dim=1) & self.bias.isfinite().all(dim=1)
-        return torch.where(finite, correct.double() / max(len(x), 1), 0.0)
+        top1, top5 = torch.where(finite, correct.double() / max(len(x), 1), 0.0)
+        return top1, top5
 
 
 def batches(n: int, batch_size: int, epoch: int, seed: int) -> list[np.ndarray]:
@@ -149,6 +152,7 @@ class Sweep:
     held_out: list[float]
     """Accuracy in [0, 1] on the part of the training images that chooses."""
     test: list[float]
+    test_top5: list[float]
 
     @property
     def best(self) -> int:
@@ -157,10 +161,11 @@ class Sweep:
 
     def table(self) -> str:
         """One line per setting, the chosen one marked."""
-        lines = ["      lr   weight decay   held out    test"]
+        lines = ["      lr   weight decay   held out    test      top-5"]
         for s, (lr, wd) in enumerate(self.settings):
             mark = "  <- chosen" if s == self.best else ""
-            figures = f"{100 * self.held_out[s]:8.2f} %{100 * self.test[s]:6.2f} %"
+            shares = (self.held_out[s], self.test[s], self.test_top5[s])
+            figures = "".join(f"{100 * share:8.2f} %" for share in shares)
             lines.append(f"{lr:8g}   {wd:12g} {figures}{mark}")
         return "\n".join(lines)
 
@@ -189,5 +194,6 @@ def sweep(
         schedule=schedule,
         progress=progress,
     )
-    chosen, tested = (model.accuracy(*part).tolist() for part in (choose, test))
-    return Sweep(settings, chosen, tested)
+    chosen, _ = model.accuracies(*choose)
+    top1, top5 = model.accuracies(*test)
+    return Sweep(settings, chosen.tolist(), top1.tolist(), top5.tolist())

@@ -12,19 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.config import ModelConfig
-from fastmoco.evaluate import linear
-from fastmoco.evaluate.frozen import FrozenTrunk, stored_features
+from fastmoco.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig
+from fastmoco.data.loader import make_plan
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.evaluate.linear_cached import Schedule, train_sweep
-from fastmoco.evaluate.linear_protocol import Protocol, TrunkChangedError
+from fastmoco.evaluate.linear import __main__ as linear
+from fastmoco.evaluate.linear.cached import Schedule, train_sweep
+from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
+from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
 from tests.support.ranks import Ranks
 
 CPU = torch.device("cpu")
 ALONE = World(0, 0, 1, CPU, "none")
-SCHEDULE = Schedule(epochs=3, batch_size=8, milestones=(2,), seed=5)
+# The last batch of an epoch of 16 images has 4.
+SCHEDULE = Schedule(epochs=3, batch_size=6, milestones=(2,), seed=5)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def place(tmp_path: Path) -> Path:
 
 def protocol(place: Path, out: str = "out", world: World = ALONE) -> Protocol:
     train, test = (LabelledImages(place / n, resize=36, image_size=32) for n in ("train", "test"))
-    trunk = FrozenTrunk(place / "encoder.pth", CPU)
+    trunk = CheckedTrunk(place / "encoder.pth", CPU)
     return Protocol(trunk, train, test, SCHEDULE, lr=3.0, out=place / out, world=world, workers=1)
 
 
@@ -86,13 +88,57 @@ def test_interrupted_and_started_again_it_ends_at_the_same_bits(
     assert len((place / "halves" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_same_number_of_other_images_is_another_classification(place: Path) -> None:
+    protocol(place).run()
+    (place / "train" / "a" / "7.png").rename(place / "train" / "a" / "8.png")
+    with pytest.raises(ConfigError, match="choose another --out"):
+        protocol(place).run()
+
+
+def test_bad_images_are_counted_named_and_left_out(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    (place / "test" / "b" / "3.png").write_bytes(b"not a picture")
+    (place / "train" / "a" / "2.png").write_bytes(b"not a picture")
+    root = ["--checkpoint", str(place / "encoder.pth"), "--data.root", str(place)]
+    small = [*root, "--image_size", "32", "--epochs", "2"]
+    for part in (["--workers", "1"], ["--cached", "--crops", "2"], ["--cached"]):
+        out = place / f"out{len(part)}"
+        assert linear.main([*small, *part, "--out", str(out)]) == 0
+        warning = capsys.readouterr().err
+        assert "1 of 11" in warning
+        assert "test/b/3.png (not an image" in warning
+        result = json.loads((out / "results.jsonl").read_text())
+        # Ten test images count: the accuracy is a number of tenths.
+        assert result["val_top1"] * 10 == pytest.approx(round(result["val_top1"] * 10))
+        assert ("train/a/2.png" in warning) == ("--cached" in part)
+    (first, _) = [json.loads(line) for line in (place / "out2" / "metrics.jsonl").open()]
+    assert (first["bad_samples"], first["bad_test_images"]) == (1, 1)
+
+
+def test_the_first_steps_are_those_of_torch_alone_in_float64(place: Path) -> None:
+    one = protocol(place)
+    images, labels = one.train.load(0, 6), one.train.labels[:6]
+    features = one.trunk(images)
+    alone = torch.nn.Linear(features.shape[1], 2, dtype=torch.float64)
+    alone.load_state_dict(one.fc.state_dict())
+    optimizer = torch.optim.SGD(alone.parameters(), 3.0, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(alone(features.double()), labels).backward()
+        optimizer.step()
+        one.step(features, labels, 6)
+    torch.testing.assert_close(one.fc.weight.double(), alone.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_a_trunk_that_changes_ends_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = protocol(place)
     step = one.step
 
-    def touching(features: Tensor, labels: Tensor) -> Tensor:
-        one.trunk.network.get_buffer("bn1.running_mean")[0] += 1e-6
-        return step(features, labels)
+    def touching(features: Tensor, labels: Tensor, everyone: int) -> Tensor:
+        one.trunk.encoder.get_buffer("bn1.running_mean")[0] += 1e-6
+        return step(features, labels, everyone)
 
     monkeypatch.setattr(one, "step", touching)
     with pytest.raises(TrunkChangedError, match="has changed"):
@@ -100,12 +146,15 @@ def test_a_trunk_that_changes_ends_the_run(place: Path, monkeypatch: pytest.Monk
 
 
 def on_ranks(world: World, place: str) -> tuple[Tensor, tuple[float, float]]:
-    """Three steps on this rank's half of a batch, then validation of 11 images."""
+    """Two epochs on this rank's share of each batch, then validation of 11 images."""
     one = protocol(Path(place), "ranks", world)
-    rows = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
-    for start in (0, 4, 8):
-        images = one.train.load(start, start + 8)
-        one.step(one.trunk(images[rows]), one.train.labels[start : start + 8][rows])
+    config = Config(run=RunConfig(seed=5), optim=OptimConfig(global_batch_size=6))
+    plan = make_plan(config, None, 16, world.rank, world.size, labelled=True)
+    for number in range(2 * plan.steps_per_epoch):
+        samples = plan.queries(number).samples.tolist()
+        rows, everyone = plan.counted(number)
+        pixels = torch.cat([one.train.load(sample, sample + 1) for sample in samples])
+        one.step(one.trunk(pixels)[:rows], one.train.labels[samples][:rows], everyone)
     return one.fc.weight.detach(), one.validate()
 
 
@@ -141,16 +190,26 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(
     assert linear.main([*root, *small, "--out", str(place / "o")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("chosen") == 1
-    assert len([x for x in printed.splitlines() if x.count("%") == 2]) == 30
+    assert len([x for x in printed.splitlines() if x.count("%") == 3]) == 30
     assert json.loads((place / "o" / "results.jsonl").read_text())["images"] == 12
+    lists = []
+    for split in ("train", "test"):  # the same images and labels as lists
+        rows = [f"{path},{path.parent.name}" for path in sorted((place / split).glob("*/*.*"))]
+        (place / "o" / f"{split}.csv").write_text("\n".join(rows))
+        lists += [f"--{split}", str(place / "o" / f"{split}.csv")]
+    assert linear.main([*root[:2], *lists, *small, "--out", str(place / "o")]) == 0
+    by_folder, by_list = (place / "o" / "results.jsonl").read_text().splitlines()
+    assert by_list == by_folder
+    capsys.readouterr()
     for arguments, part in (
         ([*root, "--labels", "9-per-class"], "has only 8"),
         ([*root, "--epochs", "0"], "--epochs is 0"),
         ([*root, "--lr", "-1"], "--lr is -1"),
         ([*root, "--lr", "1", "--cached"], "leave out --lr"),
         ([*root, "--crops", "2"], "--crops is for --cached"),
+        ([*root, "--workers", "2", "--cached"], "leave it out with --cached"),
         (["--checkpoint", "nowhere", "--data.root", "x"], "nowhere does not exist"),
-        ([*root[:2], "--data.root", str(place / "train")], "needs a folder train"),
+        ([*root[:2], "--data.root", str(place / "o")], "needs a folder train"),
     ):
         assert linear.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -17,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 4")
 MARKS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 STYLES = len(DASHES)
+# Points per curve: two for each of so many columns, which is what the width can show.
+COLUMNS = 300
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,24 @@ def plot(
     return "".join([*parts, "</svg>"])
 
 
+def thinned(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+    """At most 2 `COLUMNS` + 1 points: the lowest and highest of each stretch, and the last one."""
+    points = list(zip(x, y, strict=True))
+    if len(points) <= 2 * COLUMNS:
+        return points
+    kept = {len(points) - 1}
+    for column in range(COLUMNS):
+        stretch = range(column * len(points) // COLUMNS, (column + 1) * len(points) // COLUMNS)
+        kept |= {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
+
+
 def _curve(line: Line, at: object) -> str:
     """Path and end mark of one curve."""
     assert callable(at)
     steps: list[str] = []
     pen, last = "M", None
-    for x, y in zip(line.x, line.y, strict=True):
+    for x, y in thinned(line.x, line.y):
         if not math.isfinite(y):
             pen = "M"
             continue

@@ -6,16 +6,24 @@ curves as inline SVG, no script, no network, light and dark and print.
 
 from __future__ import annotations
 
-import os
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from fastmoco.config import ConfigError, load
-from fastmoco.run.alarms import alarms
-from fastmoco.run.record import Record, knn_summary, read_metrics, series, train_summary
-from fastmoco.run.svg_plot import Level, Line, level_swatch, number, plot, swatch
+from fastmoco.machine import durable
+from fastmoco.run.alarms import Alarm, Watch
+from fastmoco.run.page.svg_plot import Level, Line, level_swatch, number, plot, swatch
+from fastmoco.run.record import (
+    WARMUP_STEPS,
+    Record,
+    knn_summary,
+    read_metrics,
+    series,
+    train_summary,
+)
 
 NAME = "report.html"
 # Six colours that stay apart for colour-blind readers (Okabe and Ito), darkened for white paper.
@@ -37,6 +45,8 @@ h2{font-size:1.15rem;margin:1.6em 0 .6em}
 .alarms h2{margin:.3em 0}
 .alarms ul{margin:.3em 0;padding-left:1.2em}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:20px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:20px}
+.pictures img{max-width:100%;height:auto;background:#fff}
 figure{margin:0;min-width:0;break-inside:avoid}
 figcaption{font-weight:600}
 figure p{margin:.2em 0;color:var(--faint);font-size:13px}
@@ -97,6 +107,32 @@ PANELS = (
         (Curve("knn", "knn_top1", "trained encoder", 100),),
         low=0,
     ),
+    Panel(
+        "Effective rank of the features (RankMe)",
+        (
+            Curve("train", "effective_rank_q", "queries"),
+            Curve("train", "effective_rank_k", "keys"),
+        ),
+        low=1,
+        note="How many directions features use; it falls in the first steps of any run.",
+    ),
+    Panel(
+        "Uniformity of the features",
+        (Curve("train", "uniformity_q", "queries"), Curve("train", "uniformity_k", "keys")),
+        high=0,
+        note="Lower is more spread; 0 is one point.",
+    ),
+    Panel(
+        "Alignment of positive pairs",
+        (Curve("train", "alignment", "squared distance of query and key"),),
+        low=0,
+        note="Lower is closer; it counts only together with the uniformity.",
+    ),
+    Panel(
+        "Standard deviation per dimension",
+        (Curve("train", "std_q", "queries"), Curve("train", "std_k", "keys")),
+        low=0,
+    ),
     Panel("Learning rate", (Curve("train", "lr", "learning rate"),), low=0),
     Panel("Image pairs per second", (Curve("train", "images_per_second", "images/s"),), low=0),
     Panel(
@@ -106,6 +142,19 @@ PANELS = (
         high=100,
     ),
     Panel("Peak memory (GiB)", (Curve("train", "peak_memory_gib", "memory"),), low=0),
+    Panel(
+        "GPU utilization (%)",
+        (Curve("train", "gpu_utilization_percent", "GPU of rank 0"),),
+        low=0,
+        high=100,
+        note="One reading of NVML per point.",
+    ),
+    Panel(
+        "GPU power (W)",
+        (Curve("train", "power_w", "GPU of rank 0"),),
+        low=0,
+        note="One reading of NVML per point.",
+    ),
 )
 
 
@@ -134,26 +183,31 @@ def name_apart(folders: Sequence[Path]) -> list[str]:
     return [f"{i}: {folder.name}" for i, folder in enumerate(folders, 1)]
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write the page about these runs to `out`.
+Picture = tuple[str, str, bytes]
+"""Title, caption and PNG."""
+
+
+def write_report(folders: Sequence[Path], out: Path, pictures: Sequence[Picture] = ()) -> None:
+    """Write the page about these runs to `out`, with pictures behind the curves.
 
     The file appears whole, whoever reads it. Raises `ConfigError` for a folder without a run and
     where `out` cannot be written.
     """
     names = name_apart(folders)
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    text = page(runs)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    text = page(runs, pictures)
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        durable.replace(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot write the report {out}: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def page(runs: Sequence[RunRecords]) -> str:
+def _words(text: str) -> str:
+    """Text for the page, in which a number and its percent sign stay on one line."""
+    return escape(text).replace(" %", "\u00a0%")
+
+
+def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
     """The whole HTML text."""
     title = " and ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>"]
@@ -161,6 +215,7 @@ def page(runs: Sequence[RunRecords]) -> str:
     body += [_alarms(runs)]
     figures = [figure for panel in PANELS if (figure := _figure(panel, runs))]
     body += ['<h2>Curves over epochs</h2><div class="panels">', *figures, "</div>"]
+    body += [_pictures(pictures)] if pictures else []
     body += [_configuration(run) for run in runs]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -171,11 +226,22 @@ def page(runs: Sequence[RunRecords]) -> str:
     )
 
 
+def _pictures(pictures: Sequence[Picture]) -> str:
+    figures = [
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<img alt="{escape(title)}" src="data:image/png;base64,{b64encode(png).decode()}">'
+        f"<p>{escape(caption)}</p></figure>"
+        for title, caption, png in pictures
+    ]
+    heading = "<h2>What the encoder holds to be alike</h2>"
+    return f'{heading}<div class="pictures">{"".join(figures)}</div>'
+
+
 def _sentences(run: RunRecords, index: int, several: bool) -> str:
     metrics = run.folder / "metrics.jsonl"
     look = f"{swatch(index)} <b>{escape(run.name)}</b><br>" if several else ""
     lines = [train_summary(metrics), knn_summary(metrics)]
-    return f'<p class="summary">{look}{"<br>".join(map(escape, lines))}</p>'
+    return f'<p class="summary">{look}{"<br>".join(map(_words, lines))}</p>'
 
 
 def _alarms(runs: Sequence[RunRecords]) -> str:
@@ -183,13 +249,12 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
     items = []
     for run in runs:
         found: dict[str, tuple[str, float, float]] = {}
-        for epoch, sentence in _sentences_of_alarms(run):
-            kind = sentence.split()[0]
-            first = found.get(kind, (sentence, epoch, epoch))
-            found[kind] = (first[0], first[1], epoch)
+        for epoch, alarm in _alarms_of(run):
+            first = found.get(alarm.kind, (alarm.sentence, epoch, epoch))
+            found[alarm.kind] = (first[0], first[1], epoch)
         who = f"{run.name}, " if len(runs) > 1 else ""
         items += [
-            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {escape(sentence)}</li>"
+            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {_words(sentence)}</li>"
             for sentence, first, last in found.values()
         ]
     if not items:
@@ -197,18 +262,13 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
     return f'<section class="alarms"><h2>Alarms</h2><ul>{"".join(items)}</ul></section>'
 
 
-def _sentences_of_alarms(run: RunRecords) -> list[tuple[float, str]]:
-    """Epoch and sentence of every alarm, told again from the records and `config.yaml`."""
+def _alarms_of(run: RunRecords) -> list[tuple[float, Alarm]]:
+    """Every alarm with its epoch, told again from the records and `config.yaml`."""
     try:
-        config = load(run.folder / "config.yaml")
+        watch = Watch(load(run.folder / "config.yaml"))
     except (OSError, ConfigError):
         return []
-    return [
-        (record.epoch, sentence)
-        for record in run.records
-        if record.kind == "train" and {"loss", "pretext_top1"} <= record.values.keys()
-        for sentence in alarms(record, config)
-    ]
+    return [(record.epoch, alarm) for record in run.records for alarm in watch.see(record)]
 
 
 def _figure(panel: Panel, runs: Sequence[RunRecords]) -> str:
@@ -250,6 +310,12 @@ def _levels_of(panel: Panel, run: RunRecords) -> list[Level]:
     if name == "loss":
         guess = series(run.records, "train", "loss_random")[1]
         return [Level("ln(1 + K), a random guess", guess[-1])] if guess else []
+    if name == "std_q":
+        even = series(run.records, "train", "std_even")[1]
+        return [Level("spread evenly, 1/√C", even[-1])] if even else []
+    if name == "effective_rank_q":
+        first = [r for r in run.records if r.step <= WARMUP_STEPS and name in r.values][-1:]
+        return [Level("untrained encoder", r.values[name]) for r in first]
     if name == "knn_top1":
         marks = [r.values for r in run.records if r.kind == "knn_baseline"][-1:]
         words = (("untrained", "untrained encoder"), ("raw_pixel", "raw pixels"))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from fastmoco.config import AugmentConfig, ConfigError
+from fastmoco.config import ConfigError
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
@@ -25,44 +25,29 @@ from fastmoco.data.order import EpochOrder
 from fastmoco.data.pixels.deep import Deep
 from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.table import draw_uniforms, view_table
-from fastmoco.evaluate.features import filled_up
+from fastmoco.evaluate.features import FrozenTrunk, filled_up, trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
-from fastmoco.network.encoder import NormalizePixels, pixel_statistics
+from fastmoco.evaluate.labelled_training import crop_and_flip
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import read
 
 
-def crop_and_flip(side: int) -> AugmentConfig:
-    """The augmentation of linear classification: RandomResizedCrop of area 0.08-1, and flip."""
-    return AugmentConfig(
-        image_size=side, min_area=0.08, jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0.5
-    )
-
-
-class FrozenTrunk(nn.Module):
-    """The trunk of a checkpoint in evaluation mode, fp32: uint8 (n, S, S, 3) to (n, D).
+class CheckedTrunk(FrozenTrunk):
+    """The frozen trunk of a checkpoint, fp32, that can tell whether it is still what it was.
 
     Raises `ConfigError` as `fastmoco.weights.read` does.
     """
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
-        super().__init__()
         self.weights = read(checkpoint)
-        # The encoder of training and of kNN, so that all three have the same features.
-        self.network = self.weights.architecture.encoder()
-        self.network.add_module("fc", nn.Identity())
-        self.network.load_state_dict(self.weights.trunk)
-        self.network.to(device).eval().requires_grad_(False)
-        self.normalize_pixels = NormalizePixels(device, pixel_statistics(self.weights.pixels))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, not normalized."""
-        return self.network.trunk(self.normalize_pixels(images))
+        trunk = trunk_of(self.weights).requires_grad_(False).to(device).eval()
+        statistics = pixel_statistics(self.weights.pixels)
+        super().__init__(trunk, torch.float32, device, statistics)
 
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
+        for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -76,10 +61,10 @@ def _canvas(side: int, rule: PixelRule) -> Executor:
 
 
 def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: int) -> Tensor:
-    """Crop number `crop` of some images, uint8 (len(rows), S, S, 3): what training would show.
+    """Crop number `crop` of some images, (len(rows), S, S, C): what training would show.
 
     It is the view that the training loader shows of the image in epoch `crop`, drawn from the
-    image's position in that epoch. Raises `ConfigError` for unreadable files.
+    image's position in that epoch. That of a bad image is black, and `images.bad` has the reason.
     """
     n, side = len(images), images.image_size
     augment = crop_and_flip(side)
@@ -92,9 +77,10 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     def one(index: int) -> None:
         row, canvas = rows[index], _canvas(side, rule)
         try:
-            image = canvas.decode(images.paths[row].read_bytes(), rule)
-        except (OSError, ValueError, BadImage) as error:
-            raise ConfigError(f"Cannot decode {images.paths[row]} ({error}).") from error
+            image = canvas.decode(images.read(row), rule)
+        except BadImage as error:
+            images.bad[row], out[index] = str(error), 0
+            return
         height, width = (image.values if isinstance(image, Deep) else image).shape[1:]
         size = np.array([[width, height]], np.int32)
         uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
@@ -106,7 +92,7 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
 
 
 def stored_features(
-    trunk: FrozenTrunk,
+    trunk: CheckedTrunk,
     images: LabelledImages,
     folder: Path,
     *,
@@ -118,11 +104,14 @@ def stored_features(
 ) -> Tensor:
     """Features (V, n, D) fp32 on the CPU, mapped from a file in `folder` that is computed once.
 
-    crops 0: V = 1, the centre crop; else V = crops random ones, fixed by `seed`. The file's name
-    holds a hash of the weights, the list of images and the view. An interrupted computation goes
-    on at the batch it had reached. Raises `ConfigError` where the file cannot be written.
+    crops 0: V = 1, the centre crop; else V = crops random ones, fixed by `seed`. Features of a bad
+    image are NaN. The file's name holds a hash of the weights, the list of images and the view. An
+    interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
+    cannot be written.
     """
-    said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
+    pixels = [str(images.rule), pixel_statistics(trunk.weights.pixels)]
+    view = [images.resize, images.image_size, crops, seed if crops else 0]
+    said = [trunk.fingerprint(), *view, *pixels]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
@@ -135,15 +124,16 @@ def stored_features(
         starts = [(v, s) for v in range(views) for s in range(0, len(images), batch_size)]
         bar = tqdm(starts, "features", initial=done, unit="batch", disable=not progress)
         bar.update(done)
-        for number, (view, start) in list(enumerate(starts))[done:]:
+        for at, (number, start) in list(enumerate(starts))[done:]:
             stop = min(start + batch_size, len(images))
             rows = range(start, stop)
-            pixels = random_crops(images, rows, view, seed) if crops else images.load(start, stop)
-            full = filled_up(pixels, batch_size).to(device)
-            stored[view, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
-            if number % 64 == 63 or number + 1 == len(starts):
+            drawn = random_crops(images, rows, number, seed) if crops else images.load(start, stop)
+            full = filled_up(drawn, batch_size).to(device)
+            stored[number, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
+            stored[number, [row for row in rows if row in images.bad]] = np.nan
+            if at % 64 == 63 or at + 1 == len(starts):
                 stored.flush()
-                note.write_text(json.dumps({"batches": number + 1}))
+                note.write_text(json.dumps({"batches": at + 1}))
             bar.update()
         bar.close()
     except OSError as error:

@@ -13,8 +13,8 @@ import pytest
 
 from fastmoco.config import ConfigError
 from fastmoco.report import main
-from fastmoco.run.html_report import name_apart, write_report
-from fastmoco.run.svg_plot import Line, number, plot, ticks
+from fastmoco.run.page.html_report import name_apart, write_report
+from fastmoco.run.page.svg_plot import Line, number, plot, thinned, ticks
 
 CONFIG = "optim: {global_batch_size: 64}\nmoco: {symmetric: false, queue_size: 128}\n"
 
@@ -85,11 +85,35 @@ def test_panels_are_those_with_records(tmp_path: Path) -> None:
     assert monitored.count('class="plot"') == plain.count('class="plot"') + 1
 
 
+def test_quality_and_gpu_are_drawn_where_they_were_recorded(tmp_path: Path) -> None:
+    quality = {"std_q": 0.08, "std_k": 0.09, "std_even": 0.125, "alignment": 0.4}
+    quality |= {"uniformity_q": -2.0, "uniformity_k": -2.5, "features": 640.0}
+    ranks = [{"effective_rank_q": r, "effective_rank_k": r + 1} for r in (31.0, 20.0, 42.0)]
+    gpu = {"gpu_utilization_percent": 93.0, "power_w": 512.0, "sm_clock_mhz": 1700.0}
+    steps = [train(step, **quality, **gpu, **r) for step, r in zip((3, 10, 20), ranks, strict=True)]
+    plain = report(run(tmp_path / "plain", [train(10)]))
+    text = report(run(tmp_path / "gpu", steps))
+    assert text.count('class="plot"') == plain.count('class="plot"') + 6
+    for label in ("queries <b>42", "keys <b>43", "untrained encoder <b>31", "GPU of rank 0 <b>512"):
+        assert label in text
+    assert "spread evenly, 1/√C <b>0.125" in text
+    assert 'aria-label="GPU utilization (%)"' in text
+
+
+def test_a_percent_sign_stays_with_its_number(tmp_path: Path) -> None:
+    knn = {"kind": "knn", "step": 10, "epoch": 1.0, "knn_top1": 0.5}
+    marks = {"kind": "knn_baseline", "untrained": 0.6, "chance": 0.1}
+    text = report(run(tmp_path / "knn", [marks, train(10), knn]))
+    assert "below the untrained encoder" in text
+    assert text.count("\u00a0%") > 4
+    assert not re.findall(r"[0-9] %", text)
+
+
 def test_an_alarm_is_told_once_with_its_first_and_last_epoch(tmp_path: Path) -> None:
-    leak = [train(step, pretext_top1=1.0) for step in (2, 10, 20, 30)]
+    leak = [train(step, pretext_top1=1.0) for step in (2, 60, 120, 180)]
     text = report(run(tmp_path / "leak", leak))
-    (alarm,) = re.findall("<li><b>epoch ([^<]*)</b>: pretext accuracy is 100.00 %", text)
-    assert alarm == "1.00 to 3.00"  # at step 2 the queue has not turned over twice
+    (alarm,) = re.findall("<li><b>epoch ([^<]*)</b>: pretext accuracy is 100.0\u00a0%", text)
+    assert alarm == "6.00 to 18.00"  # at step 2 it is too early to tell
     assert "No alarm" in report(run(tmp_path / "healthy", [train(10), train(30)]))
 
 
@@ -135,6 +159,18 @@ def test_a_value_that_is_no_number_interrupts_the_curve() -> None:
     (path,) = re.findall('class="curve" d="([^"]*)"', drawn)
     assert re.sub("[^ML]", "", path) == "MLML"
     assert "nan" not in drawn
+
+
+def test_a_long_curve_keeps_its_peaks_and_its_end() -> None:
+    x = [float(i) for i in range(10_000)]
+    y = [math.sin(i) for i in range(10_000)]
+    y[4321], y[-1] = 50.0, -7.0
+    points = thinned(x, y)
+    assert len(points) < 700
+    assert (4321.0, 50.0) in points
+    assert points[-1] == (9999.0, -7.0)
+    assert points == sorted(points)
+    assert thinned(x[:500], y[:500]) == list(zip(x[:500], y[:500], strict=True))
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -1,6 +1,6 @@
 """The embedded demo set: pictures that are rendered, so that training starts without a download.
 
-Twelve classes are twelve families of patterns (`demo_patterns.py`). A family has a usual size and
+Twelve classes are twelve families of patterns (`patterns.py`). A family has a usual size and
 slant of its pattern and a preferred part of the colour wheel; these overlap between families.
 Within a class everything varies: palette, polarity, scale, rotation, warp, the shape that carries
 the pattern, its place, light, background and grain. So pictures that are close in pixel space are
@@ -28,7 +28,7 @@ from PIL import Image
 
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
-from fastmoco.data.sources.demo_patterns import FAMILIES, Plane, inside
+from fastmoco.data.sources.demo.patterns import FAMILIES, Plane, inside
 from fastmoco.data.sources.measure import DIED
 from fastmoco.machine.cache import cache_folder
 

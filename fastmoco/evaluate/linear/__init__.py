@@ -1,0 +1,1 @@
+"""Linear classification on a frozen trunk: `__main__` is the command."""

@@ -1,0 +1,1 @@
+"""Named grids of runs, and their figures beside the paper's numbers."""

@@ -1,0 +1,208 @@
+"""The runs of a grid: their commands, and running those that are not finished.
+
+Every run is the command that a user would type, `fastmoco train OPTIONS`, with a directory of its
+own. It writes `experiment.json` there when it ends, so a run that has ended is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastmoco import __version__
+from fastmoco.config import Config, ConfigError, check, parse
+from fastmoco.config.parsing import recipe_path
+from fastmoco.experiments.grid import Grid, Options, Point, merged
+from fastmoco.machine import durable
+from fastmoco.machine.host import machine_cores
+from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
+from fastmoco_kernels import processor
+
+RESULT = "experiment.json"
+LOG = "train.log"
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a grid."""
+
+    folder: Path
+    options: Options
+    """All but `run.dir`."""
+    recipe: str
+
+    def arguments(self) -> list[str]:
+        """What follows `fastmoco train`."""
+        given = [f"--{name}={value}" for name, value in self.options]
+        return ["--config", str(recipe_path(self.recipe)), *given, f"--run.dir={self.folder}"]
+
+    def command(self) -> str:
+        """The line that repeats the run."""
+        return shlex.join(["fastmoco", "train", *self.arguments()])
+
+    def ended(self) -> dict[str, Any] | None:
+        """`code` and `sentence` of a run that has ended, None for one that has not."""
+        try:
+            result = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) and "code" in result else None
+
+    def require_same(self) -> None:
+        """Raise `ConfigError` if the directory holds what a run with other options ended with."""
+        command = str((self.ended() or {}).get("command", self.command()))
+        if _options(command) != _options(self.command()):
+            raise ConfigError(
+                f"{self.folder} holds a run with other options ({command}): choose another --out, "
+                "or give the options of then."
+            )
+
+
+@cache
+def configuration(recipe: str, options: Options) -> Config:
+    """What a run trains, its directory aside. Raises `ConfigError` where that cannot train."""
+    given = [f"--{name}={value}" for name, value in options]
+    config = parse(["--config", str(recipe_path(recipe)), *given, "--run.dir="])
+    check(config, 1)
+    return config
+
+
+class Plan:
+    """The runs of all points and seeds, by (grid, line, x, seed); equal runs are one.
+
+    `more` gives further options of each point, which override those of the grid. Raises
+    `ConfigError` for options that cannot train.
+    """
+
+    def __init__(
+        self, grids: Sequence[Grid], out: Path, more: Callable[[Grid, Point], Options]
+    ) -> None:
+        self.runs: dict[tuple[str, str, object, int], Run] = {}
+        equal: dict[Config, Run] = {}
+        for grid in grids:
+            for point in grid.points:
+                for seed in grid.seeds:
+                    options = merged(point.options, more(grid, point))
+                    options = merged(options, (("run.seed", str(seed)),))
+                    run = Run(out / grid.name / folder_name(point, seed), options, grid.recipe)
+                    run = equal.setdefault(configuration(grid.recipe, options), run)
+                    self.runs[grid.name, point.line, point.x, seed] = run
+        folders = [run.folder for run in self.distinct()]
+        if len(set(folders)) < len(folders):
+            raise ConfigError("Two points of the grid have the same name: name its lines apart.")
+
+    def distinct(self) -> list[Run]:
+        """Every run once, in order."""
+        return list(dict.fromkeys(self.runs.values()))
+
+
+def _options(command: str) -> set[str]:
+    """Of a command line, without the places of files."""
+    words = shlex.split(command)
+    return {w for w in words if w.startswith("--") and not w.startswith(("--config", "--run.dir="))}
+
+
+def folder_name(point: Point, seed: int) -> str:
+    """Of a run, such as `memory-bank-256-seed0`."""
+    x = f"{point.x:g}" if isinstance(point.x, float) else point.x
+    return re.sub(r"[^\w.+]+", "-", f"{point.line}-{x}-seed{seed}")
+
+
+def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
+    """Run what has not ended, `jobs` at a time; False when a signal asked to stop.
+
+    A run that a signal stopped goes on at the next call. One that failed has ended: delete its
+    `experiment.json` to try it again.
+    """
+    waiting = [run for run in runs if run.ended() is None]
+    running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
+    done = len(runs) - len(waiting)
+    with StopRequest() as request:
+        request.patient = True
+        try:
+            while running or (waiting and not request.made):
+                while waiting and len(running) < jobs and not request.made:
+                    run = waiting.pop(0)
+                    running[_start(run, jobs)] = run, time.monotonic()
+                if request.made:
+                    for process in running:
+                        process.terminate()
+                    for process in running:
+                        process.wait()
+                for process in [p for p in running if p.poll() is not None]:
+                    run, began = running.pop(process)
+                    if _close(run, process.returncode, time.monotonic() - began):
+                        done += 1
+                        say(f"{done}/{len(runs)} {_told(run)}")
+                time.sleep(_POLL_S)
+        finally:
+            for process in running:  # only after an error or a second Ctrl-C
+                process.kill()
+                process.wait()
+    return not request.made
+
+
+def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
+    """In a session of its own: Ctrl-C reaches the run through us, and once."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    variables = dict(os.environ)
+    if jobs > 1:
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, machine_cores() // jobs)))
+    with open(run.folder / LOG, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fastmoco.train", *run.arguments()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,
+        )
+
+
+def _close(run: Run, code: int, seconds: float) -> bool:
+    """Write down how the run ended; False for one that a signal stopped, which has not."""
+    log = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    last = next((line for line in reversed(log) if line.strip()), "")
+    if code in (INTERRUPTED, REQUEUE):
+        return False
+    told = next((x for x in reversed(log) if x.startswith("fastmoco: ")), last)
+    if code < 0:
+        told = f"killed by signal {-code}"
+    sentence = "" if code == 0 else told.removeprefix("fastmoco: ")
+    result = {"code": code, "sentence": sentence, "seconds": round(seconds, 1)}
+    row = json.dumps({**result, "command": run.command(), **environment()}) + "\n"
+    durable.replace(run.folder / RESULT, lambda partial: partial.write_text(row, encoding="utf-8"))
+    return True
+
+
+def environment() -> dict[str, object]:
+    """Versions, processor and date, as they belong to every number that is kept."""
+    names = (line.split(":")[1].strip() for line in processor.lines() if "model name" in line)
+    return {
+        "fastmoco": __version__,
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+        "processor": f"{machine_cores()} cores, {next(names, platform.machine())}",
+        "extension": processor.best(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _told(run: Run) -> str:
+    result = run.ended() or {}
+    how = f"FAILED: {result.get('sentence')}" if result.get("code") else "done"
+    return f"{run.folder.parent.name}/{run.folder.name}: {how} ({result.get('seconds')} s)"

@@ -1,0 +1,1 @@
+"""The page about a run: HTML and the plots in it."""

@@ -1,0 +1,88 @@
+"""Signals: which are heard, when they end the program, and with which code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmoco.machine import stopping
+from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
+
+ASKING = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_asks_once_and_the_next_one_ends(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StopRequest() as request:
+        request.patient = True
+        signal.raise_signal(number)
+        assert request.made
+        assert request.code == REQUEUE
+        signal.raise_signal(number)  # the same request, by way of an agent
+        monkeypatch.setattr(stopping, "ONE_REQUEST_S", -1.0)
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(number)
+        assert ended.value.code == REQUEUE
+
+
+def test_before_the_loop_a_signal_ends_at_once() -> None:
+    for number in ASKING:
+        with StopRequest(), pytest.raises(SystemExit) as ended:
+            signal.raise_signal(number)
+        assert ended.value.code == REQUEUE
+    with StopRequest() as request, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert request.code == INTERRUPTED
+
+
+def test_handlers_from_before_are_back() -> None:
+    before = [signal.getsignal(number) for number in ASKING]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in ASKING] != before
+    assert [signal.getsignal(number) for number in ASKING] == before
+
+
+IMPORTS_TORCH = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("moment", ["torch", "torchvision", "tensorboard", "fastmoco.run"])
+def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(
+    tmp_path: Path, moment: str
+) -> None:
+    """The trainer as it is started; the signal comes when it imports this module."""
+    root = Path(__file__).resolve().parents[2]
+    code = IMPORTS_TORCH.replace("sys.argv[1]", repr(moment))
+    (tmp_path / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), str(root), str(root / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmoco.train", "--run.dir", str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
+
+
+def test_a_library_that_imports_fastmoco_keeps_its_handler() -> None:
+    # Set first: what was started in the background of a shell ignores SIGINT.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import fastmoco; "
+        "print(signal.getsignal(signal.SIGINT).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "default_int_handler"
