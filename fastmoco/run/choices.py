@@ -71,7 +71,8 @@ def pixel_lines(config: Config, survey: Survey | None) -> list[str]:
     if not data.float_views:
         views = f"uint8 RGB, transparency over {data.alpha_over}"
     else:
-        views = f"float32 views of {data.channels} channels, never rounded or clipped"
+        many = f"{data.channels} channel{'s' * (data.channels > 1)}"
+        views = f"float32 views of {many}, never rounded or clipped"
     if not isinstance(data.intensity, str):
         views += f"; values {data.intensity[0]:g} to {data.intensity[1]:g} become 0 to 255"
     for name in ("mean", "std"):

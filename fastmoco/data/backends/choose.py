@@ -59,7 +59,8 @@ def install_dali(otherwise: str = "") -> str:
 
 def missing_dali(config: Config, device: torch.device) -> str:
     """What this run loses without DALI, and the command that installs it; empty if nothing."""
-    served = config.data.backend != "auto" or config.data.source == "synthetic"
+    data = config.data
+    served = data.backend != "auto" or data.source == "synthetic" or data.float_views
     if served or device.type != "cuda" or has_dali() or not (command := install_dali()):
         return ""
     return f"DALI is not installed, so the CPU does what this GPU could: decode, augment; {command}"

@@ -13,27 +13,25 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from fastmoco.data.backends.array import box_radius
-from fastmoco.data.pixels.deep import Deep, Float32, decode_deep, resized
+from fastmoco.data.pixels.banded import blur, resize
+from fastmoco.data.pixels.deep import Deep, Float32, decode_deep
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, ViewTable
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]
-_BOXES = 3
 
 
 def by_pil(part: Float32, height: int, width: int) -> Float32:
-    """`resized` by PIL, plane by plane: float32 (c, H, W) to (c, height, width)."""
+    """`resize` by PIL, plane by plane: float32 (c, H, W) to (c, height, width)."""
     planes = [Image.fromarray(plane) for plane in part]
     return np.stack(
         [np.asarray(one.resize((width, height), Image.Resampling.BILINEAR)) for one in planes]
     )
 
 
-RESIZE: dict[str, Callable[[Float32, int, int], Float32]] = {"array": resized, "pil": by_pil}
+RESIZE: dict[str, Callable[[Float32, int, int], Float32]] = {"array": resize, "pil": by_pil}
 """Who resizes, by `data.backend`: all else is the same."""
 
 
@@ -59,7 +57,7 @@ class FloatCanvas:
                 self.colour(operation, float(table.factors[row, operation]))
         if table.gray[row] and not gray_first:
             self.planes[:] = self.gray()
-        planes = blurred(self.planes, float(table.sigma[row])) if table.sigma[row] else self.planes
+        planes = blur(self.planes, float(table.sigma[row])) if table.sigma[row] else self.planes
         view = planes.transpose(1, 2, 0)
         return view[:, ::-1] if table.flip[row] else view
 
@@ -102,40 +100,3 @@ class FloatCanvas:
             k = (place + np.float32(offset)) % np.float32(6)
             share = np.clip(np.minimum(k, 4 - k), 0, 1)
             self.planes[plane] = value - chroma * share
-
-
-def blurred(planes: Float32, sigma: float) -> Float32:
-    """Three boxes of fractional length along each axis, as PIL's Gaussian blur is made of."""
-    radius = box_radius(sigma)
-    whole = int(radius)
-    inner = 1.0 / (2.0 * radius + 1.0)
-    outer = (1.0 - (2 * whole + 1) * inner) / 2.0
-    for axis in (2, 1):
-        for _ in range(_BOXES):
-            planes = _box(planes, axis, whole, np.float32(inner), np.float32(outer))
-    return planes
-
-
-def _box(
-    planes: Float32, axis: int, whole: int, inner: np.float32, outer: np.float32
-) -> NDArray[np.float32]:
-    """One box along an axis; edge pixels repeat beyond the edge."""
-    reach, side = whole + 1, planes.shape[axis]
-    place = np.clip(np.arange(-reach, side + reach), 0, side - 1)
-    wide = planes.take(place, axis=axis)
-
-    def shifted(by: int) -> Float32:
-        at = [slice(None)] * 3
-        at[axis] = slice(reach + by, reach + by + side)
-        found: Float32 = wide[tuple(at)]
-        return found
-
-    out: Float32 = shifted(-reach) + shifted(reach)
-    out *= outer
-    middle = shifted(0).copy()
-    for step in range(1, whole + 1):
-        middle += shifted(-step)
-        middle += shifted(step)
-    middle *= inner
-    out += middle
-    return out

@@ -9,7 +9,8 @@ import pytest
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends.array import Canvas, decode_tensor
-from fastmoco.data.backends.float_views import FloatCanvas, blurred
+from fastmoco.data.backends.float_views import FloatCanvas
+from fastmoco.data.pixels.banded import blur
 from fastmoco.data.pixels.deep import Deep, decode_deep, visible
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
@@ -53,7 +54,7 @@ def test_views_equal_the_oracle(recipe: str, channels: int, backend: str) -> Non
 def test_blur_has_the_variance_of_its_sigma(sigma: float) -> None:
     point = np.zeros((1, 81, 81), np.float32)
     point[0, 40, 40] = 1
-    found = blurred(point, sigma)[0].astype(np.float64)
+    found = blur(point, sigma)[0].astype(np.float64)
     place = np.arange(81) - 40
     assert found.sum() == pytest.approx(1, abs=1e-5)
     assert (found.sum(axis=0) * place**2).sum() == pytest.approx(sigma**2, rel=1e-3)

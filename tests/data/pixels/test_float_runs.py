@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader, read_work
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import ViewTable
-from fastmoco.evaluate import embed, knn
+from fastmoco.evaluate import embed, finetune, knn
+from fastmoco.evaluate.linear import __main__ as linear
 from fastmoco.train import main
 from fastmoco.weights import export
 from fastmoco.weights.read import load_encoder, read
 from tests.support import float_oracle
+from tests.support.final_state import assert_same_bits, final_state
 from tests.support.images import npy, png, tiff
 
 CPU = torch.device("cpu")
@@ -51,21 +54,22 @@ FORMS: dict[str, tuple[int, str, Callable[[np.ndarray], bytes]]] = {
 
 
 def low_byte(label: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """(channels, 24, 20) uint16: one high byte per picture; stripes across or along below it."""
+    """(channels, 24, 20) uint16 with the high byte 60 everywhere; below it a slope, or stripes."""
     y, x = np.mgrid[:24, :20]
-    wave = np.sin((x, y)[label] * 0.9 + rng.uniform(0, 6))
+    wave = (y / 12 - 1, np.sin(x * 2.0 + rng.uniform(0, 6)))[label]
     low = np.rint(100 * (wave + 1)).astype(np.uint16)
-    return np.stack([low + np.uint16(256 * rng.integers(60, 64))] * channels)
+    return np.stack([low + np.uint16(60 * 256)] * channels)
 
 
 def make_set(root: Path, form: str) -> Path:
     channels, suffix, encode = FORMS[form]
     rng = np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 6)):
-        for label, name in enumerate(("along", "across")):
+        for label, name in enumerate(("slopes", "stripes")):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
                 pixels = low_byte(label, channels, rng)
+                assert (pixels >> 8 == 60).all()  # what is left of it in 8 bits
                 (root / part / name / f"{number}{suffix}").write_bytes(encode(pixels))
     return root
 
@@ -110,56 +114,105 @@ def arguments(root: Path, run: Path, channels: int, backend: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("form", "backend"), [("x-ray png", "pil"), ("satellite npy", "array")])
-def test_a_run_from_files_to_exports(
-    form: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Classes that differ in the low byte of 16 bits only, which 8 bits do not show."""
-    channels = FORMS[form][0]
-    root, run = make_set(tmp_path / "set", form), tmp_path / "run"
+@dataclass(frozen=True)
+class Trained:
+    channels: int
+    root: Path
+    run: Path
+    options: list[str]
+
+
+RUNS = [("x-ray png", "pil"), ("satellite npy", "array")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: run[0])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    form, backend = request.param
+    place = tmp_path_factory.mktemp("float")
+    root, run, channels = make_set(place / "set", form), place / "run", FORMS[form][0]
     options = arguments(root, run, channels, backend)
-    assert main([*options, "--run.max_steps", "4"]) == 0
-    first = load(run / "config.yaml").data
-    # What is added later does not move the range of the run, although `auto` is asked for again.
-    for number in range(4):
-        beyond = np.full((channels, 24, 20), 65_535, np.uint16)
-        path = root / "train" / "along" / f"new{number}{FORMS[form][1]}"
-        path.write_bytes(FORMS[form][2](beyond))
     assert main(options) == 0
-    assert load(run / "config.yaml").data == first
-    assert first.intensity == (60 * 256, 63 * 256 + 200)
-    said = capsys.readouterr().out
-    assert f"values {60 * 256} to {63 * 256 + 200} become 0 to 255" in said
+    return Trained(channels, root, run, options)
+
+
+def last_knn(run: Path) -> float:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [line["knn_top1"] for line in lines if line["kind"] == "knn"]
-    assert accuracies
-    assert accuracies[-1] >= 0.8  # chance is a half
-    with Image.open(run / "views.png") as views:
+    return float([line["knn_top1"] for line in lines if line["kind"] == "knn"][-1])
+
+
+def test_a_run_sees_what_is_in_the_low_byte(trained: Trained) -> None:
+    assert last_knn(trained.run) >= 0.8  # chance is a half
+    with Image.open(trained.run / "views.png") as views:
         assert views.mode == "RGB"
 
-    place = run / "encoder.safetensors"
+
+def test_runs_stop_and_go_on_bit_by_bit(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(trained.root, tmp_path / "set")
+    options = [*trained.options, "--data.root", str(root), "--run.dir", str(tmp_path / "run")]
+    assert main([*options, "--run.max_steps", "4"]) == 0
+    assert main(options) == 0
+    assert_same_bits(final_state(trained.run), final_state(tmp_path / "run"))
+    first = load(tmp_path / "run" / "config.yaml").data
+    assert first.intensity == (60 * 256, 60 * 256 + 200)
+    # What is added later does not move the range of the run, although `auto` is asked for again.
+    for one in (root / "train" / "slopes").iterdir():
+        pixels = np.full((trained.channels, 24, 20), 65_535, np.uint16)
+        encoded = png(pixels[0]) if one.suffix == ".png" else npy(pixels)
+        one.with_stem(f"new{one.stem}").write_bytes(encoded)
+    capsys.readouterr()
+    assert main(options) == 0
+    assert load(tmp_path / "run" / "config.yaml").data == first
+    assert f"values {60 * 256} to {60 * 256 + 200} become 0 to 255" in capsys.readouterr().out
+
+
+def test_exports_say_how_pixels_are_read(trained: Trained) -> None:
+    first, place = load(trained.run / "config.yaml").data, trained.run / "encoder.safetensors"
     with safe_open(place, "pt") as file:
         facts = file.metadata()
-    assert facts["num_channels"] == str(channels)
+    assert facts["num_channels"] == str(trained.channels)
     assert json.loads(facts["mean"]) == list(first.mean)
-    for weights in (read(run), read(place)):
-        kept = weights.pixels
-        assert (kept.channels, kept.intensity, kept.mean, kept.std) == (
-            *(channels, first.intensity, first.mean, first.std),
-        )
-    assert load_encoder(place)(torch.zeros(2, channels, SIDE, SIDE)).shape == (2, 64)
+    for weights in (read(trained.run), read(place)):
+        for name in ("channels", "intensity", "mean", "std"):
+            assert getattr(weights.pixels, name) == getattr(first, name)
+    images = torch.zeros(2, trained.channels, SIDE, SIDE)
+    assert load_encoder(place)(images).shape == (2, 64)
 
+
+def test_commands_read_pixels_as_the_run_did(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a checkpoint and from an export alike: without the range every view would be black."""
+    root, export = str(trained.root), trained.run / "encoder.safetensors"
+    view = ["--image_size", str(SIDE), "--resize", "14"]
     found = []
-    for checkpoint in (run, place):
-        view = ["--image_size", str(SIDE), "--resize", "14", "--precision", "fp32", "--k", "5"]
-        assert knn.main(["--checkpoint", str(checkpoint), "--data.root", str(root), *view]) == 0
+    for checkpoint in (trained.run, export):
+        more = ["--checkpoint", str(checkpoint), "--data.root", root, "--precision", "fp32"]
+        assert knn.main([*more, *view, "--k", "5"]) == 0
         found.append(capsys.readouterr().out.splitlines()[2:])
     assert found[0] == found[1]
-    assert f"{100 * accuracies[-1]:.2f}" in "\n".join(found[0])
+    assert f"{100 * last_knn(trained.run):.2f}" in "\n".join(found[0])
     out = tmp_path / "features.npz"
-    assert embed.main([str(run), "--data.root", str(root / "test"), "--out", str(out)]) == 0
-    assert np.load(out)["features"].shape == (12, 64)
-    assert preview.main([*options, "--out", str(tmp_path / "p.png")]) == 0
+    assert embed.main([str(export), "--data.root", root, "--out", str(out), *view]) == 0
+    assert np.load(out)["features"].shape == (24, 64)
+    assert preview.main([*trained.options, "--out", str(tmp_path / "p.png")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["cached", "full", "finetune"])
+def test_classifiers_read_pixels_as_the_run_did(
+    kind: str, trained: Trained, tmp_path: Path
+) -> None:
+    options = [
+        *("--checkpoint", str(trained.run / "encoder.safetensors"), "--out", str(tmp_path)),
+        *("--data.root", str(trained.root), "--image_size", str(SIDE), "--resize", "14"),
+        *("--batch_size", "8", "--epochs", "8", "--device", "cpu", "--workers", "1"),
+    ]
+    if kind == "cached":
+        options[-2:] = ["--cached", "--crops", "2"]
+    assert (finetune if kind == "finetune" else linear).main(options) == 0
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["val_top1"] >= 0.8  # chance is a half
 
 
 def test_hub_folder_and_state_dicts_of_other_channels(tmp_path: Path) -> None:
@@ -219,6 +272,35 @@ def test_percentiles_leave_out_the_odd_values(tmp_path: Path) -> None:
     found = resolved(tmp_path, [one], channels=1, intensity="percentiles")
     assert isinstance(found.intensity, tuple)
     np.testing.assert_allclose(found.intensity, np.percentile(one, [0.1, 99.9]))
+
+
+def going_on(data: DataConfig, **options: Any) -> DataConfig:
+    """A run that was begun with `data` and is asked for again with these options."""
+    asked = Config(data=DataConfig(root=data.root, channels=1, **options))
+    return resolve_pixels(replace(asked, knn=KnnConfig(every=0)), begun=Config(data=data)).data
+
+
+def test_a_range_stays_until_another_rule_is_asked_for(tmp_path: Path) -> None:
+    one = np.random.default_rng(0).integers(1000, 2000, (60, 60), np.uint16)
+    one[0, :2] = 0, 65_535
+    auto = resolved(tmp_path, [one], channels=1)
+    percentiles = going_on(auto, intensity="percentiles")
+    assert percentiles.intensity != auto.intensity == (0, 65_535)
+    assert going_on(percentiles, intensity="percentiles") == percentiles
+    assert going_on(percentiles).intensity == auto.intensity
+    (tmp_path / "new.npy").write_bytes(
+        npy(one + np.uint32(70_000))
+    )  # neither range is the sample's any more
+    for begun, options in ((auto, {}), (percentiles, {"intensity": "percentiles"})):
+        assert going_on(begun, **options) == begun
+
+
+def test_a_run_on_8_bits_refuses_percentiles_when_it_goes_on(tmp_path: Path) -> None:
+    one = np.random.default_rng(0).integers(0, 255, (9, 9), np.uint8)
+    begun = resolved(tmp_path, [one], channels=1)
+    assert going_on(begun) == begun
+    with pytest.raises(ConfigError, match=r"percentiles, but .* no sampled picture has"):
+        going_on(begun, intensity="percentiles")
 
 
 def test_8_bit_rgb_stays_as_it_was(tmp_path: Path) -> None:
