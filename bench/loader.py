@@ -152,25 +152,22 @@ def rate_of(checkout: Path, root: str) -> float:
 
 
 def against(before: Path, root: str, windows: int) -> list[Row]:
-    """Two rows: this checkout's rate and another's, with the ratio of this one's by turn."""
-    commit = ["git", "-C", str(before), "rev-parse", "HEAD"]
+    """Two rows: another checkout's rate, and this one's with its ratio to that by turn."""
     found = in_turns(
         {"before": partial(rate_of, before.resolve(), root), "now": partial(rate_of, ROOT, root)},
         windows,
         after=progress(windows),
     )
-    ratios = quantiles([a / b for a, b in zip(found["now"], found["before"], strict=True)], 3)
+    commit = ["git", "-C", str(before), "rev-parse", "HEAD"]
+    ratios = [a / b for a, b in zip(found["now"], found["before"], strict=True)]
+    more: dict[str, Row] = {
+        "before": {"measured_commit": subprocess.check_output(commit, text=True).strip()},
+        "now": {"ratios": quantiles(ratios, 3)},
+    }
     case = CASE | {"part": "array folder of two checkouts"}
     return [
-        {"benchmark": "loader", "case": case, "contestant": name, **spread(values, 3), **more}
-        for (name, values), more in zip(
-            found.items(),
-            [
-                {"measured_commit": subprocess.check_output(commit, text=True).strip()},
-                {"ratios": ratios},
-            ],
-            strict=True,
-        )
+        {"benchmark": "loader", "case": case, "contestant": name, **spread(values, 3), **more[name]}
+        for name, values in found.items()
     ]
 
 
