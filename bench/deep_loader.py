@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision.transforms import v2 as transforms_v2
 
 from bench.loader import BATCH, CPU, PROCESSES, ours, rate
 from bench.measure.contest import in_turns
@@ -39,7 +39,7 @@ from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
 
-v2: Any = transforms.v2  # its annotations name no transforms
+v2: Any = transforms_v2  # its annotations name no transforms
 KINDS = {"16-bit PNG": (1, 512), "13-channel NPY": (13, 256)}
 """Channels and side of the pictures."""
 PICTURES = 200
