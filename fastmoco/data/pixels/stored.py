@@ -58,7 +58,7 @@ def stored(data: bytes, rule: PixelRule) -> Values:
     """
     if data.startswith(NPY_START):
         found = _npy(data, rule)
-    elif data.startswith(TIFF_STARTS) and (rule.channels not in (1, 3) or _beyond_pil(data)):
+    elif data.startswith(TIFF_STARTS) and (rule.channels not in (1, 3) or is_deep_file(data)):
         found = _tiff(data, rule)
     else:
         found = _by_pil(data, rule)
@@ -121,12 +121,14 @@ def npy_size(shape: tuple[int, ...], channels: int = 0) -> tuple[int, int]:
     return shape[1], shape[0]
 
 
-def _beyond_pil(data: bytes) -> bool:
-    """Whether a TIFF is deep, or none of PIL's."""
+def is_deep_file(data: bytes) -> bool:
+    """Whether an encoded picture is an NPY file, has more than 8 bits, or is none of PIL's."""
+    if data.startswith(NPY_START):
+        return True
     try:
         with Image.open(io.BytesIO(data)) as image:
             return is_deep(image, data)
-    except Exception:  # tifffile decides, and has the reason
+    except Exception:  # who decodes it has the reason
         return True
 
 

@@ -147,7 +147,7 @@ def test_archives_of_img2dataset(tmp_path: Path) -> None:
             parts = {"jpg": jpeg(number), "json": told.encode(), "txt": b"a caption"}
             for suffix, data in parts.items():
                 member = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                member.size, member.mode, member.mtime = len(data), 0o444, 1795721011.730333  # type: ignore[assignment]
+                member.size, member.mode, member.mtime = len(data), 0o444, 1795721011.730333
                 member.uname = member.gname = "bigdata"
                 tar.addfile(member, io.BytesIO(data))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
