@@ -33,22 +33,18 @@ def resolve_pixels(
     configuration of the run that this one goes on with; what it had measured stays. Raises
     `ConfigError` for pictures without a range.
     """
-    data = config.data
-    if begun is not None:
-        data = replace(
-            data,
-            mean=begun.data.mean if isinstance(data.mean, str) else data.mean,
-            std=begun.data.std if isinstance(data.std, str) else data.std,
-        )
+    data, kept = config.data, begun.data if begun else None
     if data.source == "synthetic":
         return replace(config, data=_uniform(data))
     seen = survey(source or open_source(config), PixelRule.of(data))
     if isinstance(data.intensity, str):
-        kept = None if begun is None else begun.data.intensity
-        data = replace(data, intensity=_range(data, seen, kept))
+        data = replace(data, intensity=_range(data, seen, kept.intensity if kept else None))
     needed = ("auto", "default") if data.float_views else ("auto",)
     if data.mean in needed or data.std in needed:
         mean, std = _statistics(seen, data)
+        if kept is not None:
+            mean = mean if isinstance(kept.mean, str) else kept.mean
+            std = std if isinstance(kept.std, str) else kept.std
         data = replace(data, mean=mean if data.mean in needed else data.mean)
         data = replace(data, std=std if data.std in needed else data.std)
     return replace(config, data=data)

@@ -276,7 +276,7 @@ def test_percentiles_leave_out_the_odd_values(tmp_path: Path) -> None:
 
 def going_on(data: DataConfig, **options: Any) -> DataConfig:
     """A run that was begun with `data` and is asked for again with these options."""
-    asked = Config(data=DataConfig(root=data.root, channels=1, **options))
+    asked = Config(data=DataConfig(root=data.root, **{"channels": 1, **options}))
     return resolve_pixels(replace(asked, knn=KnnConfig(every=0)), begun=Config(data=data)).data
 
 
@@ -293,6 +293,17 @@ def test_a_range_stays_until_another_rule_is_asked_for(tmp_path: Path) -> None:
     )  # neither range is the sample's any more
     for begun, options in ((auto, {}), (percentiles, {"intensity": "percentiles"})):
         assert going_on(begun, **options) == begun
+
+
+def test_statistics_stay_until_others_are_asked_for(tmp_path: Path) -> None:
+    """Of 8-bit RGB, where `default` is not what `auto` measures."""
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    default = resolved(tmp_path, [rgb])
+    auto = resolved(tmp_path, [rgb], mean="auto")
+    assert going_on(default, channels=3, mean="auto").mean == auto.mean != default.mean
+    assert going_on(auto, channels=3).mean == "default"
+    (tmp_path / "new.npy").write_bytes(npy(rgb // 2))
+    assert going_on(auto, channels=3, mean="auto") == auto
 
 
 def test_a_run_on_8_bits_refuses_percentiles_when_it_goes_on(tmp_path: Path) -> None:
