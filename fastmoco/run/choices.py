@@ -69,7 +69,7 @@ def pixel_lines(config: Config, survey: Survey | None) -> list[str]:
         f"EXIF orientation {turned}, {survey.turned} of {survey.looked_at} sampled files carry one"
     )
     if not data.float_views:
-        views = f"uint8 RGB, transparency over {data.alpha_over}"
+        views = f"8-bit RGB, transparency over {data.alpha_over}"
     else:
         many = f"{data.channels} channel{'s' * (data.channels > 1)}"
         views = f"float32 views of {many}, never rounded or clipped"

@@ -57,8 +57,8 @@ def decode_deep(data: bytes, rule: PixelRule) -> Deep:
 
 
 UNEXPECTED = (
-    "more than 8 bits, and no sampled picture has: set data.intensity to [LOW, HIGH], the values "
-    "that become 0 and 255"
+    "more than 8 bits, for which training has no range: set its data.intensity to [LOW, HIGH], the "
+    "values that become 0 and 255"
 )
 
 

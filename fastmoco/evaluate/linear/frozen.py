@@ -129,16 +129,16 @@ def stored_features(
         starts = [(v, s) for v in range(views) for s in range(0, len(images), batch_size)]
         bar = tqdm(starts, "features", initial=done, unit="batch", disable=not progress)
         bar.update(done)
-        for at, (number, start) in list(enumerate(starts))[done:]:
+        for number, (view, start) in list(enumerate(starts))[done:]:
             stop = min(start + batch_size, len(images))
             rows = range(start, stop)
-            drawn = random_crops(images, rows, number, seed) if crops else images.load(start, stop)
-            full = filled_up(drawn, batch_size).to(device)
-            stored[number, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
-            stored[number, [row for row in rows if row in images.bad]] = np.nan
-            if at % 64 == 63 or at + 1 == len(starts):
+            pixels = random_crops(images, rows, view, seed) if crops else images.load(start, stop)
+            full = filled_up(pixels, batch_size).to(device)
+            stored[view, start:stop] = trunk(full)[: len(rows)].cpu().numpy()
+            stored[view, [row for row in rows if row in images.bad]] = np.nan
+            if number % 64 == 63 or number + 1 == len(starts):
                 stored.flush()
-                note.write_text(json.dumps({"batches": at + 1}))
+                note.write_text(json.dumps({"batches": number + 1}))
             bar.update()
         bar.close()
     except OSError as error:
