@@ -19,7 +19,7 @@ from tests.support.images import npy, png, tiff
 
 H, W = 15, 17  # more than any number of channels here
 GRAY, RGB = PixelRule(channels=1), PixelRule()
-REFUSED = r"more than 8 bits.*set data\.intensity to \[LOW, HIGH\]"
+REFUSED = r"more than 8 bits.*data\.intensity to \[LOW, HIGH\]"
 
 
 def drawn(dtype: Any, *shape: int) -> np.ndarray:
