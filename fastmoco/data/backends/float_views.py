@@ -39,8 +39,10 @@ class FloatCanvas:
     """Views of one size. One thread uses it at a time."""
 
     def __init__(self, side: int, recipe: str, channels: int, backend: str) -> None:
-        self.side, self.recipe, self.resize = side, recipe, RESIZE[backend]
-        self.planes: Float32 = np.empty((channels, side, side), np.float32)
+        self.side, self.recipe, self.channels = side, recipe, channels
+        self.resize = RESIZE[backend]
+        self.planes: Float32
+        """(C, S, S) of the view at work."""
 
     def decode(self, data: bytes, rule: PixelRule) -> Deep:
         """See `decode_deep`."""
@@ -48,7 +50,8 @@ class FloatCanvas:
 
     def execute(self, image: Deep, table: ViewTable, row: int) -> Float32:
         """One view: float32 (S, S, C), of which 0..255 is the range of `data.intensity`."""
-        self.planes[:] = self.resize(image.box(*table.crop[row].tolist()), self.side, self.side)
+        found = self.resize(image.box(*table.crop[row].tolist()), self.side, self.side)
+        self.planes = np.repeat(found, self.channels, axis=0) if len(found) == 1 else found
         gray_first = self.recipe == "v1"
         if table.gray[row] and gray_first:
             self.planes[:] = self.gray()
