@@ -75,7 +75,7 @@ def test_the_range_is_linear_and_clips_nothing() -> None:
 def test_hue_outside_of_the_range_keeps_value_and_chroma() -> None:
     canvas = FloatCanvas(4, "v2", 3, "array")
     values = np.random.default_rng(0).normal(0, 400, (3, 4, 4)).astype(np.float32)
-    canvas.planes[:] = values
+    canvas.planes = values.copy()
     canvas.shift_hue(0.3)
     np.testing.assert_allclose(canvas.planes.max(axis=0), values.max(axis=0), rtol=1e-5)
     np.testing.assert_allclose(canvas.planes.min(axis=0), values.min(axis=0), atol=1e-3)
