@@ -27,14 +27,14 @@ def drawn(dtype: Any, *shape: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     if kind.kind == "f":
         return rng.normal(0, 1e4, shape).astype(kind)
-    limits = np.iinfo(kind)
-    return rng.integers(limits.min, limits.max, shape, kind, endpoint=True)
+    limits, native = np.iinfo(kind), kind.newbyteorder("=")
+    return rng.integers(limits.min, limits.max, shape, native, endpoint=True).astype(kind)
 
 
 DEEP = [np.uint16, np.int16, np.int32, np.uint32, np.float32, np.float64]
 
 
-@pytest.mark.parametrize("dtype", [*DEEP, np.float16, np.int64])
+@pytest.mark.parametrize("dtype", [*DEEP, np.float16, np.int64, ">u2", ">f4"])
 def test_npy_of_every_type_and_layout(dtype: Any) -> None:
     for channels in (1, 3, 4, 13):
         pixels = drawn(dtype, channels, H, W)
@@ -45,8 +45,17 @@ def test_npy_of_every_type_and_layout(dtype: Any) -> None:
     assert np.array_equal(stored(npy(drawn(dtype, H, W)), GRAY)[0], drawn(dtype, H, W))
 
 
+def test_the_order_of_bytes_does_not_change_a_view() -> None:
+    pixels = drawn(np.uint16, H, W)
+    rule = PixelRule(channels=1, intensity=(100.0, 60_000.0))
+    found = [decode_deep(npy(pixels.astype(kind)), rule).box(2, 1, 9, 8) for kind in ("<u2", ">u2")]
+    assert np.array_equal(*found)
+
+
 @pytest.mark.parametrize("dtype", DEEP)
-@pytest.mark.parametrize("options", [{}, {"compression": "deflate"}, {"bigtiff": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "deflate"}, {"bigtiff": True, "byteorder": ">"}]
+)
 def test_tiff_of_every_type_and_layout(dtype: Any, options: dict[str, Any]) -> None:
     one = drawn(dtype, H, W)
     assert np.array_equal(stored(tiff(one, **options), GRAY)[0], one)
