@@ -48,8 +48,10 @@ def test_npy_of_every_type_and_layout(dtype: Any) -> None:
 def test_the_order_of_bytes_does_not_change_a_view() -> None:
     pixels = drawn(np.uint16, H, W)
     rule = PixelRule(channels=1, intensity=(100.0, 60_000.0))
-    found = [decode_deep(npy(pixels.astype(kind)), rule).box(2, 1, 9, 8) for kind in ("<u2", ">u2")]
-    assert np.array_equal(*found)
+    little, big = (
+        decode_deep(npy(pixels.astype(kind)), rule).box(2, 1, 9, 8) for kind in ("<u2", ">u2")
+    )
+    assert np.array_equal(little, big)
 
 
 @pytest.mark.parametrize("dtype", DEEP)
