@@ -130,7 +130,7 @@ class Run:
             set_lr(step.optimizer, lr)
             progress.add(step(list(islice(batches, accumulate)), number))
             self.done = done = number + 1
-            asked = self.shared.poll(2 if self.request.made else int(self.saver.overdue()))
+            asked = self.shared.poll(2 if self.request.asked() else int(self.saver.overdue()))
             self.stopping = asked == 2
             if progress.due(done) or asked:
                 bad = len(self.loader.bad_samples.reasons)

@@ -165,24 +165,29 @@ def without_bad(features: Tensor, images: ImageSet, world: World) -> Shared:
     return Shared(features[good.to(features.device)], everywhere.nonzero()[:, 0])
 
 
+def pixel_features(pixels: Tensor, size: int = 32) -> Tensor:
+    """uint8 (n, S, S, 3) to fp32 (n, size * size * 3): the baseline that learns nothing.
+
+    Views larger than `size` are averaged down to (size, size, 3) by area; smaller ones keep their
+    own. Each image loses its own mean over all pixels and channels, then is L2-normalized: the
+    cosine of two features is the correlation of two pictures, so overall brightness and contrast do
+    not count but colours do. A picture of one single gray has feature 0.
+    """
+    side = min(size, pixels.shape[1])
+    small = functional.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), side)
+    flat = small.permute(0, 2, 3, 1).flatten(1)
+    return functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
+
+
 def raw_pixel_features(
     images: ImageSet, *, size: int = 32, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """The baseline that learns nothing: fp32 (share, size * size * 3) on the CPU.
-
-    Views larger than `size` are averaged down to (size, size, 3) by area. Each image loses its own
-    mean over all pixels and channels, then is L2-normalized: the cosine of two features is the
-    correlation of two pictures, so overall brightness and contrast do not count but colours do.
-    A picture of one single gray has feature 0.
-    """
+    """`pixel_features` of this rank's share of the images, on the CPU."""
     share = rank_share(len(images), rank, world_size)
     side = min(size, images.image_size)
     features = torch.empty(len(share), side * side * 3)
     done = 0
     for pixels in images.batches(share, 512):
-        small = functional.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), side)
-        flat = small.permute(0, 2, 3, 1).flatten(1)
-        rows = functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
-        features[done : done + len(rows)] = rows
-        done += len(rows)
+        features[done : done + len(pixels)] = pixel_features(pixels, size)
+        done += len(pixels)
     return features

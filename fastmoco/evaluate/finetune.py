@@ -26,7 +26,7 @@ from fastmoco.evaluate.features import trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import both_folders, check_numbers, labelled_parser
 from fastmoco.evaluate.labelled_training import LabelledTraining, keep_result, new_head
-from fastmoco.evaluate.options import command
+from fastmoco.evaluate.options import View, command
 from fastmoco.machine.collectives import averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
@@ -212,7 +212,7 @@ def _finetune(given: argparse.Namespace, world: World) -> None:
     weights = read(given.checkpoint)
     if given.out is None:
         given.out = weights.path.parent / "finetune"
-    train, test = both_folders(given)
+    train, test = both_folders(given, View.of(given, weights))
     training = Finetuning(weights, train, test, given, world)
     if world.is_main:
         print(weights.describe(), flush=True)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ class LabelledTraining:
         self.train, self.test, self.world, self.out = train, test, world, out
         self.epochs, self.batch_size, self.seed, self.workers = epochs, batch_size, seed, workers
         self.epoch, self.best = 0, 0.0
-        view = [train.image_size, train.resize, names_digest(train), names_digest(test)]
-        self.identity = json.dumps([epochs, batch_size, seed, *identity, *view])
+        view = [train.image_size, train.resize, asdict(train.rule)]
+        images = [names_digest(train), names_digest(test)]
+        self.identity = json.dumps([epochs, batch_size, seed, *identity, *view, *images])
         self._told = 0  # bad test images that the user has heard of
 
     @property
@@ -166,7 +168,11 @@ class LabelledTraining:
         config = Config(
             run=RunConfig(dir=str(self.out), seed=self.seed),
             data=DataConfig(
-                source="list", root=str(listed), workers=self.workers, max_bad_share=1.0
+                source="list",
+                root=str(listed),
+                workers=self.workers,
+                max_bad_share=1.0,
+                **asdict(self.train.rule),
             ),
             augment=crop_and_flip(self.train.image_size),
             optim=OptimConfig(global_batch_size=self.batch_size),

@@ -114,9 +114,9 @@ def _retrieve(given: argparse.Namespace, world: World) -> None:
     task = KnnTask(
         *evaluation.labelled_roots(given),
         world,
-        resize=evaluation.resize,
-        image_size=evaluation.image_size,
-        rule=evaluation.rule,
+        resize=evaluation.view.resize,
+        image_size=evaluation.view.image_size,
+        rule=evaluation.view.rule,
         any_name=given.any_name == "true",
     )
     bank_share, test_share = (

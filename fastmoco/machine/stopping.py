@@ -17,6 +17,7 @@ INTERRUPTED = 130
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.
 ONE_REQUEST_S = 1.0
+RENEWED_EVERY_S = 1.0
 
 
 class StopRequest:
@@ -31,7 +32,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.made = self.patient = False
         self.code = REQUEUE
-        self._at = 0.0
+        self._at = self._renew_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,6 +41,20 @@ class StopRequest:
                 if number := getattr(signal, name, None):  # Windows has two of them
                     self._before[number] = signal.signal(number, self._ask)
         return self
+
+    def asked(self) -> bool:
+        """Whether a signal has asked to stop. Call it in every step: it puts the handlers back.
+
+        The first compilation of a Triton kernel installs LLVM's own, under Python's nose. Theirs
+        stands for one signal only and then is nobody's, so the two that `timeout` sends at once
+        ended runs on a GPU with nothing saved. Once per second, as it costs 40 us.
+        """
+        now = time.monotonic()
+        if now >= self._renew_at:
+            self._renew_at = now + RENEWED_EVERY_S
+            for number in self._before:
+                signal.signal(number, self._ask)
+        return self.made
 
     def __exit__(
         self,

@@ -151,14 +151,15 @@ class Watch:
         ]
 
     def _poor_rank(self, record: Record) -> list[Alarm]:
-        """Effective rank below the untrained encoder's, where kNN does not say otherwise.
+        """Effective rank below the untrained encoder's, in runs that no kNN judges.
 
-        It falls at first in every run, so the first tenth does not count.
+        It falls at first in every run, so the first tenth does not count. Where kNN is to come, it
+        is waited for: ResNet-18 on CIFAR-10 fell from 48 to 27 while kNN rose from 30 to 47 %.
         """
         rank, features = (record.values.get(n, math.inf) for n in ("effective_rank_q", "features"))
         before, enough = self._rank_untrained or (0.0, math.inf)
-        known = self._knn is not None and self._knn_untrained is not None
-        if known or rank >= before / GROWN or features < enough:
+        judged = self._knn_untrained is not None
+        if judged or rank >= before / GROWN or features < enough:
             return []
         if record.epoch <= EARLY * self._config.optim.epochs:
             return []

@@ -49,6 +49,25 @@ def test_handlers_from_before_are_back() -> None:
     assert [signal.getsignal(number) for number in ASKING] == before
 
 
+COMPILES = """
+import ctypes, os, signal
+from fastmoco.machine.stopping import StopRequest
+
+with StopRequest() as request:
+    request.patient = True
+    # What a native library does, and what Python does not see.
+    ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_DFL)))
+    assert not request.asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("asked" if request.asked() else "not asked")
+"""
+
+
+def test_a_handler_that_a_native_library_took_is_put_back() -> None:
+    ran = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "asked\n"), ran.stderr
+
+
 IMPORTS_TORCH = """
 import os, signal, sys
 class Interrupt:

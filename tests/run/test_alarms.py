@@ -71,7 +71,7 @@ def test_with_labels_knn_decides_instead_of_the_rank() -> None:
     assert kinds(MARKS, START, knn(0.41), easy, poor) == [[], [], [], ["leak"], []]
     assert kinds(MARKS, START, knn(0.60), easy, poor) == [[], [], [], [], []]
     assert kinds(START, poor) == [[], ["below_untrained"]]
-    assert kinds(MARKS, START, poor) == [[], [], ["below_untrained"]]  # not evaluated yet
+    assert kinds(MARKS, START, poor) == [[], [], []]  # kNN is still to come
 
 
 def test_knn_below_the_untrained_encoder() -> None:

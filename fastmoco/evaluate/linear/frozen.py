@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,11 @@ class CheckedTrunk(FrozenTrunk):
         self.weights = read(checkpoint)
         trunk = trunk_of(self.weights).requires_grad_(False)
         super().__init__(trunk.to(device).eval(), torch.float32, device)
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.weights.features
 
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
@@ -94,11 +100,12 @@ def stored_features(
     interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
     cannot be written.
     """
-    said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
+    shown = [images.resize, images.image_size, asdict(images.rule)]
+    said = [trunk.fingerprint(), *shown, crops, seed if crops else 0]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
-    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.weights.features)
+    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.features)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = json.loads(note.read_text())["batches"] if note.exists() and path.exists() else 0
