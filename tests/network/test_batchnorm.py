@@ -119,12 +119,13 @@ def test_the_kernels_take_what_they_support(replaced: bool) -> None:
     per_channel = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     reasons = {"batch_norm": "wrong"} if replaced else {}
     with mock.patch.object(launch, "replaced", return_value=reasons), FakeTensorMode():
-        x = torch.empty(8, 8, 2, 2, device="cuda", dtype=torch.bfloat16)
+        x = torch.empty(2**21, 8, 1, 1, device="cuda", dtype=torch.bfloat16)
         assert supports_cuda(x, per_channel, 2) is not replaced
+        assert not supports_cuda(x[1:], per_channel, 1)
         assert not supports_cuda(x.cpu(), per_channel, 2)
         assert not supports_cuda(x.double(), per_channel, 2)
         assert not supports_cuda(x, (*per_channel[:3], None), 2)
-        assert not supports_cuda(x[:, :, :1, :1], per_channel, 8)  # no variance of one value
+        assert not supports_cuda(x, per_channel, len(x))  # no variance of one value
 
 
 def test_evaluation_splits_nothing() -> None:
