@@ -27,7 +27,7 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     C,
     rows,
     rows_per_program,
-    eps: tl.constexpr,
+    eps,
     RECOMPUTE: tl.constexpr,  # the ReLU, from x
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -74,7 +74,7 @@ def merge_gradients_kernel(  # type: ignore[no-untyped-def]
     rows,
     pieces,
     groups,
-    eps: tl.constexpr,
+    eps,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -119,7 +119,7 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     C,
     rows,
     rows_per_program,
-    eps: tl.constexpr,
+    eps,
     RECOMPUTE: tl.constexpr,  # the ReLU, from x
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,

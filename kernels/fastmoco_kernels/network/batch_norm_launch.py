@@ -62,11 +62,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _two(x: Tensor, *size: int) -> tuple[Tensor, Tensor]:
-    first, second = (x.new_empty(size, dtype=torch.float32) for _ in range(2))
-    return first, second
-
-
 class Shape(NamedTuple):
     """x as the kernels see it, and its configuration."""
 
@@ -97,14 +92,13 @@ class Shape(NamedTuple):
         counts = {"pieces": self.tiles.pieces, "groups": self.groups}
         return (-(-self.channels // block_c),), {**self.sizes, **counts, **blocks}
 
-    # Not two views of one: what a kernel writes into a view, the compiler would copy back.
-    def partials(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def partials(self, x: Tensor) -> Tensor:
         """Two float32 numbers per piece and channel."""
-        return _two(x, self.groups, self.tiles.pieces, self.channels)
+        return x.new_empty(2, self.groups, self.tiles.pieces, self.channels, dtype=torch.float32)
 
-    def per_group(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def per_group(self, x: Tensor) -> Tensor:
         """Two float32 numbers per group and channel."""
-        return _two(x, self.groups, self.channels)
+        return x.new_empty(2, self.groups, self.channels, dtype=torch.float32)
 
 
 def shape_of(x: Tensor, groups: int, tiles: Configuration | None = None) -> Shape:
@@ -176,7 +170,7 @@ def backward_plan(
 ) -> Gradients:
     """The backward launches. y, the output, is given where a residual was added before a ReLU."""
     part, (mean_g, slope) = shape.partials(x), shape.per_group(x)
-    grad_weight, grad_bias = _two(x, shape.channels)
+    grad_weight, grad_bias = x.new_empty(2, shape.channels, dtype=torch.float32)
     g = dy if y is None else torch.empty_like(x)
     options = {"eps": eps, "RECOMPUTE": relu and y is None}
     parts = {"part_sum": part[0], "part_dot": part[1]}

@@ -28,7 +28,7 @@ def _columns(C, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _affine(weight, bias, mean, var, at, column, exists, eps: tl.constexpr):  # type: ignore[no-untyped-def]
+def _affine(weight, bias, mean, var, at, column, exists, eps):  # type: ignore[no-untyped-def]
     """Mean, scale and bias of the channels in the group whose statistics begin at `at`."""
     center = tl.load(mean + at + column, mask=exists, other=0.0)
     spread = tl.load(var + at + column, mask=exists, other=1.0)
@@ -86,7 +86,7 @@ def merge_statistics_kernel(  # type: ignore[no-untyped-def]
     rows_per_program,
     pieces,
     groups,
-    momentum: tl.constexpr,
+    momentum,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -145,7 +145,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
     C,
     rows,
     rows_per_program,
-    eps: tl.constexpr,
+    eps,
     RELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,

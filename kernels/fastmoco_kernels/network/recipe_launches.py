@@ -48,7 +48,7 @@ def batch_norm_launches(
     last, y = normalize_plan(x, x if added else None, affine, 1e-5, True, shape)
     backward = backward_plan(x, x, y if added else None, affine, 1e-5, True, shape)
     name = f"{n}x{c}x{side}x{side} {str(dtype)[6:]}{' with addition' * added}"
-    size, part = x.numel() * x.element_size(), 8 * shape.partials(x)[0].numel()
+    size, part = x.numel() * x.element_size(), shape.partials(x).numel() * 4
     first, second, third, fourth = (passes * size for passes in PASSES[added])
     return [
         (f"batch norm, {kind} {name}", launch, moved)
