@@ -25,6 +25,7 @@ from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
 from fastmoco_kernels.launch import HAS_TRITON
 from fastmoco_kernels.network.batch_norm import batch_norm_act
+from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
 # Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.
@@ -131,6 +132,18 @@ def _check_batch_norm(dtype: torch.dtype, device: torch.device, added: bool) -> 
     return f"{'' if passed else 'WRONG '}relative error {error:.1e}"
 
 
+def _check_max_pool(dtype: torch.dtype, device: torch.device) -> str:
+    generator = torch.Generator().manual_seed(2)
+    # Small whole numbers: many ties, and sums of gradients that every dtype holds exactly.
+    x = torch.randint(-2, 3, (2, 64, 13, 16), generator=generator).to(device, dtype)
+    y, taps = reference.max_pool(x.double(), 3, 2, 1)
+    dy = torch.randint(-2, 3, y.shape, generator=generator).to(device, dtype)
+    want = reference.max_pool_backward(dy.double(), taps, 13, 16, 3, 2, 1)
+    out = max_pool(x.requires_grad_(True), 3, 2, 1)
+    (dx,) = torch.autograd.grad(out, x, dy)
+    return _compare([out.detach(), dx], [y, want])
+
+
 def check(device: torch.device | str) -> list[Result]:
     """Run every op on the device. One that raises has failed, with the error as its detail."""
     device = torch.device(device)
@@ -145,6 +158,9 @@ def check(device: torch.device | str) -> list[Result]:
             cases.append(("batch_norm", name, partial(_check_batch_norm, dtype, device, added)))
     cases.append(("ema_", "float32", partial(_check_ema, device)))
     cases.append(("sgd_ema_", "float32", partial(_check_sgd_ema, device)))
+    cases.extend(
+        ("max_pool", str(dtype)[6:], partial(_check_max_pool, dtype, device)) for dtype in GRADIENT
+    )
     return [_run(*case) for case in cases]
 
 

@@ -202,3 +202,30 @@ def batch_norm_backward(
     if y is not None:
         d_residual = g.to(x.dtype).contiguous(memory_format=nhwc)
     return dx, d_residual, of_weight.sum(0), of_bias.sum(0)
+
+
+def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """`F.max_pool2d` of x (N, C, H, W), and the tap that won in each window, i * kernel + j.
+
+    The taps are uint8; both results are in channels-last memory.
+    """
+    y, flat = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
+    rows = torch.arange(y.shape[2], device=x.device)[:, None] * stride - padding
+    columns = torch.arange(y.shape[3], device=x.device) * stride - padding
+    taps = (flat // x.shape[3] - rows) * kernel + flat % x.shape[3] - columns
+    nhwc = torch.channels_last
+    return y.contiguous(memory_format=nhwc), taps.to(torch.uint8).contiguous(memory_format=nhwc)
+
+
+def max_pool_backward(
+    dy: Tensor, taps: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Gradient (N, C, height, width) from dy, taps (N, C, P, Q), summed in fp32."""
+    rows = torch.arange(dy.shape[2], device=dy.device)[:, None] * stride - padding
+    columns = torch.arange(dy.shape[3], device=dy.device) * stride - padding
+    flat = (taps.long() // kernel + rows) * width + taps.long() % kernel + columns
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dx = torch.zeros(*dy.shape[:2], height * width, dtype=dtype, device=dy.device)
+    dx.scatter_add_(2, flat.flatten(2), dy.to(dtype).flatten(2))
+    dx = dx.view(*dy.shape[:2], height, width).to(dy.dtype)
+    return dx.contiguous(memory_format=torch.channels_last)

@@ -9,10 +9,11 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.kernels import main, races
+from bench.kernels import main, races, table
 from bench.measure.contest import race
 from bench.races.layers import in_turns, weight_gradient_race
 from bench.races.loss import enqueue_race
+from bench.races.max_pool import max_pool_race
 from bench.races.norm import CASES, group_batch_norm_race
 from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu
@@ -52,6 +53,21 @@ def test_all_ways_of_group_batch_norm_move_gradients_and_running_statistics() ->
 def test_on_cuda_the_batch_norm_of_groups_is_raced() -> None:
     built = races(torch.device("cuda"))["batch_norm"]
     assert [f.args[:5] for f in built if isinstance(f, partial)] == list(CASES)
+
+
+def test_all_ways_of_max_pooling_are_those_of_float64_and_have_a_rate() -> None:
+    with mock.patch("torch.compile", lambda function, **options: function):  # takes a minute
+        _, case, ways = max_pool_race(2, 8, 12, CPU)
+    # bf16 (2, 8, 12, 12) and (2, 8, 6, 6), and a byte per output, in either direction.
+    assert case["least_bytes"] == 2 * (2 * 2304 + 2 * 576 + 576)
+    timings = race(ways, CPU, windows=1)
+    assert list(timings) == ["official", "compiled", "fastmoco"]
+    y, dx = ways[0].run()
+    assert all(way.error((y, dx.roll(1, 3))) > way.allowed for way in ways)
+    timings["fastmoco"]["p50_ms"] = 2.0
+    assert "0.1 GB/s" in table(timings, 200_000).splitlines()[-1]
+    assert "GB/s" not in table(timings)
+    assert "max_pool" in races(torch.device("cuda"))
 
 
 @needs(convolution_cpu.reason())

@@ -29,6 +29,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         _info_nce_enqueue,
         _mean_with_gradient,
     )
+    from fastmoco_kernels.network.max_pool import _backward, _max_pool
 
     q, k, queue, pointer = _inputs(dtype)
     weights = [torch.randn(3, 5), torch.randn(7)]
@@ -44,6 +45,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(_mean_with_gradient, (q.requires_grad_(True), losses, dq))
     torch.library.opcheck(ema._ema, (copies(), copies(), 0.9, shadows))
     scaled = (torch.tensor(2.0), torch.tensor(0.0))
+    x = torch.randn(2, 3, 9, 8).to(dtype, memory_format=torch.channels_last)
+    index = _max_pool(x, 3, 2, 1)[1]
+    torch.library.opcheck(_max_pool, (x.requires_grad_(True), 3, 2, 1))
+    torch.library.opcheck(_backward, (torch.randn(2, 3, 5, 4), index, 9, 8, 3, 2, 1))
     for scaler in ((), scaled):
         torch.library.opcheck(
             sgd_ema._sgd_ema,
