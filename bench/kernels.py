@@ -5,7 +5,7 @@
 `official` is what the published MoCo code does: einsum, cat, division, cross entropy on a clone of
 the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD. It takes
 no top-5, which the official step does and the fused op includes. The layers of the encoder are in
-`bench.races.layers`. N local batch, C dimension, K queue length.
+`bench.races.layers` and `norm`. N local batch, C dimension, K queue length.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bench.measure.rows import Row
 from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.max_pool import max_pool_race
+from bench.races.norm import CASES, group_batch_norm_race
 from bench.races.updates import ema_race, sgd_ema_race
 from fastmoco_kernels.launch import HAS_TRITON, triton
 
@@ -36,7 +37,9 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
         "info_nce_enqueue": [lambda: enqueue_race(256, 128, 65536, device)],
         "ema": [lambda: ema_race(device)],
         "sgd_ema": [lambda: sgd_ema_race(device)],
-        "batch_norm": [partial(batch_norm_race, *sizes, device) for sizes in norms],
+        "batch_norm": [partial(group_batch_norm_race, *case, device) for case in CASES]
+        if on_cuda
+        else [partial(batch_norm_race, *sizes, device) for sizes in norms],
         **({"max_pool": [partial(max_pool_race, 256, 64, 112, device)]} if on_cuda else {}),
         **cpu_races(device),
     }

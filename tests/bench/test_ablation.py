@@ -147,7 +147,7 @@ def test_one_thing_is_off_at_a_time_and_then_all_of_them() -> None:
         """How many lines of the configuration differ from ours, and names in `without`."""
         texts = (v.arguments["config"].splitlines() for v in (variant, ours))
         changed = sum(a != b for a, b in zip(*texts, strict=True))
-        return changed + len(variant.arguments.get("without", ()))
+        return changed + len(list(variant.arguments.get("without", ())))
 
     counts = [off(variant) for variant in found.values()]
     assert set(counts[:-1]) == {1}
