@@ -5,13 +5,14 @@
 `official` is what the published MoCo code does: einsum, cat, division, cross entropy on a clone of
 the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD. It takes
 no top-5, which the official step does and the fused op includes. The layers of the encoder are in
-`bench.races.layers`. N local batch, C dimension, K queue length.
+`bench.races.layers` and `norm`. N local batch, C dimension, K queue length.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bench.measure.rows import append_rows, origin
 from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.max_pool import max_pool_race
+from bench.races.norm import CASES, group_batch_norm_race
 from bench.races.updates import ema_race, sgd_ema_race
 from fastmoco_kernels.launch import HAS_TRITON, triton
 
@@ -40,7 +42,9 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
         "info_nce_enqueue": [lambda: enqueue_race(256, 128, 65536, device)],
         "ema": [lambda: ema_race(device)],
         "sgd_ema": [lambda: sgd_ema_race(device)],
-        "batch_norm": [
+        "batch_norm": [partial(group_batch_norm_race, *case, device) for case in CASES]
+        if device.type == "cuda"
+        else [
             lambda: batch_norm_race(32, 64, 112, False, device),
             lambda: batch_norm_race(32, 256, 56, True, device),
             lambda: batch_norm_race(32, 256, 14, False, device),

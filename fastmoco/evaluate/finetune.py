@@ -30,7 +30,7 @@ from fastmoco.evaluate.options import View, command
 from fastmoco.machine.collectives import averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import NormalizePixels
+from fastmoco.network.encoder import NormalizePixels, pixel_statistics
 from fastmoco.weights import files
 from fastmoco.weights.checksums import checksums
 from fastmoco.weights.read import Weights, read
@@ -39,13 +39,13 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Classifier(nn.Module):
-    """The trunk of a file and a `new_head`: uint8 (n, S, S, 3) to logits (n, C) in fp32."""
+    """The trunk of a file and a `new_head`: images as in `Batch` to logits (n, C) in fp32."""
 
     def __init__(self, weights: Weights, classes: int, seed: int, device: torch.device) -> None:
         super().__init__()
         self.network = trunk_of(weights)
         self.network.add_module("fc", new_head(weights.features, classes, seed))
-        self.normalize_pixels = NormalizePixels(device)
+        self.normalize_pixels = NormalizePixels(device, pixel_statistics(weights.pixels))
         self.to(device)
 
     def forward(self, images: Tensor) -> Tensor:

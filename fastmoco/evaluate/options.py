@@ -19,7 +19,7 @@ from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import build_encoder
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import Weights, read
 
 
@@ -90,7 +90,7 @@ class View:
                 f"--resize {resize} is smaller than --image_size {size}, so the centre crop would "
                 f"reach beyond the image: set it to at least {size}."
             )
-        data = (run or Config()).data
+        data = weights.pixels
         if given.max_pixels is not None:
             if given.max_pixels < 1:
                 raise ConfigError("--data.max_pixels must be at least 1.")
@@ -161,8 +161,9 @@ def untrained(evaluation: Evaluation, world: World, seed: int = 0) -> FrozenTrun
     """The same architecture with random weights: what training has to beat."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(evaluation.weights.architecture.config())
-    return FrozenTrunk(encoder.to(world.device).eval(), evaluation.trunk.precision, world.device)
+        encoder = evaluation.weights.architecture.encoder().to(world.device).eval()
+    statistics = pixel_statistics(evaluation.view.data)
+    return FrozenTrunk(encoder, evaluation.trunk.precision, world.device, statistics)
 
 
 def command(

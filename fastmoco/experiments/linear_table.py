@@ -31,7 +31,6 @@ from fastmoco.evaluate.options import View, command
 from fastmoco.experiments.runs import environment
 from fastmoco.machine.cache import cache_folder
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import build_encoder
 
 ENCODERS = ("raw pixels", "untrained", "trained")
 
@@ -45,7 +44,7 @@ class RawPixels(CheckedTrunk):
     @property
     def features(self) -> int:
         """Of `pixel_features`, whatever the size of the picture."""
-        return pixel_features(torch.zeros(1, 32, 32, 3)).shape[1]
+        return pixel_features(torch.zeros(1, 32, 32, self.weights.pixels.channels)).shape[1]
 
     def fingerprint(self) -> str:
         """No weights, so nothing can change."""
@@ -60,7 +59,7 @@ def trunk_of(encoder: str, checkpoint: Path, seed: int, device: torch.device) ->
     if encoder == "untrained":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = build_encoder(trunk.weights.architecture.config())
+            fresh = trunk.weights.architecture.encoder()
         fresh.add_module("fc", torch.nn.Identity())
         trunk.encoder = fresh.requires_grad_(False).to(device).eval()
     return trunk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -38,6 +40,13 @@ def test_recipes_compile_without_spills(arch: int, case: aot.Case) -> None:
         moves = {op for op in made.operations if op.startswith(("LDG", "STG"))}
         assert moves
         assert all(".128" in op or ".64" in op for op in moves), moves
+
+    if case.name.startswith("batch norm") and "merge" not in case.name:
+        accesses = Counter((op[:3], ".128" in op) for op in made.operations.elements())
+        writes = "statistics" not in case.name and ("sums" not in case.name or "add" in case.name)
+        assert accesses["LDG", True] >= 4, made.operations
+        assert accesses["LDG", False] == 0, made.operations
+        assert (accesses["STG", True] >= 2) == writes, made.operations
 
 
 def test_narrow_loads_would_be_noticed() -> None:

@@ -73,6 +73,7 @@ class Graphs:
             "fused": sorted(_fused(calls)),
             "convolutions": len(convolutions),
             "other_layouts": [str(n) for n in convolutions if not all(map(_is_nhwc, _images(n)))],
+            "image_copies": [str(n) for n in calls if _copies_images(n)],
             "host_syncs": [n for n in names if n in SYNCHRONIZING]
             + [str(n) for n in calls if _leaves_device(n)],
         }
@@ -100,6 +101,10 @@ def _images(node: torch.fx.Node) -> list[Tensor]:
 
 def _is_nhwc(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copies_images(node: torch.fx.Node) -> bool:
+    return "clone" in str(node.target) and bool(_images(node))
 
 
 def _leaves_device(node: torch.fx.Node) -> bool:

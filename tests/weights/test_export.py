@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import fastmoco
-from fastmoco.config import Config
+from fastmoco.config import Config, DataConfig
 from fastmoco.method.step import Step
 from fastmoco.weights.architecture import NETWORKS, Architecture, shapes
 from fastmoco.weights.constructors import loading_lines
@@ -116,7 +116,7 @@ def test_other_architectures_are_loaded_by_fastmoco(
     for model, count in (({"stem": "cifar"}, 4), ({"width": 0.25}, 1)):
         settings = replace(config, model=replace(config.model, **model))
         moco = new_step(settings).moco
-        _, *lines = export_trunk(moco, tmp_path, 1).splitlines()
+        _, *lines = export_trunk(moco, tmp_path, 1, DataConfig()).splitlines()
         assert len(lines) == count
         x = torch.randn(2, 3, 32, 32)
         with torch.no_grad():

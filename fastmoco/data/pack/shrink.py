@@ -14,8 +14,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from fastmoco.data.decode import BadImage, decode, image_size, is_complete_jpeg, jpeg_header
+from fastmoco.data.pixels.deep import stored_or_bad
 from fastmoco.data.pixels.rgb import ORIENTATION, exif_orientation, to_rgb
 from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.pixels.stored import NPY_START, TIFF_STARTS, is_deep_file
 
 # A JPEG decoder halves a picture at next to no cost. Down to twice the final size that is done
 # first: the 40 to 60 dB that it costs there are far above what quality 90 leaves.
@@ -59,6 +61,8 @@ def shrink(data: bytes, size: Size, rule: PixelRule) -> Packed:
     """
     try:
         width, height = image_size(data, rule.max_pixels)
+        if rule.channels not in (1, 3) or is_deep_file(data):
+            return _as_stored(data, (width, height), rule)
         if min(width, height) > size.short_side:
             with Image.open(io.BytesIO(data)) as image:
                 if _fits_a_jpeg(image):
@@ -84,6 +88,17 @@ def _as_it_is(data: bytes, size: tuple[int, int], rule: PixelRule) -> Packed:
         decode(data, rule)
     with Image.open(io.BytesIO(data)) as image:
         suffix = SUFFIXES.get(image.format or "", f".{(image.format or 'bin').lower()}")
+    return Packed(data, suffix, *size, size, True)
+
+
+def _as_stored(data: bytes, size: tuple[int, int], rule: PixelRule) -> Packed:
+    """The original bytes of an NPY file, or of a picture with more than 8 bits or other channels.
+
+    Raises `BadImage` where they do not decode.
+    """
+    stored_or_bad(data, rule)
+    kinds = {NPY_START: ".npy", **dict.fromkeys(TIFF_STARTS, ".tif"), b"\x89PNG": ".png"}
+    suffix = next((kinds[start] for start in kinds if data.startswith(start)), ".pgm")
     return Packed(data, suffix, *size, size, True)
 
 

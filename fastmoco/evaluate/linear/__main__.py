@@ -86,8 +86,9 @@ def cached(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -
         progress=show,
     )
     print(found.table(), flush=True)
-    # Without weight decay it is what the full protocol would learn at this rate.
-    settings = [found.settings[s] for s in (found.best, found.best_without_decay)]
+    # One or two; without weight decay it is what the full protocol would learn at this rate.
+    both = (found.best, found.best_without_decay)
+    settings = list(dict.fromkeys(found.settings[s] for s in both))
     again = train_sweep(
         crops[:, known].to(device),
         train.labels[known].to(device),
@@ -110,8 +111,8 @@ def cached(given: argparse.Namespace, trunk: CheckedTrunk, world: ranks.World) -
         "held_out_top1": found.held_out[found.best],
         "val_top1": top1[0],
         "val_top5": top5[0],
-        "lr_without_decay": settings[1][0],
-        "val_top1_without_decay": top1[1],
+        "lr_without_decay": settings[-1][0],
+        "val_top1_without_decay": top1[-1],
         "images": len(known),
         "test_images": len(good),
     }

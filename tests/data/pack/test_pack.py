@@ -20,6 +20,7 @@ from fastmoco.data.pixels.rgb import ORIENTATION
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources import shards
 from fastmoco.data.sources.index import load_index
+from tests.support.images import npy, png, tiff
 
 SIZE = Size(short_side=32, quality=90)
 
@@ -68,6 +69,21 @@ def test_smaller_ones_and_those_that_no_jpeg_can_hold_keep_their_bytes() -> None
     ):
         packed = shrink(data, SIZE, RGB8)
         assert (packed.data, packed.suffix, packed.kept, packed.bad) == (data, suffix, True, "")
+
+
+def test_pictures_of_other_depth_and_channels_keep_their_bytes() -> None:
+    """Also colour of 16 bits, which PIL opens as if it had 8."""
+    many = np.arange(40 * 36 * 13, dtype=np.uint16).reshape(40, 36, 13)
+    for data, suffix, channels in (
+        (png(many[..., :3]), ".png", 3),
+        (tiff(many[..., :3], photometric="rgb"), ".tif", 3),
+        (npy(many), ".npy", 13),
+        (tiff(many.transpose(2, 0, 1), photometric="minisblack"), ".tif", 13),
+    ):
+        packed = shrink(data, SIZE, PixelRule(channels=channels))
+        assert (packed.data, packed.suffix, packed.kept, packed.bad) == (data, suffix, True, "")
+        assert (packed.width, packed.height) == (36, 40)
+    assert shrink(npy(many), SIZE, RGB8).bad == "13 channels, but data.channels is 3"
 
 
 def test_an_orientation_is_carried_over() -> None:

@@ -72,10 +72,12 @@ def test_nan_and_infinities_go_where_aten_sends_them() -> None:
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_gradients_are_summed_in_float32() -> None:
-    """One input wins four windows; in bfloat16 steps 256 + 1 + 1 + 1 would stay 256."""
+@pytest.mark.parametrize("large", range(4))
+def test_gradients_are_summed_in_float32(large: int) -> None:
+    """One input wins four windows; in bfloat16 256 + 1 + 1 + 1 stays 256 where 256 is first."""
     x = torch.zeros(1, 1, 4, 4, dtype=BF16)
     x[0, 0, 1, 1] = 1
-    dy = torch.tensor([[256.0, 1.0], [1.0, 1.0]], dtype=BF16).view(1, 1, 2, 2)
-    _, dx = kernels(x, dy, (3, 2, 1))
+    dy = torch.ones(4, dtype=BF16)
+    dy[large] = 256
+    _, dx = kernels(x, dy.view(1, 1, 2, 2), (3, 2, 1))
     assert dx[0, 0, 1, 1] == torch.tensor(259.0).bfloat16()
