@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class BadSamples:
         """Reason by sample number."""
         self._found: dict[int, str] = {}
         """Those that this rank has found since the last exchange."""
+        self._unlisted: dict[int, str] = {}
         if source is None:
             return
         self.add(dict(source.bad), write=rank == 0)
@@ -77,10 +79,9 @@ class BadSamples:
         assert self._source is not None
         self.reasons.update(reasons)
         if write and reasons:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [self._line(sample, reason) for sample, reason in reasons.items()]
-            with open(self.path, "a") as file:  # one write: ranks share the file
-                file.write("".join(lines))
+            self._unlisted.update(reasons)
+            with contextlib.suppress(OSError):  # a full disk: listed with the next one
+                self._list()
         total = len(self._source.sizes)
         if len(self.reasons) > self._share * total:
             raise ConfigError(
@@ -88,6 +89,23 @@ class BadSamples:
                 f"{self._share:g}; the latest is {self._source.name(max(reasons))}, all are in "
                 f"{self.path}."
             )
+
+    def _list(self) -> None:
+        """Append a line for each that has none yet. Earlier starts and other ranks have theirs."""
+        assert self._source is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            there = file.read()
+            listed = {place for line in there.splitlines() if (place := _place(line))}
+            lines = [
+                self._line(sample, reason)
+                for sample, reason in self._unlisted.items()
+                if (sample, self._source.name(sample)) not in listed
+            ]
+            torn = "\n" if there and not there.endswith("\n") else ""
+            file.write(torn * bool(lines) + "".join(lines))  # one write: ranks share the file
+        self._unlisted.clear()
 
     def sentences(self) -> list[str]:
         """How many are known to be bad by now, with the first names; none where all are good."""
@@ -109,3 +127,12 @@ class BadSamples:
         assert self._source is not None
         row: dict[str, Any] = {"sample": sample, "name": self._source.name(sample)}
         return json.dumps({**row, "reason": reason}) + "\n"
+
+
+def _place(line: str) -> tuple[int, str] | None:
+    """Number and name of the sample that a line is about; None where it is cut short."""
+    try:
+        row = json.loads(line)
+        return int(row["sample"]), str(row["name"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
