@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
@@ -66,10 +65,8 @@ class Run:
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
-        rows = self.step.shuffle.key_rows
-        self.loader = build_loader(
-            config, rank=world.rank, world_size=world.size, device=world.device, key_rows=rows
-        )
+        self.loader = agreement.agreed_loader(config, world, self.step.shuffle.key_rows)
+        images = resuming.require_same_data(found, self.loader, config)
         allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
         resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
@@ -78,9 +75,9 @@ class Run:
         self.stop_at = min(total, config.run.max_steps or total)
         self.request, self.shared = request or StopRequest(), collectives.SharedRequest(world)
         self.stopping = self.finished = False  # on every rank in the same step
-        self.saver = Saver(self.step, config, world, self.per_epoch)
+        self.saver = Saver(self.step, config, world, self.per_epoch, self.loader.fingerprint)
         self.lines += start_lines(config, world, loader=self.loader, done=self.done)
-        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
+        told = [*resumed.notes, *images, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:
