@@ -5,11 +5,14 @@
 Images per second of two v2 views with two worker processes (or two DALI threads), consumed as fast
 as they come, from the folder and from tar shards of the same files. Before timing, the views of
 every backend are compared with the reference. --only takes some of: torchvision, array folder,
-array shards, pil folder, dali folder.
+array shards, pil folder, dali folder. --against CHECKOUT measures `array folder` alone, of that
+other checkout (`before`) and of this one (`now`), in turns.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -26,7 +29,7 @@ from torchvision.transforms import functional
 
 from bench.measure.contest import in_turns
 from bench.measure.program import chosen, command, parser, progress
-from bench.measure.rows import Row, append_rows, origin, quantiles, spread
+from bench.measure.rows import ROOT, Row, append_rows, origin, quantiles, spread
 from fastmoco.config import Config, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.pil import execute
@@ -126,6 +129,48 @@ def rate(start: Start) -> float:
     return COUNTED * BATCH / seconds
 
 
+def rate_of(checkout: Path, root: str) -> float:
+    """The rate of `array folder` in a process on the code of a checkout."""
+    script = (
+        "import sys, tempfile, torch; from functools import partial; from bench import loader;"
+        "torch.set_num_threads(1); run = tempfile.mkdtemp();"
+        "config = loader.configuration(sys.argv[1], run, 'array');"
+        "print(loader.rate(partial(loader.ours, config)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(root).absolute())],
+        cwd=checkout,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(checkout), str(checkout / "kernels")]),
+        },
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def against(before: Path, root: str, windows: int) -> list[Row]:
+    """Two rows: another checkout's rate, and this one's with its ratio to that by turn."""
+    found = in_turns(
+        {"before": partial(rate_of, before.resolve(), root), "now": partial(rate_of, ROOT, root)},
+        windows,
+        after=progress(windows),
+    )
+    commit = ["git", "-C", str(before), "rev-parse", "HEAD"]
+    ratios = [a / b for a, b in zip(found["now"], found["before"], strict=True)]
+    more: dict[str, Row] = {
+        "before": {"measured_commit": subprocess.check_output(commit, text=True).strip()},
+        "now": {"ratios": quantiles(ratios, 3)},
+    }
+    case = CASE | {"part": "array folder of two checkouts"}
+    return [
+        {"benchmark": "loader", "case": case, "contestant": name, **spread(values, 3), **more[name]}
+        for name, values in found.items()
+    ]
+
+
 def error_levels(racing: Mapping[str, Start]) -> dict[str, float]:
     """Mean difference in levels (0..255) of each of our first batches from the reference's.
 
@@ -165,9 +210,17 @@ def main(arguments: Sequence[str]) -> None:
     """Print the medians."""
     made = parser("loader", __doc__, steps=False)
     made.add_argument("--root", required=True)
+    made.add_argument("--against", type=Path, help="another checkout")
     own = made.parse_args(arguments)
     torch.set_num_threads(1)
     where = origin(CPU, own.publish)
+    if own.against:
+        rows = against(own.against, own.root, own.windows)
+        for row in rows:
+            print(f"{row['contestant']:16} {row['p50']:9.2f} images/s {row.get('ratios', '')}")
+        if own.publish:
+            append_rows("loader", rows, where)
+        return
     with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as run:
         write_shards(configuration(own.root, run, "pil"), Path(shards))
         racing = contestants(own.root, shards, run)

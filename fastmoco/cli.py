@@ -42,6 +42,12 @@ VERBS = {
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
     ),
+    "pack": Verb(
+        "fastmoco.data.pack.__main__",
+        "lay images into tar shards, no larger than training needs",
+        True,
+        ("--out", "--short-side", "--quality", "--shard-samples"),
+    ),
     "knn": Verb(
         "fastmoco.evaluate.knn",
         "kNN accuracy of a frozen encoder on labelled images",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.data.preview import draw_views
-from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.ranks import World
@@ -51,8 +50,8 @@ class Run:
 
     def __init__(self, config: Config, world: World, request: StopRequest | None = None) -> None:
         check(config, world.size)
-        self.config = config = resolve_folders(config)
-        self.world, self.folder = world, Path(config.run.dir)
+        config, source = directory.resolved(config)
+        self.config, self.world, self.folder = config, world, Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
         self.lines = [host.settle(world.device)]  # before anything large is allocated
@@ -65,7 +64,7 @@ class Run:
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
-        self.loader = agreement.agreed_loader(config, world, self.step.shuffle.key_rows)
+        self.loader = agreement.agreed_loader(config, source, world, self.step.shuffle.key_rows)
         images = resuming.require_same_data(found, self.loader, config)
         allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
@@ -104,8 +103,8 @@ class Run:
             self.finished = self.done == self.stop_at
             if self.finished:
                 with collectives.averaged(self.step.moco.running_statistics(), self.world):
-                    epochs = self.done // self.per_epoch
-                    log.say(export_trunk(self.step.moco, self.folder, epochs) if main else "")
+                    epochs, data = self.done // self.per_epoch, self.config.data
+                    log.say(export_trunk(self.step.moco, self.folder, epochs, data) if main else "")
             end = "done" if self.finished else "stopped by a signal, the same command resumes"
             log.say(f"{end}: step {self.done}; checkpoints, metrics and pictures in {self.folder}")
 

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench import roofline
 from bench.measure.program import markdown
 from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
+from bench.roofline import Made
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_ROW = "No row has been published yet."
@@ -31,8 +33,6 @@ OPERATIONS = {
 GONE = "max pooling (ATen's instead)"
 Run = Sequence[Row]
 """The rows of one run of one case: one row for each contestant."""
-Made = tuple[list[str], list[list[str]]]
-"""The headers and the lines of a table."""
 
 
 def figure(value: float) -> str:
@@ -252,6 +252,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "loader": ("loader", loader),
     "scaling": ("scaling", scaling),
     "kernels": ("kernels", kernels),
+    "ledger": ("ledger", roofline.counts),
+    "model": ("ledger", roofline.times),
 }
 
 

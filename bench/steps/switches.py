@@ -28,9 +28,10 @@ from fastmoco_kernels import (
 )
 
 Run = Callable[[], object]
-# Layers with a kernel for the CPU, by their names in `without`: what decides whether it runs.
+# Layers with a kernel of ours, by their names in `without`: what decides whether it runs.
 LAYERS = {
     "fused_norm": "fastmoco.network.batchnorm.supports",
+    "fused_norm_cuda": "fastmoco.network.batchnorm.supports_cuda",
     "convolutions": "fastmoco.network.convolution.convolution_fp32_cpu.supports",
     "weight_gradients": "fastmoco.network.convolution.convolution_cpu.supports",
 }
@@ -59,6 +60,7 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
         Switch(precision, "fp32", ("--run.precision", "fp32")),
         Switch("uint8 input", "fp32 images", without=("uint8_input",)),
         Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
+        Switch("batch norm in Triton", "Inductor's", without=("fused_norm_cuda",)),
         Switch("convolutions", "oneDNN's", without=("convolutions",)),
         Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
         Switch("fused loss", "N x K logits", without=("fused_loss",)),
@@ -69,6 +71,7 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     out = {
         "freed memory kept": cuda,  # CUDA tensors do not come from malloc
         "fused batch norm": elsewhere or batch_norm_cpu.reason(),
+        "batch norm in Triton": not (cuda and compiled),
         "convolutions": elsewhere or precision != "fp32" or convolution_fp32_cpu.reason(),
         "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
         "fp32": precision == "fp32",

@@ -3,7 +3,7 @@
 Every refusal is a `ConfigError` whose one sentence says what is wrong, where, and what to do.
 """
 
-from fastmoco.config.checks import check, warnings
+from fastmoco.config.checks import check, check_pixel_options, warnings
 from fastmoco.config.fields import (
     AugmentConfig,
     Config,
@@ -31,6 +31,7 @@ __all__ = [
     "RunConfig",
     "ShuffleBN",
     "check",
+    "check_pixel_options",
     "dump",
     "flatten",
     "load",

@@ -38,6 +38,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "data.prefetch": (1, 64),
     "data.shuffle_window": (0, 2**62),
     "data.max_pixels": (1, 2**40),
+    "data.channels": (1, 1024),
     "data.max_bad_share": (0, 1),
     "augment.image_size": (8, 4096),
     "augment.min_area": (1e-6, 1),
@@ -66,6 +67,7 @@ def check(config: Config, world_size: int) -> None:
             f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
             f"{config.optim.epochs}: choose fewer."
         )
+    check_pixel_options(config)
     if not all(0 <= level <= 255 for level in config.data.alpha_over):
         raise ConfigError(
             f"data.alpha_over is {list(config.data.alpha_over)}, but takes three levels from 0 to "
@@ -145,6 +147,39 @@ def _check_memory_bank(config: Config) -> None:
         raise ConfigError(
             f"moco.mechanism memory_bank encodes no keys, so that moco.{option} has nothing to do: "
             "leave it at its default."
+        )
+
+
+def check_pixel_options(config: Config) -> None:
+    """Raise `ConfigError` for options of pixels and views that do not fit together."""
+    data, augment = config.data, config.augment
+    for name in ("mean", "std"):
+        numbers = getattr(data, name)
+        if not isinstance(numbers, str) and len(numbers) != data.channels:
+            raise ConfigError(
+                f"data.{name} has {len(numbers)} numbers, but data.channels is {data.channels}: "
+                "give one for each channel, or auto."
+            )
+    if not isinstance(data.std, str) and min(data.std) <= 0:
+        raise ConfigError(f"data.std is {list(data.std)}, but must be greater than 0.")
+    if not isinstance(data.intensity, str) and not data.intensity[0] < data.intensity[1]:
+        raise ConfigError(
+            f"data.intensity is {list(data.intensity)}: the first value becomes 0 and the second, "
+            "which must be larger, 255."
+        )
+    if data.channels == 3:
+        return
+    jittered = [n for n in ("saturation", "hue") if augment.jitter_p and getattr(augment, n)]
+    for_rgb = [*jittered, *["grayscale_p"] * (augment.grayscale_p > 0)]
+    if for_rgb:
+        names = " and ".join(f"augment.{name}" for name in for_rgb)
+        raise ConfigError(
+            f"data.channels is {data.channels}, but {names} are for 3 channels: set to 0."
+        )
+    if data.backend == "dali":
+        raise ConfigError(
+            f"data.channels is {data.channels}, but data.backend dali makes views of 8-bit RGB "
+            "only: set it to array or pil."
         )
 
 

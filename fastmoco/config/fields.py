@@ -100,6 +100,18 @@ class DataConfig:
     """Index the images anew although nothing seems to have changed."""
     max_pixels: int = 178_956_970
     """An image of more pixels counts as bad; the default is PIL's limit for bombs."""
+    channels: int = 3
+    """Channels of the views and of the encoder's stem. 3 and 1 take any picture, as RGB or gray;
+    other numbers take TIFF and NPY files that have as many."""
+    intensity: Literal["auto", "percentiles"] | tuple[float, float] = "auto"
+    """For pictures of more than 8 bits: the two values that become 0 and 255, between which nothing
+    is rounded and beyond which nothing is clipped. `auto`: the smallest and the largest in a sample
+    of the set; `percentiles`: its percentiles 0.1 and 99.9."""
+    mean: Literal["default", "auto"] | tuple[float, ...] = "default"
+    """Of each channel, where 0..255 is 0..1: what the encoder's input is normalized with. `auto`
+    measures a sample of the set; `default` is ImageNet's for 8-bit RGB, else as `auto`."""
+    std: Literal["default", "auto"] | tuple[float, ...] = "default"
+    """As `data.mean`: the standard deviation of each channel."""
     alpha_over: tuple[int, int, int] = (255, 255, 255)
     """RGB that transparent pixels are composed over; the default is white."""
     exif: Literal["ignore", "apply"] = "ignore"
@@ -108,6 +120,11 @@ class DataConfig:
     """Stop the run once more than this share of the samples had to be replaced."""
     synthetic_samples: int = 1_281_167
     """Length of the synthetic data set."""
+
+    @property
+    def float_views(self) -> bool:
+        """Whether views are float32 (S, S, C); else uint8 RGB. Known once `auto` is resolved."""
+        return self.channels != 3 or self.intensity != "auto"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ class Batch:
     """Two augmented views of the n samples of a micro-batch on one rank."""
 
     im_q: Tensor
-    """(n, S, S, 3) uint8 on the device: the views for encoder_q."""
+    """uint8 (n, S, S, 3), or float32 (n, S, S, channels), on the device: for encoder_q."""
     im_k: Tensor
-    """(n, S, S, 3) uint8 on the device: the views for encoder_k; none for labels."""
+    """As `im_q`: the views for encoder_k; none for labels."""
     replaced: Int64 = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """(n, 2): the query sample asked for and the one delivered; empty for images of no source."""

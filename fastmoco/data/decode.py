@@ -12,11 +12,21 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from fastmoco.data.pixels.deep import UNEXPECTED, stored_or_bad
 from fastmoco.data.pixels.rgb import exif_orientation, to_rgb
 from fastmoco.data.pixels.rule import BadImage as BadImage
 from fastmoco.data.pixels.rule import PixelRule, check_pixels
+from fastmoco.data.pixels.stored import (
+    NPY_START,
+    TIFF_STARTS,
+    is_deep,
+    npy_header,
+    npy_size,
+    tiff_size,
+)
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -33,6 +43,7 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".gif",
     ".avif",
+    ".npy",
 )
 """How the name of an image ends, in lower case, in every source and evaluation."""
 JPEG_START = b"\xff\xd8"
@@ -108,22 +119,42 @@ def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         size = header.width, header.height
     else:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                size = image.size
+            size = _size(data)
+        except BadImage:
+            raise
         except Exception as error:  # PIL's plugins raise nearly every type on hostile bytes
             raise BadImage(_reason(data, error)) from error
     check_pixels(size, max_pixels)
     return size
 
 
+def _size(data: bytes) -> tuple[int, int]:
+    if data.startswith(NPY_START):
+        return npy_size(npy_header(data)[0])
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except UnidentifiedImageError:
+        if data.startswith(TIFF_STARTS):
+            return tiff_size(data)
+        raise
+
+
 def decode(data: bytes, rule: PixelRule) -> Image.Image:
     """The image as 8-bit RGB, see `to_rgb`.
 
-    Raises `BadImage` for bytes that PIL does not decode completely.
+    Raises `BadImage` for bytes that PIL does not decode completely, and for more than 8 bits.
     """
+    if data.startswith(NPY_START):
+        values = stored_or_bad(data, rule)
+        if values.dtype != np.uint8:
+            raise BadImage(UNEXPECTED)
+        return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image.size, rule.max_pixels)
+            if is_deep(image, data):
+                raise BadImage(UNEXPECTED)
             return to_rgb(image, rule)
     except BadImage:
         raise

@@ -96,6 +96,7 @@ class Loader:
 
 def build_loader(
     config: Config,
+    source: Source | None = None,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -105,14 +106,16 @@ def build_loader(
 ) -> Loader:
     """The loader that the configuration describes, for one rank.
 
+    source: the images that it names, where they are open already.
+
     labelled: one view of each image, and the incomplete last batch of an epoch too; see `Plan`.
 
     key_rows(micro_step) permutes the rows of the global micro-batch, identically on every rank, and
     must be picklable; without it the keys are views of the queries' samples. config: from
-    `resolve_folders`, unless `data.source` is synthetic. Raises `ConfigError`.
+    `resolve_pixels`, unless `data.source` is synthetic. Raises `ConfigError`.
     """
-    synthetic = config.data.source == "synthetic"
-    source = None if synthetic else open_source(config)
+    if source is None and config.data.source != "synthetic":
+        source = open_source(config)
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
     plan = make_plan(config, source, samples, rank, world_size, key_rows, labelled=labelled)
     bad = BadSamples(config, source, rank)

@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastmoco.config import Config, ConfigError, parse
+from fastmoco.config import Config, ConfigError, check_pixel_options, parse
 from fastmoco.config.command import CommandParser
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_reader import Delivery
+from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.decode import decode
 from fastmoco.data.loader import make_plan
+from fastmoco.data.pixels.deep import Deep, visible
+from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.sheet import Column, captions, sheet
@@ -31,7 +34,7 @@ from fastmoco.data.table import UInt8, ViewTable
 def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
     """Writes a PNG: one row per sample of the step, original, im_q and im_k per executor.
 
-    config: from `resolve_folders`.
+    config: from `resolve_pixels`.
     Raises `ConfigError` for unusable data, `OSError` if the picture cannot be written.
     """
     side = config.augment.image_size
@@ -47,17 +50,22 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     rows = slice(0, min(samples, plan.local_batch))
     micro_step = step * config.optim.accumulate
     work = read_work(reader, plan, config.augment, micro_step, rows)
-    images = [decode(one.data, reader.rule) for one in work.queries]
-    columns = [Column("original", [_fit(image.copy(), side) for image in images])]
+    rule, recipe = reader.rule, config.augment.recipe
+    images = [one.deep or decode(one.data, rule) for one in work.queries]
+    columns = [Column("original", [_fit(_shown(image), side) for image in images])]
+    canvas = FloatCanvas(side, recipe, rule.channels, "pil")
     tables = {"im_q": work.rows_q, "im_k": work.rows_k}
     for name, packed in tables.items():
         table = ViewTable.unpack(packed)
         views = [
-            execute(image, table, row, side, config.augment.recipe)
+            visible(canvas.execute(image, table, row))
+            if isinstance(image, Deep)
+            else execute(image, table, row, side, recipe)
             for row, image in enumerate(images)
         ]
         columns.append(Column(f"{name}, by PIL", views, captions(table, [i.size for i in images])))
-    if has_dali() and config.data.backend in ("auto", "dali"):
+    dali = has_dali() and config.data.backend in ("auto", "dali")
+    if dali and not rule.float_views:
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
             columns.append(Column(f"{name}, by DALI", list(batch)))
     sheet(columns, side).save(path)
@@ -69,6 +77,13 @@ def _by_dali(config: Config, work: Work) -> list[UInt8]:
 
     shape = dali_graph.Shape(config.augment.image_size, config.augment.recipe, "cpu", False)
     return [batch.numpy() for batch in dali_graph.run_once(Delivery.pack(work), shape)]
+
+
+def _shown(image: Image.Image | Deep) -> Image.Image:
+    if isinstance(image, Deep):
+        whole = image.box(0, 0, *image.size[::-1])
+        return Image.fromarray(visible(whole.transpose(1, 2, 0)))
+    return image.copy()
 
 
 def _fit(image: Image.Image, side: int) -> UInt8:
@@ -95,7 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse(rest)
         without_knn = replace(config, knn=replace(config.knn, every=0))  # nobody needs a test set
-        draw_views(resolve_folders(without_knn), own.out, samples=own.samples)
+        check_pixel_options(config)
+        config = resolve_pixels(resolve_folders(without_knn))
+        draw_views(config, own.out, samples=own.samples)
     except (ConfigError, OSError) as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2

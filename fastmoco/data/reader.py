@@ -23,6 +23,7 @@ from PIL import Image
 from fastmoco.config import AugmentConfig
 from fastmoco.data.decode import BadImage, decode, is_complete_jpeg, is_turned, jpeg_header
 from fastmoco.data.order import permute, stream_key
+from fastmoco.data.pixels.deep import Deep, decode_deep
 from fastmoco.data.pixels.rule import PixelRule, check_pixels
 from fastmoco.data.plan import Draw, Plan
 from fastmoco.data.sources.source import Source
@@ -42,6 +43,8 @@ class Encoded:
     """A plain JPEG as it lies in the file, or the pixels that PIL decoded as a PPM."""
     width: int
     height: int
+    deep: Deep | None = None
+    """Instead of `data`: the picture of a run with float views."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Reader:
     def load(self, sample: int) -> Encoded:
         """The sample itself. Raises `BadImage` with the reason."""
         data = read_sample(self.source, sample)
+        if self.rule.float_views:
+            deep = decode_deep(data, self.rule)
+            return Encoded(sample, b"", *deep.size, deep)
         header = jpeg_header(data)
         if header is not None and header.plain and sample not in self.by_pil:
             check_pixels((header.width, header.height), self.rule.max_pixels)
@@ -121,9 +127,10 @@ def read_sample(source: Source, sample: int) -> bytes:
         raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
 
 
-def decode_sample(source: Source, sample: int, rule: PixelRule) -> Image.Image:
-    """The RGB image. Raises `BadImage` where it cannot be read or decoded completely."""
-    return decode(read_sample(source, sample), rule)
+def decode_sample(source: Source, sample: int, rule: PixelRule) -> Image.Image | Deep:
+    """The image. Raises `BadImage` where it cannot be read or decoded completely."""
+    data = read_sample(source, sample)
+    return decode_deep(data, rule) if rule.float_views else decode(data, rule)
 
 
 def ppm(image: Image.Image) -> bytes:

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from fastmoco.config import Config, ConfigError, check, parse
+from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.doctor.findings import (
     Line,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments, "fastmoco doctor")
         world = ranks.start(config.run.device, config.run.timeout_s)
         check(config, world.size)
-        config = resolve_folders(config)
+        config = resolve_pixels(resolve_folders(config))
         for name, text in examine(config, world):
             wrong = wrong or any(word in text for word in ("WARNING", "WRONG", "DIFFERS"))
             if world.is_main:

@@ -12,6 +12,7 @@ from fastmoco.config import Config, ConfigError
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.loader import Loader, build_loader
+from fastmoco.data.pixels.deep import decode_deep
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources.source import Source
@@ -33,7 +34,7 @@ FOREVER = 10**9
 
 def storage(source: Source, config: Config) -> Iterator[Line]:
     """How fast one thread reads and decodes images, spread over the whole set."""
-    count = len(source.sizes)
+    count, rule = len(source.sizes), PixelRule.of(config.data)
     samples = [count * i // 256 for i in range(256)] if count > 256 else list(range(count))
     read_s = decode_s = 0.0
     size = done = bad = 0
@@ -43,7 +44,7 @@ def storage(source: Source, config: Config) -> Iterator[Line]:
             data = read_sample(source, sample)
             read_s += time.perf_counter() - began
             began = time.perf_counter()
-            decode(data, PixelRule.of(config.data))
+            decode_deep(data, rule) if rule.float_views else decode(data, rule)
         except BadImage:
             bad += 1
             continue

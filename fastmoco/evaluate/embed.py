@@ -51,8 +51,8 @@ def identity(evaluation: Evaluation, source: Source, batch_size: int) -> str:
     for name, tensor in sorted(evaluation.weights.trunk.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    view = [evaluation.resize, evaluation.image_size, evaluation.precision, batch_size]
-    digest.update(f"{json.dumps(view)} {evaluation.rule}".encode())
+    view = [evaluation.view.resize, evaluation.view.image_size, evaluation.precision, batch_size]
+    digest.update(f"{json.dumps(view)} {evaluation.view.rule}".encode())
     return digest.hexdigest()
 
 
@@ -156,10 +156,10 @@ class Embedding:
             len(source.sizes),
             source.read,
             source.name,
-            resize=evaluation.resize,
-            image_size=evaluation.image_size,
+            resize=evaluation.view.resize,
+            image_size=evaluation.view.image_size,
             known_bad=source.bad,
-            rule=evaluation.rule,
+            rule=evaluation.view.rule,
             cache_bytes=0,
         )
         size = PART_BATCHES * self.batch_size

@@ -25,7 +25,7 @@ from torch.nn import functional
 from fastmoco.evaluate.labelled_images import ImageSet
 from fastmoco.machine.collectives import gather_rows
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import NormalizePixels, build_encoder
+from fastmoco.network.encoder import IMAGENET, NormalizePixels, Statistics, pixel_statistics
 from fastmoco.network.resnet import ResNet
 from fastmoco.weights.read import Weights
 
@@ -38,26 +38,33 @@ def trunk_of(weights: Weights) -> ResNet:
 
     Its `fc` is the identity; fp32, on the CPU.
     """
-    encoder = build_encoder(weights.architecture.config())
+    encoder = weights.architecture.encoder()
     encoder.add_module("fc", torch.nn.Identity())
     encoder.load_state_dict(weights.trunk)
     return encoder
 
 
 class FrozenTrunk:
-    """uint8 images (n, S, S, 3) on `device` to trunk features fp32 (n, D), without gradient.
+    """Images (n, S, S, C) on `device`, uint8 or float32, to trunk features fp32 (n, D).
+
+    Without gradient.
 
     The encoder runs under autocast in `precision` (fp32: without), in eval mode, which is set for
     each call and restored after it.
     """
 
     def __init__(
-        self, encoder: ResNet, precision: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        encoder: ResNet,
+        precision: torch.dtype,
+        device: torch.device | str = "cpu",
+        statistics: Statistics = IMAGENET,
     ) -> None:
         self.encoder = encoder
         self.precision = precision
         self.device = torch.device(device)
-        self._normalize_pixels = NormalizePixels(device)
+        self.statistics = statistics
+        self._normalize_pixels = NormalizePixels(device, statistics)
 
     @classmethod
     def of(
@@ -65,7 +72,8 @@ class FrozenTrunk:
     ) -> FrozenTrunk:
         """The trunk of a file, frozen."""
         encoder = trunk_of(weights).requires_grad_(False)
-        return cls(encoder.to(device).eval(), precision, device)
+        statistics = pixel_statistics(weights.pixels)
+        return cls(encoder.to(device).eval(), precision, device, statistics)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -99,7 +107,7 @@ def stream_features(
 ) -> Iterator[Tensor]:
     """Features (<= batch_size, D), on `device`, of a share of the images: each once, in order.
 
-    trunk: takes uint8 (batch_size, S, S, 3) on `device`, gives (batch_size, D).
+    trunk: takes (batch_size, S, S, C) on `device`, gives (batch_size, D).
     Rows of bad images are meaningless; `images.good(share)` tells them once their batch is here.
     """
     for pixels in images.batches(share, batch_size):
@@ -108,7 +116,7 @@ def stream_features(
 
 
 def filled_up(pixels: Tensor, batch_size: int) -> Tensor:
-    """uint8 (n <= batch_size, S, S, 3) with black images after the last, (batch_size, S, S, 3)."""
+    """(n <= batch_size, S, S, C) with black images after the last, (batch_size, S, S, C)."""
     if len(pixels) == batch_size:
         return pixels
     full = pixels.new_zeros(batch_size, *pixels.shape[1:])
@@ -165,24 +173,29 @@ def without_bad(features: Tensor, images: ImageSet, world: World) -> Shared:
     return Shared(features[good.to(features.device)], everywhere.nonzero()[:, 0])
 
 
+def pixel_features(pixels: Tensor, size: int = 32) -> Tensor:
+    """Images (n, S, S, C) to fp32 (n, size * size * C): the baseline that learns nothing.
+
+    Views larger than `size` are averaged down to (size, size, C) by area; smaller ones keep their
+    own. Each image loses its own mean over all pixels and channels, then is L2-normalized: the
+    cosine of two features is the correlation of two pictures, so overall brightness and contrast do
+    not count but colours do. A picture of one single gray has feature 0.
+    """
+    side = min(size, pixels.shape[1])
+    small = functional.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), side)
+    flat = small.permute(0, 2, 3, 1).flatten(1)
+    return functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
+
+
 def raw_pixel_features(
     images: ImageSet, *, size: int = 32, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """The baseline that learns nothing: fp32 (share, size * size * 3) on the CPU.
-
-    Views larger than `size` are averaged down to (size, size, 3) by area. Each image loses its own
-    mean over all pixels and channels, then is L2-normalized: the cosine of two features is the
-    correlation of two pictures, so overall brightness and contrast do not count but colours do.
-    A picture of one single gray has feature 0.
-    """
+    """`pixel_features` of this rank's share of the images, on the CPU."""
     share = rank_share(len(images), rank, world_size)
     side = min(size, images.image_size)
-    features = torch.empty(len(share), side * side * 3)
+    features = torch.empty(len(share), side * side * images.rule.channels)
     done = 0
     for pixels in images.batches(share, 512):
-        small = functional.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), side)
-        flat = small.permute(0, 2, 3, 1).flatten(1)
-        rows = functional.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
-        features[done : done + len(rows)] = rows
-        done += len(rows)
+        features[done : done + len(pixels)] = pixel_features(pixels, size)
+        done += len(pixels)
     return features

@@ -26,11 +26,11 @@ from fastmoco.evaluate.features import trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import both_folders, check_numbers, labelled_parser
 from fastmoco.evaluate.labelled_training import LabelledTraining, keep_result, new_head
-from fastmoco.evaluate.options import command
+from fastmoco.evaluate.options import View, command
 from fastmoco.machine.collectives import averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import NormalizePixels
+from fastmoco.network.encoder import NormalizePixels, pixel_statistics
 from fastmoco.weights import files
 from fastmoco.weights.checksums import checksums
 from fastmoco.weights.read import Weights, read
@@ -39,13 +39,13 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Classifier(nn.Module):
-    """The trunk of a file and a `new_head`: uint8 (n, S, S, 3) to logits (n, C) in fp32."""
+    """The trunk of a file and a `new_head`: images as in `Batch` to logits (n, C) in fp32."""
 
     def __init__(self, weights: Weights, classes: int, seed: int, device: torch.device) -> None:
         super().__init__()
         self.network = trunk_of(weights)
         self.network.add_module("fc", new_head(weights.features, classes, seed))
-        self.normalize_pixels = NormalizePixels(device)
+        self.normalize_pixels = NormalizePixels(device, pixel_statistics(weights.pixels))
         self.to(device)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _finetune(given: argparse.Namespace, world: World) -> None:
     weights = read(given.checkpoint)
     if given.out is None:
         given.out = weights.path.parent / "finetune"
-    train, test = both_folders(given)
+    train, test = both_folders(given, View.of(given, weights))
     training = Finetuning(weights, train, test, given, world)
     if world.is_main:
         print(weights.describe(), flush=True)

@@ -204,9 +204,9 @@ def _evaluate(given: argparse.Namespace, world: World) -> None:
         train_root,
         test_root,
         world,
-        resize=evaluation.resize,
-        image_size=evaluation.image_size,
-        rule=evaluation.rule,
+        resize=evaluation.view.resize,
+        image_size=evaluation.view.image_size,
+        rule=evaluation.view.rule,
         any_name=given.any_name == "true",
         max_bank=given.max_bank,
     )

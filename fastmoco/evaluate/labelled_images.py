@@ -8,6 +8,7 @@ S side of a view, n images.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from fastmoco.data.pixels.deep import Deep, decode_deep, resized
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
@@ -29,7 +31,7 @@ CACHE_BYTES = 3 << 29
 
 
 def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8) -> np.ndarray:
-    """The fixed view of encoded bytes: uint8 RGB (S, S, 3) with S = image_size.
+    """The fixed view of encoded bytes: uint8 RGB (S, S, 3), or float32 (S, S, C), S = image_size.
 
     The shorter edge becomes `resize` (bilinear with antialiasing; skipped when it is that long
     already, so that such images keep their exact pixels), the longer one keeps the aspect ratio.
@@ -37,6 +39,8 @@ def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8)
 
     Raises `BadImage` as `decode` does.
     """
+    if rule.float_views:
+        return _float_view(decode_deep(data, rule), resize, image_size)
     image = decode(data, rule)
     width, height = image.size
     shorter = min(width, height)
@@ -46,6 +50,22 @@ def eval_view(data: bytes, resize: int, image_size: int, rule: PixelRule = RGB8)
         width, height = image.size
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+
+def _float_view(image: Deep, resize: int, image_size: int) -> np.ndarray:
+    """The same of a picture of any depth and number of channels: float32 (S, S, C)."""
+    width, height = image.size
+    whole = image.box(0, 0, height, width)
+    shorter = min(width, height)
+    if shorter != resize:
+        width, height = int(width * resize / shorter), int(height * resize / shorter)
+        whole = resized(whole, height, width)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    view = np.zeros((image_size, image_size, len(image.values)), np.float32)
+    inside = whole[:, max(top, 0) : top + image_size, max(left, 0) : left + image_size]
+    rows, columns = inside.shape[1:]
+    view[max(-top, 0) :, max(-left, 0) :][:rows, :columns] = inside.transpose(1, 2, 0)
+    return view
 
 
 class ImageSet:
@@ -84,20 +104,23 @@ class ImageSet:
         """Room for n views, none decoded yet."""
         self._n = n
         self._decoded = np.zeros(n, dtype=bool)
-        fits = n * self.image_size**2 * 3 <= self._cache_bytes
+        shape, kind = self._shape(n), self._kind()
+        fits = math.prod(shape) * kind.itemsize <= self._cache_bytes
         # The system hands out pages on first touch: a rank pays only for its own share.
-        self._pixels = torch.empty(self._shape(n), dtype=torch.uint8) if fits else None
+        self._pixels = torch.empty(shape, dtype=kind) if fits else None
 
     def __len__(self) -> int:
         return self._n
 
     def load(self, start: int, stop: int) -> Tensor:
-        """Views start..stop-1 as uint8 (stop - start, S, S, 3) on the CPU; not to be written to.
+        """Views start..stop-1 (stop - start, S, S, C) on the CPU; not to be written to.
+
+        See `eval_view` for their type.
 
         The view of a bad image is black, and its reason is in `bad` from then on.
         """
         if self._pixels is None:
-            chunk = torch.empty(self._shape(stop - start), dtype=torch.uint8)
+            chunk = torch.empty(self._shape(stop - start), dtype=self._kind())
             self._decode(range(start, stop), chunk, start)
             return chunk
         missing = [i for i in range(start, stop) if not self._decoded[i]]
@@ -106,7 +129,7 @@ class ImageSet:
         return self._pixels[start:stop]
 
     def batches(self, share: range, batch_size: int) -> Iterator[Tensor]:
-        """The views of a share in order, uint8 (<= batch_size, S, S, 3); one is read ahead."""
+        """The views of a share in order, (<= batch_size, S, S, C); one is read ahead."""
         starts = range(share.start, share.stop, batch_size)
         with ThreadPoolExecutor(1) as ahead:
             pending = None
@@ -143,7 +166,10 @@ class ImageSet:
         )
 
     def _shape(self, n: int) -> tuple[int, int, int, int]:
-        return (n, self.image_size, self.image_size, 3)
+        return (n, self.image_size, self.image_size, self.rule.channels)
+
+    def _kind(self) -> torch.dtype:
+        return torch.float32 if self.rule.float_views else torch.uint8
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image i. Raises `BadImage` where they cannot be read."""

@@ -16,6 +16,7 @@ from fastmoco.config.command import CommandParser
 from fastmoco.data.order import stream_key
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.labelled_images import LabelledImages
+from fastmoco.evaluate.options import View, view_options
 
 _LABELS, _HELD_OUT = 11, 12  # purposes of random streams
 
@@ -78,27 +79,25 @@ def labelled_parser(prog: str, description: str) -> CommandParser:
     add("--data.root", default="", dest="root", help="folder with train and test/val")
     add("--train", default="", help="class folders or a labelled list; else from the root")
     add("--test", default="", help="class folders or a labelled list; else from the root")
-    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
     add("--out", type=Path, help="folder of results; default: a new one beside the checkpoint")
     add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
     add("--batch_size", type=int, default=256, help="over all ranks")
-    add("--image_size", type=int, default=224)
-    add("--resize", type=int, default=0, help="shorter edge before the centre crop; 0: 8/7 of size")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=0, help="reader processes; 0 chooses")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    view_options(options)
     return options
 
 
 def check_numbers(given: argparse.Namespace, **least: int) -> None:
     """Raises `ConfigError` for numbers that are too small; `least` names further options."""
-    for name, low in {"epochs": 1, "batch_size": 1, "image_size": 8, **least}.items():
+    for name, low in {"epochs": 1, "batch_size": 1, **least}.items():
         if getattr(given, name) < low:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least {low}.")
 
 
-def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages]:
-    """Training and test images in the evaluation view. Raises `ConfigError`."""
+def both_folders(given: argparse.Namespace, view: View) -> tuple[LabelledImages, LabelledImages]:
+    """Training and test images in their evaluation view. Raises `ConfigError`."""
     named = KnnConfig(train_root=given.train, test_root=given.test)
     knn = resolve_folders(Config(data=DataConfig(root=given.root), knn=named)).knn
     roots = Path(knn.train_root), Path(knn.test_root)
@@ -108,12 +107,15 @@ def both_folders(given: argparse.Namespace) -> tuple[LabelledImages, LabelledIma
             f"{where} needs a folder train, and test or val, of class folders: or name folders or "
             "labelled lists in --train and --test."
         )
-    resize = given.resize or given.image_size * 8 // 7
-    if resize < given.image_size:
-        raise ConfigError(f"--resize {resize} is smaller than --image_size {given.image_size}.")
-    view = {"resize": resize, "image_size": given.image_size}
     train, test = (
-        LabelledImages(root, **view, any_name=given.any_name == "true") for root in roots
+        LabelledImages(
+            root,
+            resize=view.resize,
+            image_size=view.image_size,
+            rule=view.rule,
+            any_name=given.any_name == "true",
+        )
+        for root in roots
     )
     if os.environ.get("RANK", "0") == "0":
         for sentence in dict.fromkeys(train.warnings + test.warnings):

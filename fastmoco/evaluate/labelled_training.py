@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ class LabelledTraining:
         self.train, self.test, self.world, self.out = train, test, world, out
         self.epochs, self.batch_size, self.seed, self.workers = epochs, batch_size, seed, workers
         self.epoch, self.best = 0, 0.0
-        view = [train.image_size, train.resize, names_digest(train), names_digest(test)]
-        self.identity = json.dumps([epochs, batch_size, seed, *identity, *view])
+        view = [train.image_size, train.resize, asdict(train.rule)]
+        images = [names_digest(train), names_digest(test)]
+        self.identity = json.dumps([epochs, batch_size, seed, *identity, *view, *images])
         self._told = 0  # bad test images that the user has heard of
 
     @property
@@ -112,7 +114,7 @@ class LabelledTraining:
         return math.ceil(len(self.train) / self.batch_size)
 
     def learn(self, images: Tensor, labels: Tensor, everyone: int, step: int) -> Tensor:
-        """Step number `step` of all epochs: uint8 (n, S, S, 3) of this rank, labels (<= n,).
+        """Step number `step` of all epochs: images of this rank as in `Batch`, labels (<= n,).
 
         The images that have no label only fill up the batch. `everyone` is the number of labels on
         all ranks. Returns (2,): this rank's sum of losses and of hits.
@@ -120,7 +122,7 @@ class LabelledTraining:
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
-        """(n, C) for uint8 (n, S, S, 3), in evaluation mode."""
+        """(n, C) for n images as in `Batch`, in evaluation mode."""
         raise NotImplementedError
 
     def rate(self, step: int) -> float:
@@ -163,11 +165,10 @@ class LabelledTraining:
         if self.world.is_main and not (listed.exists() and listed.read_text() == text):
             listed.write_text(text)
         barrier(self.world)
+        data = DataConfig(source="list", root=str(listed), workers=self.workers, max_bad_share=1.0)
         config = Config(
             run=RunConfig(dir=str(self.out), seed=self.seed),
-            data=DataConfig(
-                source="list", root=str(listed), workers=self.workers, max_bad_share=1.0
-            ),
+            data=self.train.rule.into(data),
             augment=crop_and_flip(self.train.image_size),
             optim=OptimConfig(global_batch_size=self.batch_size),
         )

@@ -25,6 +25,7 @@ from fastmoco.machine.collectives import averaged, gather_rows
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
+from fastmoco.network.encoder import pixel_statistics
 
 # Raw pixels of more images than this would not fit into memory as a kNN bank.
 RAW_PIXEL_LIMIT = 200_000
@@ -148,6 +149,7 @@ class KnnMonitor:
 
     def __init__(self, config: Config, world: World) -> None:
         self._config, self._world = config, world
+        self._statistics = pixel_statistics(config.data)
         knn = config.knn
         self._task = KnnTask(
             Path(knn.train_root),
@@ -174,7 +176,7 @@ class KnnMonitor:
         """kNN top-1 of encoder_q in [0, 1], with BN statistics averaged over ranks."""
         dtype = choose_precision(self._config.run.precision, self._world.device).dtype
         with averaged(moco.running_statistics(), self._world):
-            trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device)
+            trunk = FrozenTrunk(moco.encoder_q, dtype, self._world.device, self._statistics)
             (top1,) = self._task.of_trunk(
                 trunk, ks=[self._config.knn.k], temperature=TEMPERATURE, batch_size=BATCH_SIZE
             )

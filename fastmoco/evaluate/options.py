@@ -19,7 +19,7 @@ from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.network.encoder import build_encoder
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import Weights, read
 
 
@@ -39,14 +39,20 @@ def evaluation_parser(prog: str, description: str, *, positional: bool = False) 
         default="folder",
         choices=("folder", "list", "shards", "demo"),
     )
-    add("--data.max_pixels", dest="max_pixels", type=int, default=DataConfig().max_pixels)
-    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
-    add("--resize", type=int, default=0, help="shorter edge; 0: the run's, or 8/7 of the size")
-    add("--image_size", type=int, default=0, help="side of the crop; 0: the run's, or 224")
+    view_options(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward pass")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     return parser
+
+
+def view_options(parser: CommandParser) -> None:
+    """What decides how a file is shown to the network, see `View`."""
+    add = parser.add_argument
+    add("--data.max_pixels", dest="max_pixels", type=int, help="default: as the run had it")
+    add("--data.any_name", dest="any_name", choices=("true", "false"), default="false")
+    add("--resize", type=int, default=0, help="shorter edge; 0: the run's, or 8/7 of the size")
+    add("--image_size", type=int, default=0, help="side of the crop; 0: the run's, or 224")
 
 
 def labelled_options(parser: CommandParser) -> None:
@@ -56,28 +62,24 @@ def labelled_options(parser: CommandParser) -> None:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A frozen trunk and the view that it is shown."""
+class View:
+    """How an image file is shown to a network: as in its run, where the command says no other."""
 
-    weights: Weights
-    trunk: FrozenTrunk
     resize: int
+    """Shorter edge before the centre crop."""
     image_size: int
-    precision: str
+    """Side of the crop."""
     data: DataConfig
-    """How its run read pixels, with `max_pixels` of the command line."""
+    """How the run read its files."""
 
     @classmethod
-    def of(cls, given: argparse.Namespace, world: World) -> Evaluation:
-        """Read the checkpoint. The view is the one asked for, else the run's, else 256 and 224.
+    def of(cls, given: argparse.Namespace, weights: Weights) -> View:
+        """The options of `view_options`, else the run's, else 256 and 224 and the usual pixels.
 
         Raises `ConfigError`.
         """
-        if given.batch_size < 1 or given.image_size < 0 or given.resize < 0:
-            raise ConfigError(
-                "--batch_size must be at least 1, --image_size and --resize 0 or more."
-            )
-        weights = read(given.checkpoint)
+        if given.image_size < 0 or given.resize < 0:
+            raise ConfigError("--image_size and --resize must be 0 or more.")
         run = parse_text(weights.config) if weights.config else None
         size = given.image_size or (run or Config()).augment.image_size
         same = run is not None and size == run.augment.image_size
@@ -88,21 +90,45 @@ class Evaluation:
                 f"--resize {resize} is smaller than --image_size {size}, so the centre crop would "
                 f"reach beyond the image: set it to at least {size}."
             )
-        precision = choose_precision(given.precision, world.device)
-        trunk = FrozenTrunk.of(weights, precision.dtype, world.device)
-        data = replace((run or Config()).data, max_pixels=given.max_pixels)
-        return cls(weights, trunk, resize, size, str(precision), data)
+        data = weights.pixels
+        if given.max_pixels is not None:
+            if given.max_pixels < 1:
+                raise ConfigError("--data.max_pixels must be at least 1.")
+            data = replace(data, max_pixels=given.max_pixels)
+        return cls(resize, size, data)
 
     @property
     def rule(self) -> PixelRule:
         """How bytes become pixels."""
         return PixelRule.of(self.data)
 
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A frozen trunk and the view that it is shown."""
+
+    weights: Weights
+    trunk: FrozenTrunk
+    view: View
+    precision: str
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, world: World) -> Evaluation:
+        """Read the checkpoint. Raises `ConfigError`."""
+        if given.batch_size < 1:
+            raise ConfigError("--batch_size must be at least 1.")
+        weights = read(given.checkpoint)
+        view = View.of(given, weights)
+        precision = choose_precision(given.precision, world.device)
+        trunk = FrozenTrunk.of(weights, precision.dtype, world.device)
+        return cls(weights, trunk, view, str(precision))
+
     def describe(self) -> str:
         """What is evaluated, in two lines."""
         return (
             f"{self.weights.describe()}\n"
-            f"view: shorter edge {self.resize}, centre crop {self.image_size}; {self.precision}"
+            f"view: shorter edge {self.view.resize}, centre crop {self.view.image_size}; "
+            f"{self.precision}"
         )
 
     def labelled_roots(self, given: argparse.Namespace) -> tuple[Path, Path]:
@@ -117,12 +143,12 @@ class Evaluation:
         """The configuration that names the images of the command line."""
         return Config(
             data=replace(
-                self.data,
+                self.view.data,
                 source=given.source,
                 root=given.root,
                 any_name=given.any_name == "true",
             ),
-            augment=AugmentConfig(image_size=self.image_size),
+            augment=AugmentConfig(image_size=self.view.image_size),
             knn=KnnConfig(
                 every=every,
                 train_root=getattr(given, "train", ""),
@@ -135,8 +161,9 @@ def untrained(evaluation: Evaluation, world: World, seed: int = 0) -> FrozenTrun
     """The same architecture with random weights: what training has to beat."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(evaluation.weights.architecture.config())
-    return FrozenTrunk(encoder.to(world.device).eval(), evaluation.trunk.precision, world.device)
+        encoder = evaluation.weights.architecture.encoder().to(world.device).eval()
+    statistics = pixel_statistics(evaluation.view.data)
+    return FrozenTrunk(encoder, evaluation.trunk.precision, world.device, statistics)
 
 
 def command(

@@ -81,10 +81,10 @@ def _both(
     bank, test = (
         LabelledImages(
             where,
-            resize=evaluation.resize,
-            image_size=evaluation.image_size,
+            resize=evaluation.view.resize,
+            image_size=evaluation.view.image_size,
             max_images=most,
-            rule=evaluation.rule,
+            rule=evaluation.view.rule,
         )
         for where, most in ((train_root, BANK_IMAGES), (test_root, TEST_IMAGES))
     )

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmoco.config import ConfigError
+from fastmoco.data.pixels.deep import visible
 from fastmoco.evaluate.features import extract_features
 from fastmoco.evaluate.knn import ALONE, SIMILARITIES, nearest
 from fastmoco.evaluate.labelled_images import LabelledImages
@@ -79,7 +80,7 @@ def draw_neighbours(
         for column, (images, i, colour) in enumerate(shown):
             left = _GAP + column * cell + (_GAP if column else 0)
             top = _LINE + _GAP + row * height
-            view = Image.fromarray(np.ascontiguousarray(images.load(i, i + 1)[0].numpy()))
+            view = Image.fromarray(np.ascontiguousarray(visible(images.load(i, i + 1)[0].numpy())))
             page.paste(view.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
             pen.rectangle((left - 2, top - 2, left + _SIDE + 1, top + _SIDE + 1), None, colour, 2)
             name = _fitting(images.class_names[int(images.labels[i])], font)
@@ -114,9 +115,9 @@ def _retrieve(given: argparse.Namespace, world: World) -> None:
     task = KnnTask(
         *evaluation.labelled_roots(given),
         world,
-        resize=evaluation.resize,
-        image_size=evaluation.image_size,
-        rule=evaluation.rule,
+        resize=evaluation.view.resize,
+        image_size=evaluation.view.image_size,
+        rule=evaluation.view.rule,
         any_name=given.any_name == "true",
     )
     bank_share, test_share = (

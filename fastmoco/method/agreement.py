@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.loader import Loader, build_loader
 from fastmoco.data.plan import KeyRows
+from fastmoco.data.sources.source import Source
 from fastmoco.machine.collectives import all_gather, any_rank, gather_objects
 from fastmoco.machine.precision import DTYPES, Precision
 from fastmoco.machine.ranks import World
@@ -119,15 +120,21 @@ def on_every_rank(make: Callable[[], T], world: World) -> T:
     return cast(T, made)
 
 
-def agreed_loader(config: Config, world: World, key_rows: KeyRows | None) -> Loader:
+def agreed_loader(
+    config: Config, source: Source | None, world: World, key_rows: KeyRows | None
+) -> Loader:
     """The loader of this rank, over images that are the same on all of them.
+
+    source: the images that the configuration names, where they are open already.
 
     Raises `ConfigError`, on every rank, where any finds its images unusable or others than rank 0.
     """
 
     def build() -> Loader:
         rank, size, device = world.rank, world.size, world.device
-        return build_loader(config, rank=rank, world_size=size, device=device, key_rows=key_rows)
+        return build_loader(
+            config, source, rank=rank, world_size=size, device=device, key_rows=key_rows
+        )
 
     loader = on_every_rank(build, world)
     require_one_data_set(loader, world)

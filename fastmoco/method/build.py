@@ -19,7 +19,7 @@ from fastmoco.method.moco import MoCo
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.method.update import SGDWithEMA, build_ema, build_optimizer
-from fastmoco.network.encoder import Embed
+from fastmoco.network.encoder import Embed, pixel_statistics
 from fastmoco_kernels.launch import HAS_TRITON
 
 
@@ -59,8 +59,9 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
             "out: use plain or split BN, or set moco.shuffle_bn to none."
         )
     precision = choose_precision(config.run.precision, world.device)
-    embed_q: nn.Module = Embed(moco.encoder_q, precision.dtype)
-    embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype)
+    statistics = pixel_statistics(config.data)
+    embed_q: nn.Module = Embed(moco.encoder_q, precision.dtype, statistics)
+    embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype, statistics)
     optimizer = build_optimizer(config, moco)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
     mechanisms: dict[str, Callable[..., Step]] = {

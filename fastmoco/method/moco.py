@@ -31,10 +31,10 @@ class MoCo(nn.Module):
 
     def __init__(self, config: Config, bn_group_size: int) -> None:
         super().__init__()
-        self.encoder_q = build_encoder(config.model, bn_group_size)
+        self.encoder_q = build_encoder(config.model, bn_group_size, config.data.channels)
         queue_mechanism = config.moco.mechanism == "queue"
         if queue_mechanism:
-            self.encoder_k = build_encoder(config.model, bn_group_size)
+            self.encoder_k = build_encoder(config.model, bn_group_size, config.data.channels)
             self.encoder_k.load_state_dict(self.encoder_q.state_dict())
             self.encoder_k.requires_grad_(False)
         else:

@@ -11,17 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoco.config import ModelConfig
+from fastmoco.config import DataConfig, ModelConfig
 from fastmoco.network.batchnorm import SplitBatchNorm2d
 from fastmoco.network.resnet import BACKBONES, WIDTHS, ResNet
 
 # ImageNet statistics of RGB in [0, 1], as the official pipeline normalizes.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, where 255 is 1."""
+IMAGENET: Statistics = (PIXEL_MEAN, PIXEL_STD)
 
 
-def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
+def pixel_statistics(data: DataConfig) -> Statistics:
+    """What images are normalized with, of a configuration that `resolve_pixels` has returned."""
+    mean, std = data.mean, data.std
+    return (
+        PIXEL_MEAN if isinstance(mean, str) else mean,
+        PIXEL_STD if isinstance(std, str) else std,
+    )
+
+
+def build_encoder(config: ModelConfig, bn_group_size: int = 0, channels: int = 3) -> ResNet:
     """A torchvision ResNet whose `fc` is the projection head, in channels-last memory format.
+
+    It takes images of `channels` channels.
 
     `bn_group_size` > 0 normalizes over runs of that many samples (`SplitBatchNorm2d`). Names in the
     state dict are torchvision's, with `fc.{weight,bias}` (linear) or `fc.{0,2}.*` (mlp).
@@ -30,9 +44,13 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
         norm_layer=partial(SplitBatchNorm2d, group_size=bn_group_size),
         width=config.width * WIDTHS.get(config.arch, 1.0),
     )
-    if config.stem == "cifar":
-        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    if config.stem == "cifar" or channels != 3:
+        side, stride = (3, 1) if config.stem == "cifar" else (7, 2)
+        encoder.conv1 = nn.Conv2d(
+            channels, encoder.conv1.out_channels, side, stride, padding=side // 2, bias=False
+        )
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if config.stem == "cifar":
         encoder.add_module("maxpool", nn.Identity())
     width = encoder.fc.in_features
     last = nn.Linear(width, config.dim)
@@ -45,6 +63,8 @@ def build_encoder(config: ModelConfig, bn_group_size: int = 0) -> ResNet:
 class NormalizePixels(nn.Module):
     """uint8 (N, S, S, 3) to fp32 (N, 3, S, S) in channels-last memory, zero mean, unit variance.
 
+    Also float32 views of any number of channels. mean, std: of each channel, where 255 is 1.
+
     The permutation is a view: NHWC memory *is* channels-last, and no byte moves. As one multiply
     and add per pixel it fuses into the first convolution's input under torch.compile. Its constants
     live on `device`, because to make them there in each step would stall the host, and they stay
@@ -54,11 +74,11 @@ class NormalizePixels(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", statistics: Statistics = IMAGENET
+    ) -> None:
         super().__init__()
-        mean, std = (
-            torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (PIXEL_MEAN, PIXEL_STD)
-        )
+        mean, std = (torch.tensor(c, device=device).view(1, -1, 1, 1) for c in statistics)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
@@ -74,10 +94,12 @@ class Embed(nn.Module):
     `precision`, the normalization of its output in fp32.
     """
 
-    def __init__(self, encoder: ResNet, precision: torch.dtype) -> None:
+    def __init__(
+        self, encoder: ResNet, precision: torch.dtype, statistics: Statistics = IMAGENET
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.normalize_pixels = NormalizePixels(next(encoder.parameters()).device)
+        self.normalize_pixels = NormalizePixels(next(encoder.parameters()).device, statistics)
         self.precision = precision
 
     def forward(self, images: Tensor) -> Tensor:

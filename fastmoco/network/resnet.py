@@ -17,9 +17,25 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from fastmoco.network.convolution import adopt
+from fastmoco_kernels import max_pool
 
 NormLayer = Callable[[int], nn.Module]
 """Makes, for a number of channels, a module that is called as norm(x, residual=..., relu=...)."""
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling behind the stem: 3 wide, in steps of 2."""
+
+    def __init__(self) -> None:
+        super().__init__(kernel_size=3, stride=2, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H / 2, W / 2)."""
+        # What Inductor writes for ATen's backward adds with atomics: slower, and never twice alike.
+        if torch.compiler.is_compiling() and input.is_cuda:
+            return max_pool(input, kernel=3, stride=2, padding=1)
+        y: Tensor = super().forward(input)
+        return y
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -62,6 +78,7 @@ class ResNet(resnet.ResNet):
     ) -> None:
         self._width = width
         super().__init__(block, layers, **options)
+        self.maxpool = MaxPool2d()
         if width != 1:
             stem = self._channels(64)
             self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)

@@ -65,10 +65,22 @@ def pixel_lines(config: Config, survey: Survey | None) -> list[str]:
     if survey is None:
         return []
     turned = {"ignore": "ignored", "apply": "applied"}[data.exif]
-    return [
-        f"pixels    8-bit RGB, transparency over {data.alpha_over}; EXIF orientation {turned}, "
-        f"{survey.turned} of {survey.looked_at} sampled files carry one"
-    ]
+    exif = (
+        f"EXIF orientation {turned}, {survey.turned} of {survey.looked_at} sampled files carry one"
+    )
+    if not data.float_views:
+        views = f"8-bit RGB, transparency over {data.alpha_over}"
+    else:
+        many = f"{data.channels} channel{'s' * (data.channels > 1)}"
+        views = f"float32 views of {many}, never rounded or clipped"
+    if not isinstance(data.intensity, str):
+        views += f"; values {data.intensity[0]:g} to {data.intensity[1]:g} become 0 to 255"
+    for name in ("mean", "std"):
+        numbers = getattr(data, name)
+        if not isinstance(numbers, str):
+            more = ", ..." if len(numbers) > 4 else ""
+            views += f"; {name} {', '.join(f'{x:.3g}' for x in numbers[:4])}{more}"
+    return [f"pixels    {views}; {exif}"]
 
 
 def start_warnings(config: Config, world: World, loader: Loader) -> list[str]:

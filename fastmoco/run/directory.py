@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fastmoco.config import Config, ConfigError, dump, load
+from fastmoco.config import Config, ConfigError, dump, load, parse_text
+from fastmoco.data.pixels.resolve import resolve_pixels
+from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.sources.source import Source
 from fastmoco.machine import owner
 from fastmoco.weights import files
 
@@ -38,6 +42,24 @@ def check_run_directory(config: Config) -> None:
         raise ConfigError(f"{written} is no regular file: delete it, or choose another run.dir.")
     if written.exists():
         require_same_run(_written_by_us(written), config, str(folder))
+
+
+def resolved(config: Config) -> tuple[Config, Source | None]:
+    """The same run with every folder and every number of its pixels spelled out, and its images.
+
+    Every rank calls it. What a run in `run.dir`, or the checkpoint that it is to go on from, has
+    measured stays. Raises `ConfigError` for data that cannot be used.
+    """
+    config, begun, written = resolve_folders(config), None, Path(config.run.dir) / CONFIG
+    named = Path(config.run.resume)
+    if written.is_file():
+        begun = _written_by_us(written)
+    elif named.is_file():
+        with contextlib.suppress(ConfigError):  # resuming has the reason
+            ours = files.load(files.locate(named)).get("fastmoco", {})
+            begun = parse_text(ours["config"]) if "config" in ours else None
+    source = None if config.data.source == "synthetic" else open_source(config)
+    return resolve_pixels(config, source, begun), source
 
 
 def _written_by_us(path: Path) -> Config:

@@ -13,7 +13,7 @@ from torchvision.models import resnet
 
 from fastmoco.config import ConfigError, ModelConfig
 from fastmoco.network.encoder import build_encoder
-from fastmoco.network.resnet import BACKBONES, WIDTHS
+from fastmoco.network.resnet import BACKBONES, WIDTHS, ResNet
 
 Stem = Literal["imagenet", "cifar"]
 STEMS: dict[int, Stem] = {7: "imagenet", 3: "cifar"}
@@ -34,11 +34,12 @@ NETWORKS: dict[str, Callable[[], resnet.ResNet]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A trunk by the names of `model.arch`, `model.width` and `model.stem`."""
+    """A trunk by the names of `model.arch`, `model.width`, `model.stem` and `data.channels`."""
 
     arch: str
     width: float
     stem: Stem
+    channels: int = 3
 
     @property
     def is_common(self) -> bool:
@@ -47,15 +48,18 @@ class Architecture:
 
     def __str__(self) -> str:
         wide = "" if self.width == 1 else f" of width {self.width:g}"
-        return f"{self.arch}{wide} with the {self.stem} stem"
+        inputs = "" if self.channels == 3 else f" for {self.channels} channels"
+        return f"{self.arch}{wide} with the {self.stem} stem{inputs}"
 
     def build(self, trunk: dict[str, Tensor]) -> resnet.ResNet:
         """The network around the tensors of `trunk`, `fc` the identity, in evaluation mode."""
         with torch.device("meta"):  # no memory, and no random numbers drawn
-            network = NETWORKS[self.arch]() if self.is_common else build_encoder(self.config())
-            if self.stem == "cifar" and self.is_common:
-                network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+            network = NETWORKS[self.arch]() if self.is_common else self.encoder()
+            if self.is_common and self.stem == "cifar":
+                network.conv1 = nn.Conv2d(self.channels, 64, 3, padding=1, bias=False)
                 network.add_module("maxpool", nn.Identity())
+            elif self.is_common and self.channels != 3:
+                network.conv1 = nn.Conv2d(self.channels, 64, 7, stride=2, padding=3, bias=False)
         network.add_module("fc", nn.Identity())
         network.load_state_dict(trunk, assign=True)
         return network.eval()
@@ -63,6 +67,10 @@ class Architecture:
     def config(self) -> ModelConfig:
         """The model that has this trunk."""
         return ModelConfig(arch=self.arch, width=self.width, stem=self.stem)  # type: ignore[arg-type]
+
+    def encoder(self) -> ResNet:
+        """The encoder of training with this trunk, at random weights."""
+        return build_encoder(self.config(), channels=self.channels)
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -72,7 +80,7 @@ Shapes = dict[str, tuple[int, ...]]
 def shapes(architecture: Architecture) -> Shapes:
     """Shapes of the trunk's entries by name; no memory is allocated."""
     with torch.device("meta"):
-        state = build_encoder(architecture.config()).state_dict()
+        state = architecture.encoder().state_dict()
     return {name: tuple(t.shape) for name, t in state.items() if not name.startswith("fc.")}
 
 
@@ -84,9 +92,9 @@ def recognize(trunk: dict[str, Tensor], place: str) -> Architecture:
     """
     given: Shapes = {name: tuple(t.shape) for name, t in trunk.items()}
     stem = given.get("conv1.weight", ())
-    channels, side = (stem[0], stem[3]) if len(stem) == 4 else (64, 7)
+    width, inputs, side = (stem[0], stem[1], stem[3]) if len(stem) == 4 else (64, 3, 7)
     candidates = [
-        Architecture(arch, channels / 64 / WIDTHS.get(arch, 1), STEMS.get(side, "imagenet"))
+        Architecture(arch, width / 64 / WIDTHS.get(arch, 1), STEMS.get(side, "imagenet"), inputs)
         for arch in BACKBONES
     ]
     # The name that needs no width first: R50w2x is also a ResNet-50 of width 2. Shapes of all

@@ -38,7 +38,11 @@ def loading_lines(architecture: Architecture, path: Path, library: str) -> list[
     lines = [f"model = {made}"]
     if library == "torchvision":
         lines.append("model.fc = torch.nn.Identity()")
+    channels = architecture.channels
     if architecture.stem == "cifar":
-        first = "torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
+        first = f"torch.nn.Conv2d({channels}, 64, 3, padding=1, bias=False)"
         lines.append(f"model.conv1, model.maxpool = {first}, torch.nn.Identity()")
+    elif channels != 3:
+        first = f"torch.nn.Conv2d({channels}, 64, 7, stride=2, padding=3, bias=False)"
+        lines.append(f"model.conv1 = {first}")
     return [*lines, f'model.load_state_dict({load}("{path}"{option}))']

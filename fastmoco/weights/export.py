@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, DataConfig
 from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import recognize
 from fastmoco.weights.constructors import loading_lines
@@ -112,7 +112,7 @@ def export(checkpoint: Path, to: str, out: Path) -> list[str]:
     return [weights.describe(), *FORMATS[to](weights, content, out)]
 
 
-def export_trunk(moco: MoCo, folder: Path, epoch: int) -> str:
+def export_trunk(moco: MoCo, folder: Path, epoch: int, data: DataConfig) -> str:
     """Write `encoder.safetensors` and `encoder.pth` of a run; the lines that load them, as text.
 
     Raises `ConfigError` if they cannot be written.
@@ -120,7 +120,8 @@ def export_trunk(moco: MoCo, folder: Path, epoch: int) -> str:
     state = {n: t.detach().cpu().contiguous() for n, t in moco.encoder_q.state_dict().items()}
     trunk = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     path = folder / "encoder.safetensors"
-    weights = Weights(path, "fastmoco", recognize(trunk, str(path)), trunk, {}, epoch, None)
+    built = recognize(trunk, str(path))
+    weights = Weights(path, "fastmoco", built, trunk, {}, epoch, None, data)
     _write_state(weights, path)
     _write_state(weights, folder / "encoder.pth")
     lines = loading_lines(weights.architecture, folder / "encoder.pth", "torchvision")

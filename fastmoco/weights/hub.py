@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from fastmoco.config import ConfigError
-from fastmoco.network.encoder import PIXEL_MEAN, PIXEL_STD
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.constructors import TIMM_ARGUMENTS, TIMM_NAMES
 from fastmoco.weights.files import write, write_safetensors
+from fastmoco.weights.pixels import pixel_header
 from fastmoco.weights.read import Weights
 
 # Groups of the configuration that a reader of the card needs. `run` and `knn` hold local paths.
@@ -52,11 +53,14 @@ def header(weights: Weights) -> dict[str, str]:
     facts = {"arch": built.arch, "width": f"{built.width:g}", "stem": built.stem}
     facts["source"] = weights.kind
     age = {} if weights.epoch is None else {"epoch": str(weights.epoch)}
-    return facts | age
+    return facts | age | pixel_header(weights.pixels)
 
 
 def timm_config(weights: Weights, recipe: dict[str, Any]) -> dict[str, Any]:
     """`config.json` as timm reads it: architecture, and how an image becomes its input."""
+    mean, std = pixel_statistics(weights.pixels)
+    channels = weights.architecture.channels
+    arguments: dict[str, Any] = dict(TIMM_ARGUMENTS.get(weights.architecture.arch, {}))
     side = recipe.get("augment", {}).get("image_size", 224)
     resize = recipe.get("knn", {}).get("resize", round(side / 0.875))
     return {
@@ -64,20 +68,22 @@ def timm_config(weights: Weights, recipe: dict[str, Any]) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": weights.features,
         "global_pool": "avg",
-        "model_args": TIMM_ARGUMENTS.get(weights.architecture.arch, {}),
+        "num_channels": channels,
+        "model_args": arguments if channels == 3 else {**arguments, "in_chans": channels},
         "pretrained_cfg": {
             "tag": "moco",
             "custom_load": False,
-            "input_size": [3, side, side],
+            "input_size": [channels, side, side],
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": side / resize,
             "crop_mode": "center",
-            "mean": list(PIXEL_MEAN),
-            "std": list(PIXEL_STD),
+            "mean": list(mean),
+            "std": list(std),
             "num_classes": 0,
             "pool_size": [-(-side // 32)] * 2,
-            "first_conv": "conv1",
+            # timm sums or repeats the weights of a first convolution that it knows to be for RGB.
+            "first_conv": "conv1" if channels == 3 else None,
             "classifier": "fc",
         },
     }
@@ -96,7 +102,7 @@ tags: [moco, self-supervised-learning, image-feature-extraction]
 
 A {arch} encoder, pre-trained without labels with Momentum Contrast
 ([arXiv 1911.05722](https://arxiv.org/abs/1911.05722),
-[arXiv 2003.04297](https://arxiv.org/abs/2003.04297)). It has no classifier: it maps an RGB image
+[arXiv 2003.04297](https://arxiv.org/abs/2003.04297)). It has no classifier: it maps {image}
 to {width} features.
 
 ```python
@@ -116,10 +122,15 @@ def _card(weights: Weights, recipe: dict[str, Any], curves: bool) -> str:
         title=f"MoCo {weights.architecture.arch}",
         arch=weights.architecture.arch,
         width=weights.features,
+        image=_image(weights.architecture.channels),
         training=_training(weights, recipe),
         quality=_quality(weights.path.parent / "metrics.jsonl"),
         curves="\n![Loss, pretext and kNN accuracy over the run](curves.png)\n" * curves,
     )
+
+
+def _image(channels: int) -> str:
+    return "an RGB image" if channels == 3 else f"an image of {channels} channels"
 
 
 def _training(weights: Weights, recipe: dict[str, Any]) -> str:

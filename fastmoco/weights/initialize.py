@@ -22,11 +22,11 @@ def start_from(config: Config, moco: MoCo) -> str:
     """
     weights = read(config.model.init_from)
     model = config.model
-    here = Architecture(model.arch, model.width, model.stem)
+    here = Architecture(model.arch, model.width, model.stem, config.data.channels)
     if shapes(here) != shapes(weights.architecture):
         raise ConfigError(
             f"model.init_from names {weights.path}, a {weights.architecture}, but this run trains "
-            f"a {here}: set model.arch, model.width and model.stem to the file's."
+            f"a {here}: set model.arch, model.width, model.stem and data.channels to the file's."
         )
     state = moco.encoder_q.state_dict()
     ours = {name: tensor.shape for name, tensor in state.items() if name.startswith("fc.")}

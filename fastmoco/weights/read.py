@@ -9,17 +9,18 @@ D trunk width, C feature dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, DataConfig
 from fastmoco.weights.architecture import Architecture, recognize
 from fastmoco.weights.files import METADATA, load, locate
 from fastmoco.weights.names import tensors_of, to_torchvision
+from fastmoco.weights.pixels import pixels_of
 
 Head = Literal["linear", "mlp", "none"]
 
@@ -42,6 +43,8 @@ class Weights:
     """Epochs trained, where the file says so."""
     config: str | None
     """Configuration of the run as YAML, in our checkpoints."""
+    pixels: DataConfig = field(default_factory=DataConfig)
+    """How pictures are read and normalized for it: ImageNet's way where the file does not say."""
 
     @property
     def features(self) -> int:
@@ -102,14 +105,16 @@ def interpret(content: dict[str, Any], path: Path) -> Weights:
         )
     header, ours = content.get(METADATA, {}), content.get("fastmoco", {})
     epoch = content.get("epoch", header.get("epoch"))
+    architecture = recognize(named.trunk, str(path))
     return Weights(
         path=path,
         kind="fastmoco" if ours else header.get("source", named.kind),
-        architecture=recognize(named.trunk, str(path)),
+        architecture=architecture,
         trunk=named.trunk,
         head=_projection_head(named.head, named.kind),
         epoch=None if epoch is None else int(epoch),
         config=ours.get("config"),
+        pixels=pixels_of(ours.get("config"), header, architecture.channels),
     )
 
 

@@ -6,6 +6,17 @@ convolutions of the CPU are compared with torch's own.
 
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqueue
+from fastmoco_kernels.network.batch_norm import batch_norm_act
+from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
-__all__ = ["InfoNCE", "ema_", "enqueue_", "info_nce", "info_nce_enqueue", "sgd_ema_"]
+__all__ = [
+    "InfoNCE",
+    "batch_norm_act",
+    "ema_",
+    "enqueue_",
+    "info_nce",
+    "info_nce_enqueue",
+    "max_pool",
+    "sgd_ema_",
+]

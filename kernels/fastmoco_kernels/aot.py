@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from fastmoco_kernels.ema import launch_configuration as ema_configuration
 from fastmoco_kernels.info_nce_launch import plan
 from fastmoco_kernels.launch import HAS_TRITON, Launch, triton
 from fastmoco_kernels.multi_tensor import Table
+from fastmoco_kernels.network.max_pool import backward_launch, forward_launch
+from fastmoco_kernels.network.recipe_launches import layer_launches
 from fastmoco_kernels.sgd_ema import launch_configuration as sgd_configuration
 from fastmoco_kernels.sgd_ema import sgd_ema_launch
 
@@ -43,6 +46,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 
@@ -137,13 +141,35 @@ def update_cases(arch: int, parameters: int = RESNET50_PARAMETERS) -> list[Case]
     ]
 
 
+def max_pool_cases(n: int) -> list[Case]:
+    """Forward and backward behind the stem of ResNet-50, for n images of 224 pixels."""
+    x = torch.empty(n, 64, 112, 112, dtype=torch.bfloat16, device="meta")
+    forward, y, index = forward_launch(x, (3, 2, 1))
+    backward, _ = backward_launch(y, index, 112, 112, (3, 2, 1))
+    moved = _size(x, y, index)
+    return [Case("max_pool", forward, moved), Case("max_pool backward", backward, moved)]
+
+
 def recipe_cases(arch: int) -> list[Case]:
     """What the recipes launch: 256 images on one device, or 32 on each of eight."""
     f32, bf16 = torch.float32, torch.bfloat16
-    cases = update_cases(arch)
+    cases = update_cases(arch) + max_pool_cases(256)
+    cases += [Case(*each) for each in layer_launches(arch)]
     for n, dtype, queue_dtype in ((256, bf16, f32), (256, bf16, bf16), (32, bf16, f32)):
         cases += info_nce_cases(n, 128, 65536, dtype, queue_dtype, arch)
     return cases + info_nce_cases(256, 128, 65536, f32, f32, arch)
+
+
+def _of_enqueue(
+    q: Tensor, k: Tensor, keys: Tensor, queue: Tensor, queue_ptr: Tensor, temperature: float
+) -> list[Case]:
+    n, c = q.shape
+    return info_nce_cases(n, c, len(queue), q.dtype, queue.dtype, 90, temperature)
+
+
+CALLS: dict[str, Callable[..., list[Case]]] = {"info_nce_enqueue": _of_enqueue}
+"""Launches of a call on sm_90, by op, for the arguments of the op. An op that is not here is one
+launch that reads every operand once and writes every result once."""
 
 
 def _source(launch: Launch) -> Any:

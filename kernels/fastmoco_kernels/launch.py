@@ -59,7 +59,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_")
+OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_", "max_pool", "batch_norm")
 
 
 NO_TRITON = (

@@ -24,6 +24,8 @@ from fastmoco_kernels import launch, reference
 from fastmoco_kernels.ema import ema_
 from fastmoco_kernels.info_nce import info_nce, info_nce_enqueue
 from fastmoco_kernels.launch import HAS_TRITON
+from fastmoco_kernels.network.batch_norm import batch_norm_act
+from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
 
 # Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.
@@ -108,6 +110,40 @@ def _check_sgd_ema(device: torch.device) -> str:
     return _compare(lists[0] + lists[2] + lists[3], want[0] + want[2] + want[3])
 
 
+def _check_batch_norm(dtype: torch.dtype, device: torch.device, added: bool) -> str:
+    """Output, gradients and running statistics of two groups, 143 rows of 72 channels each."""
+    generator = torch.Generator().manual_seed(3)
+    images = (2 * torch.randn(3, 2, 72, 13, 11, generator=generator) + 1).to(device, dtype)
+    x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in images)
+    tensors = [x, torch.linspace(-2, 1, 72), torch.linspace(0.5, 1, 72), residual]
+    counter, found = torch.tensor(1, device=device), []
+    for kind in (None, torch.float64):
+        leaves = [t.detach().to(device, kind).requires_grad_() for t in tensors[: 3 + added]]
+        running = [torch.full((72,), value, dtype=kind, device=device) for value in (0.5, 2.0)]
+        last = (0.1, 1e-5, 2, True)
+        first = (leaves[0], leaves[3] if added else None, leaves[1], leaves[2])
+        if kind is None:
+            y = batch_norm_act(*first, running[0], running[1], counter, *last)
+        else:
+            y = reference.batch_norm_act(*first, running[0], running[1], True, *last)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype)), *running])
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+    passed = error < GRADIENT[dtype] and int(counter) == 2
+    return f"{'' if passed else 'WRONG '}relative error {error:.1e}"
+
+
+def _check_max_pool(dtype: torch.dtype, device: torch.device) -> str:
+    generator = torch.Generator().manual_seed(2)
+    # Small whole numbers: many ties, and sums of gradients that every dtype holds exactly.
+    x = torch.randint(-2, 3, (2, 64, 13, 16), generator=generator).to(device, dtype)
+    y, taps = reference.max_pool(x.double(), 3, 2, 1)
+    dy = torch.randint(-2, 3, y.shape, generator=generator).to(device, dtype)
+    want = reference.max_pool_backward(dy.double(), taps, 13, 16, 3, 2, 1)
+    out = max_pool(x.requires_grad_(True), 3, 2, 1)
+    (dx,) = torch.autograd.grad(out, x, dy)
+    return _compare([out.detach(), dx], [y, want])
+
+
 def check(device: torch.device | str) -> list[Result]:
     """Run every op on the device. One that raises has failed, with the error as its detail."""
     device = torch.device(device)
@@ -117,8 +153,14 @@ def check(device: torch.device | str) -> list[Result]:
             name = f"{str(dtype).removeprefix('torch.')} N, C, K = {shape}"
             cases.append(("info_nce", name, partial(_check_loss, dtype, device, *shape)))
             cases.append(("info_nce_enqueue", name, partial(_check_enqueue, dtype, device, *shape)))
+        for added in (False, True):
+            name = f"{str(dtype).removeprefix('torch.')}{' and addition' * added}"
+            cases.append(("batch_norm", name, partial(_check_batch_norm, dtype, device, added)))
     cases.append(("ema_", "float32", partial(_check_ema, device)))
     cases.append(("sgd_ema_", "float32", partial(_check_sgd_ema, device)))
+    cases.extend(
+        ("max_pool", str(dtype)[6:], partial(_check_max_pool, dtype, device)) for dtype in GRADIENT
+    )
     return [_run(*case) for case in cases]
 
 

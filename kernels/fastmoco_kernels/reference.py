@@ -116,3 +116,116 @@ def batch_norm_act(
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y
+
+
+def batch_norm_statistics(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor,
+    momentum: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (groups, C) of runs of samples; moves what runs, in place.
+
+    x (N, C, H, W); running_mean, running_var (C,), in whose dtype it is computed; counter () int64.
+    """
+    rows = x.to(running_mean.dtype).permute(0, 2, 3, 1).reshape(groups, -1, x.shape[1])
+    var, mean = torch.var_mean(rows, dim=1, correction=0)
+    running_mean.lerp_(mean.mean(0), momentum)
+    running_var.lerp_(var.mean(0) * (rows.shape[1] / (rows.shape[1] - 1)), momentum)
+    counter.add_(1)
+    return mean, var
+
+
+def _by_group(per_group: Tensor, x: Tensor) -> Tensor:
+    """(G, C) to (N, C, 1, 1)."""
+    return per_group.repeat_interleave(x.shape[0] // len(per_group), 0)[:, :, None, None]
+
+
+def batch_norm_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`relu((x - mean) * weight / sqrt(var + eps) + bias + residual)`, rounded once.
+
+    x, residual (N, C, H, W); weight, bias (C,); mean, var (groups, C).
+    """
+    y = (x.to(mean.dtype) - _by_group(mean, x)) * _by_group(weight * torch.rsqrt(var + eps), x)
+    y += bias[:, None, None]
+    if residual is not None:
+        y += residual
+    y = F.relu(y) if relu else y
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, weight and bias through `batch_norm_apply` and the statistics.
+
+    y, its output, is given where a residual was added in front of a ReLU; without y the second
+    result is empty, and the gradient of a residual is dy.
+    """
+    groups, nhwc = len(mean), torch.channels_last
+    g = dy.to(mean.dtype)
+    inverse = torch.rsqrt(var + eps)
+    d, scale = x.to(mean.dtype) - _by_group(mean, x), _by_group(weight * inverse, x)
+    normal = d * _by_group(inverse, x)
+    if y is not None:
+        g = g.masked_fill(y <= 0, 0)
+    elif relu:
+        g = g.masked_fill(d * scale + bias[:, None, None] <= 0, 0)
+
+    def sums(t: Tensor) -> Tensor:
+        return t.permute(0, 2, 3, 1).reshape(groups, -1, t.shape[1]).sum(1)
+
+    of_bias, of_weight = sums(g), sums(g * normal)
+    rows = x.numel() // (groups * x.shape[1])
+    dx = g - _by_group(of_bias / rows, x) - normal * _by_group(of_weight / rows, x)
+    dx = (dx * scale).to(x.dtype).contiguous(memory_format=nhwc)
+    d_residual = x.new_empty(0)
+    if y is not None:
+        d_residual = g.to(x.dtype).contiguous(memory_format=nhwc)
+    return dx, d_residual, of_weight.sum(0), of_bias.sum(0)
+
+
+def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """`F.max_pool2d` of x (N, C, H, W), and the tap that won in each window, i * kernel + j.
+
+    The taps are uint8; both results are in channels-last memory.
+    """
+    y, flat = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
+    rows = torch.arange(y.shape[2], device=x.device)[:, None] * stride - padding
+    columns = torch.arange(y.shape[3], device=x.device) * stride - padding
+    taps = (flat // x.shape[3] - rows) * kernel + flat % x.shape[3] - columns
+    nhwc = torch.channels_last
+    return y.contiguous(memory_format=nhwc), taps.to(torch.uint8).contiguous(memory_format=nhwc)
+
+
+def max_pool_backward(
+    dy: Tensor, taps: Tensor, height: int, width: int, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Gradient (N, C, height, width) from dy, taps (N, C, P, Q), summed in fp32."""
+    rows = torch.arange(dy.shape[2], device=dy.device)[:, None] * stride - padding
+    columns = torch.arange(dy.shape[3], device=dy.device) * stride - padding
+    flat = (taps.long() // kernel + rows) * width + taps.long() % kernel + columns
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dx = torch.zeros(*dy.shape[:2], height * width, dtype=dtype, device=dy.device)
+    dx.scatter_add_(2, flat.flatten(2), dy.to(dtype).flatten(2))
+    dx = dx.view(*dy.shape[:2], height, width).to(dy.dtype)
+    return dx.contiguous(memory_format=torch.channels_last)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from unittest import mock
 
 import pytest
 import torch
 
-from bench.kernels import main, races
+from bench.kernels import main, races, table
 from bench.measure.contest import race
 from bench.races.layers import in_turns, weight_gradient_race
 from bench.races.loss import enqueue_race
+from bench.races.max_pool import max_pool_race
+from bench.races.norm import CASES, group_batch_norm_race
 from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu
 from tests.support.compiled import needs
 
-CPU = torch.device("cpu")
+CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
 def test_all_ways_of_the_update_move_parameters_and_averages() -> None:
@@ -33,6 +36,38 @@ def test_both_ways_of_the_enqueue_write_the_keys() -> None:
     _, _, ways = enqueue_race(4, 8, 16, CPU)
     assert len(race(ways, CPU, windows=1)) == 2
     assert ways[0].error(torch.zeros(16, 8)) > 0
+
+
+def test_all_ways_of_group_batch_norm_move_gradients_and_running_statistics() -> None:
+    with mock.patch("torch.compile", return_value=lambda function: function):
+        name, case, ways = group_batch_norm_race(4, 8, 3, True, 2, CPU)
+    assert (name, case["groups"], case["residual"]) == ("batch_norm", 2, True)
+    assert len(race(ways, CPU, windows=1)) == 3
+    outputs = ways[2].run()
+    assert [t.dtype for t in outputs] == [BF16, BF16, F32, F32, BF16]
+    for at in range(len(outputs)):
+        wrong = [t * 1.05 if i == at else t for i, t in enumerate(outputs)]
+        assert ways[2].error(wrong) > ways[2].allowed
+
+
+def test_on_cuda_the_batch_norm_of_groups_is_raced() -> None:
+    built = races(torch.device("cuda"))["batch_norm"]
+    assert [f.args[:5] for f in built if isinstance(f, partial)] == list(CASES)
+
+
+def test_all_ways_of_max_pooling_are_those_of_float64_and_have_a_rate() -> None:
+    with mock.patch("torch.compile", lambda function, **options: function):  # takes a minute
+        _, case, ways = max_pool_race(2, 8, 12, CPU)
+    # bf16 (2, 8, 12, 12) and (2, 8, 6, 6), and a byte per output, in either direction.
+    assert case["least_bytes"] == 2 * (2 * 2304 + 2 * 576 + 576)
+    timings = race(ways, CPU, windows=1)
+    assert list(timings) == ["official", "compiled", "fastmoco"]
+    y, dx = ways[0].run()
+    assert all(way.error((y, dx.roll(1, 3))) > way.allowed for way in ways)
+    timings["fastmoco"]["p50_ms"] = 2.0
+    assert "0.1 GB/s" in table(timings, 200_000).splitlines()[-1]
+    assert "GB/s" not in table(timings)
+    assert "max_pool" in races(torch.device("cuda"))
 
 
 @needs(convolution_cpu.reason())

@@ -1,36 +1,37 @@
-"""The roofline model: what it counts, checked against figures known from elsewhere."""
+"""The tables of the model, made from rows of the ledger."""
 
 from __future__ import annotations
 
-from bench.roofline import BATCH, GPUS, TRACED, Operation, by_part, fused, supervised, trace
-from bench.steps.contestants import bare_encoder
-from fastmoco.config import dump, parse
+from typing import Any
+
+from bench.roofline import H100, Kernel, by_part, counts, kernels_of, times
+
+ROW: dict[str, Any] = {
+    "case": {"ranks": 8, "batch": 32, "ops": ["max_pool", "sgd_ema_"]},
+    **{"launches": 700, "gb_moved": 12.5, "atomics": 1, "generated_kernels": 90},
+    "kernels": [["pointwise", 10, 1, 29 * 10**7, 0, 1], ["convolutions", 1, 2, 0, 5934 * 10**9, 0]],
+}
 
 
-def test_traced_flops_are_those_of_resnet50() -> None:
-    recipe = [
-        *("--data.source", "synthetic", "--run.device", "cpu", "--model.head", "linear"),
-        *("--run.precision", "fp32"),  # as many operations, and faster where bf16 is emulated
-        *("--optim.global_batch_size", str(TRACED), "--moco.bn_group_size", str(TRACED)),
-    ]
-    plain = supervised(trace(bare_encoder, dump(parse(recipe))))
-    gflop = sum(op.flops for op in plain) / BATCH / 1e9
-    # 4.09 G multiply-adds per 224-pixel image, two FLOPs each; forward, and twice that backward.
-    # The first convolution needs no gradient for its input.
-    assert 0.95 * 6 * 4.09 < gflop < 6 * 4.09
-    passes = [op for op in plain if op.name.startswith("native_batch_norm")]
-    assert len(passes) == 2 * 53
-    assert len([op for op in plain if op.name.startswith("max_pool2d")]) == 2
+def test_times_of_equal_parts_add_up() -> None:
+    kernels = kernels_of(ROW)
+    assert kernels[0] == Kernel("pointwise", 10, 1, 29 * 10**7, 0, 1)
+    found = by_part([*kernels, kernels[0]], H100)
+    assert {part: round(ms, 1) for part, ms in found.items() if ms} == {
+        "pointwise": 2.0,
+        "convolutions": 10.0,
+    }
 
 
-def test_fusion_removes_pointwise_traffic_only() -> None:
-    eager = [
-        Operation("convolution", 1e12, 1e9),
-        Operation("native_batch_norm", 0.0, 3e9),
-        Operation("threshold_backward", 0.0, 3e9),
-        Operation("relu_", 0.0, 2e9),
-    ]
-    assert [op.bytes for op in fused(eager)] == [1e9, 3e9, 2e9]
-    before, after = (by_part(ops, GPUS[0]) for ops in (eager, fused(eager)))
-    assert before["convolution"] == after["convolution"]
-    assert after["pointwise"] < before["pointwise"]
+def test_the_tables_name_case_ops_and_rate() -> None:
+    (line,) = counts([[ROW]])[1]
+    assert line == ["32 images on each of 8: max_pool, sgd_ema_", "700", "12.5", "1", "90"]
+    headers, lines = times([[ROW]])
+    assert len(lines) == 3  # a line per GPU
+    h100 = dict(zip(headers, lines[1], strict=True))
+    # 256 pairs in 1 ms of pointwise kernels and 10 ms of convolutions
+    assert h100.pop("*modelled* ms") == "H100 SXM, 32 images on each of 8"
+    assert {name for name, text in h100.items() if text != "0.0"} == {
+        *("convolutions", "pointwise", "step", "pairs/s"),
+    }
+    assert (h100["convolutions"], h100["step"], h100["pairs/s"]) == ("10.0", "11.0", "23274")

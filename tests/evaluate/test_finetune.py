@@ -16,6 +16,7 @@ from fastmoco.config import ModelConfig
 from fastmoco.evaluate import finetune
 from fastmoco.evaluate.finetune import Classifier, Finetuning, cosine, stage_rates
 from fastmoco.evaluate.labelled_part import both_folders
+from fastmoco.evaluate.options import View
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import build_encoder
 from fastmoco.weights.read import read
@@ -49,7 +50,8 @@ def options(place: Path, out: str, *more: str) -> list[str]:
 
 def tuning(place: Path, out: str = "out", world: World = ALONE, *more: str) -> Finetuning:
     given = finetune.parser().parse_args(options(place, out, *more))
-    return Finetuning(read(given.checkpoint), *both_folders(given), given, world)
+    weights = read(given.checkpoint)
+    return Finetuning(weights, *both_folders(given, View.of(given, weights)), given, world)
 
 
 def test_every_stage_has_its_rate_and_every_parameter_is_in_one_group(place: Path) -> None:

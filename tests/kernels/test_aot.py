@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -34,6 +36,17 @@ def test_recipes_compile_without_spills(arch: int, case: aot.Case) -> None:
         stores = sum(n for op, n in made.operations.items() if "STG" in op and ".128" in op)
         assert wide >= 2 * lists, made.operations
         assert stores >= 2 * (1 if lists == 2 else 3)
+    if case.name.startswith("max_pool"):  # a thread has eight channels, and eight bytes of index
+        moves = {op for op in made.operations if op.startswith(("LDG", "STG"))}
+        assert moves
+        assert all(".128" in op or ".64" in op for op in moves), moves
+
+    if case.name.startswith("batch norm") and "merge" not in case.name:
+        accesses = Counter((op[:3], ".128" in op) for op in made.operations.elements())
+        writes = "statistics" not in case.name and ("sums" not in case.name or "add" in case.name)
+        assert accesses["LDG", True] >= 4, made.operations
+        assert accesses["LDG", False] == 0, made.operations
+        assert (accesses["STG", True] >= 2) == writes, made.operations
 
 
 def test_narrow_loads_would_be_noticed() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmoco_kernels as ops
-from fastmoco_kernels import ema, info_nce_cpu, launch, preflight, sgd_ema
+from fastmoco_kernels import ema, info_nce_cpu, launch, preflight, reference, sgd_ema
+from fastmoco_kernels.network import batch_norm
 from tests.kernels.oracle import features
 
 
@@ -28,6 +29,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         _info_nce_enqueue,
         _mean_with_gradient,
     )
+    from fastmoco_kernels.network.max_pool import _backward, _max_pool
 
     q, k, queue, pointer = _inputs(dtype)
     weights = [torch.randn(3, 5), torch.randn(7)]
@@ -43,11 +45,86 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(_mean_with_gradient, (q.requires_grad_(True), losses, dq))
     torch.library.opcheck(ema._ema, (copies(), copies(), 0.9, shadows))
     scaled = (torch.tensor(2.0), torch.tensor(0.0))
+    x = torch.randn(2, 3, 9, 8).to(dtype, memory_format=torch.channels_last)
+    index = _max_pool(x, 3, 2, 1)[1]
+    torch.library.opcheck(_max_pool, (x.requires_grad_(True), 3, 2, 1))
+    torch.library.opcheck(_backward, (torch.randn(2, 3, 5, 4), index, 9, 8, 3, 2, 1))
     for scaler in ((), scaled):
         torch.library.opcheck(
             sgd_ema._sgd_ema,
             (copies(), copies(), copies(), copies(), torch.tensor(0.1), 0.9, 1e-4, 0.99, *scaler),
         )
+
+
+def nhwc(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_batch_norm(dtype: torch.dtype) -> None:
+    x, residual, dy = map(nhwc, torch.randn(3, 4, 5, 3, 2).to(dtype))
+    running, counter = [torch.zeros(5), torch.ones(5)], torch.tensor(0)
+    torch.library.opcheck(batch_norm._statistics, (x, *running, counter, 0.1, 2))
+    mean, var = batch_norm._statistics(x, *running, counter, 0.1, 2)
+    per_channel = [t.requires_grad_(True) for t in torch.randn(2, 5).unbind()]
+    for added in (None, residual):
+        leaf = x.detach().requires_grad_(True)
+        last = (*per_channel, mean, var, 1e-5, True)
+        torch.library.opcheck(batch_norm._apply, (leaf, added, *last))
+        plain = (*(t.detach() for t in per_channel), *last[2:])
+        y = None if added is None else batch_norm._apply(x, added, *plain)
+        torch.library.opcheck(batch_norm._backward, (dy, x, y, *plain))
+
+
+def test_batch_norm_with_a_residual_and_gradients_is_one_graph_and_equals_its_definition() -> None:
+    """In float64 through the reference on the CPU: the wiring of the autograd formula."""
+    x, residual, dy = map(nhwc, torch.randn(3, 6, 5, 3, 2))
+    tensors = [x, residual, *torch.randn(2, 5)]
+
+    def step(x: Tensor, residual: Tensor, *norm: Tensor) -> Tensor:
+        function: Callable[..., Tensor] = ops.batch_norm_act
+        y = function(x, residual, *norm, 0.1, 1e-5, 3, True)
+        return function(y, None, *norm, 0.1, 1e-5, 1, False)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (step, compiled):
+        running = [torch.zeros(5), torch.ones(5), torch.tensor(0)]
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        y = function(*leaves, *running)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, dy), *running])
+    leaves = [t.double().requires_grad_() for t in tensors]
+    running = [torch.zeros(5).double(), torch.ones(5).double()]
+    settings = (*leaves[2:], *running, True, 0.1, 1e-5)
+    definition: Callable[..., Tensor] = reference.batch_norm_act
+    y = definition(leaves[0], leaves[1], *settings, 3, True)
+    y = definition(y, None, *settings, 1, False)
+    truth = [y.detach(), *torch.autograd.grad(y, leaves, dy.double()), *running, torch.tensor(2)]
+    for mine in found:
+        for got, want in zip(mine, truth, strict=True):
+            torch.testing.assert_close(got.double(), want.double(), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 5, 1, 1).long()}, "floating"),
+        ({"groups": 3}, "multiple of groups"),
+        ({"groups": 4, "x": torch.zeros(4, 5, 1, 1)}, "more than one value"),
+        ({"residual": torch.zeros(4, 5, 2, 1)}, r"residual \(4, 5, 2, 1\)"),
+        ({"weight": torch.zeros(4)}, "per channel"),
+        ({"bias": torch.zeros(5).half()}, "per channel"),
+    ],
+)
+def test_batch_norm_refuses_what_it_would_get_wrong(
+    change: dict[str, object], message: str
+) -> None:
+    names = ("weight", "bias", "running_mean", "running_var")
+    right: dict[str, Any] = {name: torch.zeros(5) for name in names}
+    right |= {"x": torch.zeros(4, 5, 2, 2), "residual": None, "counter": torch.tensor(0)}
+    right |= {"momentum": 0.1, "eps": 1e-5, "groups": 2, "relu": True}
+    with pytest.raises(ValueError, match=message):
+        ops.batch_norm_act(**right | change)
 
 
 def _step(q: Tensor, queue: Tensor, pointer: Tensor, p: Tensor, lr: Tensor) -> Tensor:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet18
 
 from fastmoco.config import ModelConfig
-from fastmoco.network.batchnorm import SplitBatchNorm2d
+from fastmoco.network.batchnorm import SplitBatchNorm2d, supports_cuda
 from fastmoco.network.encoder import build_encoder
+from fastmoco_kernels import launch
 
 pytestmark = pytest.mark.processor
 GROUP = 4
@@ -73,6 +76,56 @@ def test_layer_is_plain_bn_per_group_forward_and_backward() -> None:
         assert int(norm.num_batches_tracked or 0) == 1
 
     both_formulations(check)
+
+
+def on_cuda() -> ExitStack:
+    """The kernels that the compiled step takes on CUDA, here by their reference."""
+    stack = ExitStack()
+    for name in ("torch.compiler.is_compiling", "fastmoco.network.batchnorm.supports_cuda"):
+        stack.enter_context(mock.patch(name, return_value=True))
+    return stack
+
+
+@pytest.mark.parametrize("group", [0, GROUP])
+def test_kernels_of_cuda_compute_the_same_layer(group: int) -> None:
+    torch.manual_seed(0)
+    x, residual, upstream = torch.randn(3, 3 * GROUP, 5, 3, 2).mul(3).add(2).unbind()
+
+    def run(norm: SplitBatchNorm2d) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        out = norm(leaves[0], residual=leaves[1], relu=True)
+        gradients = torch.autograd.grad(out, [*leaves, norm.weight, norm.bias], upstream)
+        return [out.detach(), *gradients, *norm.buffers()]
+
+    plain, ours = layer().float(), layer().float()
+    plain.group_size = ours.group_size = group
+    truth = run(plain)
+    with on_cuda():
+        found = run(ours)
+    for mine, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_in_evaluation_the_kernels_of_cuda_are_not_asked() -> None:
+    norm, x = layer().float().eval(), torch.randn(4, 5, 3, 2)
+    with on_cuda(), torch.no_grad():
+        close(norm(x), plain_layer(norm).float().eval()(x), 1e-5)
+    assert int(norm.num_batches_tracked or 0) == 0
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_kernels_take_what_they_support(replaced: bool) -> None:
+    norm = SplitBatchNorm2d(8, GROUP)
+    per_channel = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    reasons = {"batch_norm": "wrong"} if replaced else {}
+    with mock.patch.object(launch, "replaced", return_value=reasons), FakeTensorMode():
+        x = torch.empty(2**21, 8, 1, 1, device="cuda", dtype=torch.bfloat16)
+        assert supports_cuda(x, per_channel, 2) is not replaced
+        assert not supports_cuda(x[1:], per_channel, 1)
+        assert not supports_cuda(x.cpu(), per_channel, 2)
+        assert not supports_cuda(x.double(), per_channel, 2)
+        assert not supports_cuda(x, (*per_channel[:3], None), 2)
+        assert not supports_cuda(x, per_channel, len(x))  # no variance of one value
 
 
 def test_evaluation_splits_nothing() -> None:

@@ -18,6 +18,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import device_interface
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -75,7 +78,14 @@ PROPERTIES: dict[str, dict[str, Any]] = {
 @contextmanager
 def cuda_without_device(gpu: str = "H100") -> Iterator[None]:
     """Answer what torch asks about devices as if one `gpu` were there."""
-    properties = types.SimpleNamespace(**PROPERTIES[gpu], total_memory=80 << 30, warp_size=32)
+    properties = types.SimpleNamespace(
+        **PROPERTIES[gpu],
+        total_memory=80 << 30,
+        warp_size=32,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+    )
     capability = (properties.major, properties.minor)
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
@@ -108,6 +118,28 @@ def cuda_without_device(gpu: str = "H100") -> Iterator[None]:
         )
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", _pinned))
         FakeTensorMode.cache_clear()  # it may hold layouts from before
+        yield
+
+
+@contextmanager
+def inductor_without_device() -> Iterator[None]:
+    """Inside `cuda_without_device`: Inductor writes code for that GPU; nothing compiles it."""
+    properties = torch.cuda.get_device_properties()
+    capability = 10 * properties.major + properties.minor
+    answers: list[tuple[Any, str, Any]] = [
+        (CudaInterface, "get_device_properties", staticmethod(lambda device=None: properties)),
+        (CudaInterface, "get_compute_capability", staticmethod(lambda device=None: capability)),
+        (torch.utils._triton, "triton_hash_with_backend", lambda: ""),  # asks the driver
+    ]
+    device_interface.caching_worker_device_properties["cuda"] = [properties]
+    device_interface.caching_worker_current_devices["cuda"] = 0
+    # Constants are folded by computing them, on the device.
+    with ExitStack() as stack:
+        for owner, name, answer in answers:
+            stack.enter_context(mock.patch.object(owner, name, answer))
+        stack.enter_context(
+            inductor_config.patch(joint_graph_constant_folding=False, compile_threads=1)
+        )
         yield
 
 

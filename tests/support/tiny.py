@@ -35,14 +35,14 @@ CONFIG = Config(
 )
 
 
-def tiny_encoder(config: ModelConfig, bn_group_size: int = 0) -> nn.Module:
+def tiny_encoder(config: ModelConfig, bn_group_size: int = 0, channels: int = 3) -> nn.Module:
     """Two convolutions with BN. Smooth, for at the kink of a ReLU rounding flips gradients."""
 
     def norm(width: int) -> nn.BatchNorm2d:
         return SplitBatchNorm2d(width, bn_group_size) if bn_group_size else nn.BatchNorm2d(width)
 
     return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.SiLU()),
+        *(nn.Conv2d(channels, 8, 3, bias=False), norm(8), nn.SiLU()),
         *(nn.Conv2d(8, 16, 3, stride=2, bias=False), norm(16), nn.SiLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, config.dim)),
     ).to(memory_format=torch.channels_last)

@@ -1,25 +1,30 @@
 """One step of the R50 recipe on fake CUDA tensors among eight fake ranks; prints what it found.
 
-    python -m tests.support.traced_step resnet50 whole|eager [MECHANISM]
+    python -m tests.support.traced_step resnet50 whole|eager|code [MECHANISM]
 
 `whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
-one rank without a compiler, for the queue in fp16, operation by operation, with its metrics.
+one rank without a compiler, for the queue in fp16, operation by operation, with its metrics. `code`
+is what Inductor writes for an H100 of the step of one rank, with a stem and a single block.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.launches import SYNCHRONIZING
@@ -31,12 +36,14 @@ from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 from fastmoco.method.update import set_lr
+from fastmoco.network.resnet import BACKBONES, BasicBlock, ResNet
 from fastmoco.run.metrics import Metrics
 from tests.support.fake_cuda import (
     Watch,
     allow_backward_without_driver,
     cuda_without_device,
     fake_world,
+    inductor_without_device,
     to_fake_cuda_,
 )
 
@@ -66,6 +73,7 @@ class Graphs:
             "fused": sorted(_fused(calls)),
             "convolutions": len(convolutions),
             "other_layouts": [str(n) for n in convolutions if not all(map(_is_nhwc, _images(n)))],
+            "image_copies": [str(n) for n in calls if _copies_images(n)],
             "host_syncs": [n for n in names if n in SYNCHRONIZING]
             + [str(n) for n in calls if _leaves_device(n)],
         }
@@ -95,14 +103,51 @@ def _is_nhwc(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
 
 
+def _copies_images(node: torch.fx.Node) -> bool:
+    return "clone" in str(node.target) and bool(_images(node))
+
+
 def _leaves_device(node: torch.fx.Node) -> bool:
     sources = [v for source in node.all_input_nodes for v in _values(source)]
     was_there = any(v.device.type == "cuda" for v in sources)
     return was_there and any(v.device.type == "cpu" for v in _values(node))
 
 
+def stem_and_one_block(**options: Any) -> ResNet:
+    """A ResNet with every kind of layer, of which the compiler is done in seconds."""
+    short = ResNet(BasicBlock, [1, 1, 1, 1], **options)
+    short.layer2 = short.layer3 = short.layer4 = nn.Sequential()
+    short.fc = nn.Linear(64, 1000)
+    return short
+
+
+class Written(BaseException):
+    """The code is written. Not an `Exception`: the compiler would wrap that in its own."""
+
+
+def code_of(run: Callable[[], object]) -> str:
+    """What Inductor writes for a compiled function in its first call; Triton compiles nothing."""
+
+    def stop(code: str) -> None:
+        raise Written(code)
+
+    writing = mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop))
+    with (
+        writing,
+        torch._inductor.config.patch(force_disable_caches=True),
+        inductor_without_device(),
+    ):
+        try:
+            run()
+        except Written as written:
+            return str(written.args[0])
+    raise AssertionError("no code was written")
+
+
 def main() -> None:
     arch, how, mechanism = [*sys.argv[1:], "queue"][:3]
+    if how == "code":
+        BACKBONES[arch] = stem_and_one_block
     allow_backward_without_driver()
     torch.autograd.set_multithreading_enabled(False)
     arguments = ["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"]
@@ -116,9 +161,10 @@ def main() -> None:
     moco = build_moco(config, config.bn_group_size(ranks), torch.device("cpu"))
     allocate_bank(config, moco, 4096)
     graphs, watch = Graphs(), Watch()
-    with cuda_without_device(), FakeTensorMode(allow_non_fake_inputs=True), fake_world(ranks):
+    group = nullcontext() if how == "code" else fake_world(ranks)
+    with cuda_without_device(), FakeTensorMode(allow_non_fake_inputs=True), group:
         to_fake_cuda_(moco)
-        step = build_step(config, moco, world, compile_encoders=how == "whole")
+        step = build_step(config, moco, world, compile_encoders=how != "eager")
         set_lr(step.optimizer, 0.03)
         side = config.augment.image_size
         shape = (config.local_batch_size(ranks), side, side, 3)
@@ -130,6 +176,17 @@ def main() -> None:
             rebuilt.run_graph(images, images, order)
             found = graphs.found()
             found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+        elif how == "code":
+            assert isinstance(step, WholeStep)
+            order = torch.empty(step.shuffle.indices(0).shape, dtype=torch.int64, device="cuda")
+            code = code_of(lambda: step.run_graph(images, images, order))
+            calls = re.findall(r"torch\.ops\.fastmoco\.(\w+)\.default\(", code)
+            kernels = code.count("async_compile.triton(")
+            found = {
+                "atomics": code.count("tl.atomic_add("),
+                "kernels": kernels,
+                "fused": sorted(calls),
+            }
         else:
             metrics = Metrics(world, config.model.dim)
             with watch:

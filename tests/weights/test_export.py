@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import fastmoco
-from fastmoco.config import Config
+from fastmoco.config import Config, DataConfig
 from fastmoco.method.step import Step
 from fastmoco.weights.architecture import NETWORKS, Architecture, shapes
 from fastmoco.weights.constructors import loading_lines
+from fastmoco.weights.detectron2 import detectron2_name
 from fastmoco.weights.export import export, export_trunk, main
 from fastmoco.weights.read import load_encoder, read
 
@@ -115,7 +116,7 @@ def test_other_architectures_are_loaded_by_fastmoco(
     for model, count in (({"stem": "cifar"}, 4), ({"width": 0.25}, 1)):
         settings = replace(config, model=replace(config.model, **model))
         moco = new_step(settings).moco
-        _, *lines = export_trunk(moco, tmp_path, 1).splitlines()
+        _, *lines = export_trunk(moco, tmp_path, 1, DataConfig()).splitlines()
         assert len(lines) == count
         x = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
@@ -163,22 +164,29 @@ def test_official_of_our_checkpoint_is_complete(run: Path) -> None:
     )
 
 
+def converter_name(name: str) -> str:
+    """What the official Detectron2 converter makes of a name of encoder_q, step by step."""
+    if "layer" not in name:
+        name = "stem." + name
+    for stage in (1, 2, 3, 4):
+        name = name.replace(f"layer{stage}", f"res{stage + 1}")
+    for norm in (1, 2, 3):
+        name = name.replace(f"bn{norm}", f"conv{norm}.norm")
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
 def converted(state: State) -> dict[str, np.ndarray[Any, Any]]:
-    """What the official Detectron2 converter makes of an official state dict, step by step."""
-    model = {}
-    for name, tensor in state.items():
-        if not name.startswith(QUERY):
-            continue
-        name = name.replace(QUERY, "")
-        if "layer" not in name:
-            name = "stem." + name
-        for stage in (1, 2, 3, 4):
-            name = name.replace(f"layer{stage}", f"res{stage + 1}")
-        for norm in (1, 2, 3):
-            name = name.replace(f"bn{norm}", f"conv{norm}.norm")
-        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        model[name] = tensor.numpy()
-    return model
+    """The model in its pickle, from an official state dict."""
+    queries = {n.replace(QUERY, ""): t for n, t in state.items() if n.startswith(QUERY)}
+    return {converter_name(name): tensor.numpy() for name, tensor in queries.items()}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_detectron2_names_are_the_converters_and_no_two_are_one(arch: str) -> None:
+    names = [*shapes(Architecture(arch, 1.0, "imagenet")), "fc.0.weight", "fc.2.bias"]
+    found = [detectron2_name(name) for name in names]
+    assert found == [converter_name(name) for name in names]
+    assert len(set(found)) == len(names)
 
 
 def test_detectron2_pickle_is_that_of_the_official_converter(run: Path) -> None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from torchvision import io as torchvision_io
 
 from fastmoco.data.decode import JPEG_START, decode, is_turned
+from fastmoco.data.pixels.banded import BOXES, box_radius
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, UInt8, ViewTable
 
 Float32 = NDArray[np.float32]
 _PAD = 2  # the widest box of a blur with sigma up to 3.4 reaches two pixels
-_BOXES = 3
 # Deprecated in torchvision 0.29; without it PIL decodes, to the same pixels in a tenth more time.
 _decode_jpeg: Any = getattr(torchvision_io, "decode_jpeg", None)
 
@@ -169,7 +169,7 @@ class Canvas:
         image = self.blurred[:, inside, inside]
         np.copyto(image, self.rgb, casting="unsafe")
         for stride in (1, self.blurred.shape[2]):
-            for _ in range(_BOXES):
+            for _ in range(BOXES):
                 self._extend(stride)
                 self._box(stride, whole, (outer, inner_weight, rest))
         return image
@@ -202,18 +202,6 @@ class Canvas:
             out += part
         out += np.uint16(128)
         np.right_shift(out, 8, out=flat[middle])
-
-
-def box_radius(sigma: float) -> float:
-    """Fractional radius of the boxes of which three make a Gaussian, as in PIL.
-
-    Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
-    Filtering (2011), equations 7, 11 and 14.
-    """
-    variance = sigma * sigma / _BOXES
-    whole = math.floor((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    share = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance)
-    return whole + share / (6.0 * (variance - (whole + 1) ** 2))
 
 
 def decode_tensor(data: bytes, rule: PixelRule) -> Tensor:

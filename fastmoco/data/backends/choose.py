@@ -19,6 +19,13 @@ DALI_EXTRAS = {"12": "dali-cuda12", "13": "dali"}
 
 def choose_backend(config: Config, device: torch.device) -> str:
     """`dali`, `array` or `pil`, without importing any."""
+    if config.data.float_views:
+        if config.data.backend == "dali":
+            raise ConfigError(
+                "data.backend is dali, which makes views of 8-bit RGB only, but the pictures have "
+                "other channels or more bits: set data.backend to array or pil."
+            )
+        return "pil" if config.data.backend == "pil" else "array"
     if config.data.backend != "auto":
         missing = config.data.backend == "dali" and not has_dali()
         if missing:
@@ -52,7 +59,8 @@ def install_dali(otherwise: str = "") -> str:
 
 def missing_dali(config: Config, device: torch.device) -> str:
     """What this run loses without DALI, and the command that installs it; empty if nothing."""
-    served = config.data.backend != "auto" or config.data.source == "synthetic"
+    data = config.data
+    served = data.backend != "auto" or data.source == "synthetic" or data.float_views
     if served or device.type != "cuda" or has_dali() or not (command := install_dali()):
         return ""
     return f"DALI is not installed, so the CPU does what this GPU could: decode, augment; {command}"

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from fastmoco.data.batch import Batch
 from fastmoco.data.pixels.rule import PixelRule
-from fastmoco.data.table import UInt8, ViewTable
+from fastmoco.data.table import ViewTable
 
 
 class Executor(Protocol):
     """Makes one view after another on the CPU, for one thread."""
 
     def decode(self, data: bytes, rule: PixelRule) -> Any:
-        """The RGB image that `execute` takes. Raises `BadImage`."""
+        """The image that `execute` takes. Raises `BadImage`."""
 
-    def execute(self, image: Any, table: ViewTable, row: int) -> UInt8:
-        """One view of an image, (S, S, 3) uint8."""
+    def execute(self, image: Any, table: ViewTable, row: int) -> NDArray[Any]:
+        """One view of an image, uint8 (S, S, 3) or float32 (S, S, C)."""
 
 
 class Engine(Protocol):

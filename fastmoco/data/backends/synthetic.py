@@ -27,12 +27,12 @@ class SyntheticEngine:
     description = "synthetic: no reader"
 
     def __init__(self, config: Config, plan: Plan, device: torch.device) -> None:
-        side = config.augment.image_size
+        shape = (config.augment.image_size, config.augment.image_size, config.data.channels)
         first = plan.rank * plan.local_batch
         self.pool = [
             Batch(
-                im_q=_noise(plan, side, first, 2 * number).to(device),
-                im_k=_noise(plan, side, first, 2 * number + 1).to(device),
+                im_q=_noise(plan, shape, first, 2 * number).to(device),
+                im_k=_noise(plan, shape, first, 2 * number + 1).to(device),
             )
             for number in range(_SYNTHETIC_BATCHES)
         ]
@@ -49,12 +49,12 @@ class SyntheticEngine:
         pass
 
 
-def _noise(plan: Plan, side: int, first: int, number: int) -> Tensor:
-    """(n, S, S, 3) uint8."""
+def _noise(plan: Plan, shape: tuple[int, int, int], first: int, number: int) -> Tensor:
+    """uint8 (n, *shape)."""
     rows = range(first, first + plan.local_batch)
     images: list[NDArray[np.uint8]] = [
         np.random.Generator(np.random.Philox(key=[plan.seed, row << 8 | number])).integers(
-            0, 256, (side, side, 3), dtype=np.uint8
+            0, 256, shape, dtype=np.uint8
         )
         for row in rows
     ]

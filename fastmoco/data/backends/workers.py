@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import AugmentConfig, Config
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.backends.engine import Executor
+from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.data.backends.pil import PilExecutor
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
-from fastmoco.data.table import Int64, UInt8, ViewTable
+from fastmoco.data.table import Int64, ViewTable
 from fastmoco.machine.host import cores
 
 # Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
@@ -36,7 +38,8 @@ from fastmoco.machine.host import cores
 _PART = 64
 
 EXECUTORS: dict[str, Callable[[int, str], Executor]] = {"array": Canvas, "pil": PilExecutor}
-"""Who makes the views, by `data.backend`; takes their side and the recipe."""
+"""Who makes the views, by `data.backend`; takes their side and the recipe.
+Float views are made by `FloatCanvas`."""
 
 
 class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
@@ -67,6 +70,9 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
             for one in itertools.chain(work.queries, work.keys):
                 if one.sample in images or one.sample in bad:
                     continue
+                if one.deep is not None:
+                    images[one.sample] = one.deep
+                    continue
                 try:
                     images[one.sample] = executor.decode(one.data, rule)
                 except BadImage as error:
@@ -75,9 +81,10 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
                 return work, images
             self.reader.quarantine(bad)
 
-    def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Any]) -> UInt8:
-        side, table = self.augment.image_size, ViewTable.unpack(rows)
-        views = np.empty((len(encoded), side, side, 3), dtype=np.uint8)
+    def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Any]) -> NDArray[Any]:
+        side, table, rule = self.augment.image_size, ViewTable.unpack(rows), self.reader.rule
+        kind = np.float32 if rule.float_views else np.uint8
+        views = np.empty((len(encoded), side, side, rule.channels), dtype=kind)
         executor = self._own_executor()
         for row, one in enumerate(encoded):
             views[row] = executor.execute(images[one.sample], table, row)
@@ -86,8 +93,11 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
     def _own_executor(self) -> Executor:
         """Made in the worker, once: its scratch memory belongs to one process."""
         if self._executor is None:
-            make = EXECUTORS[self.backend]
-            self._executor = make(self.augment.image_size, self.augment.recipe)
+            side, recipe, rule = self.augment.image_size, self.augment.recipe, self.reader.rule
+            if rule.float_views:
+                self._executor = FloatCanvas(side, recipe, rule.channels, self.backend)
+            else:
+                self._executor = EXECUTORS[self.backend](side, recipe)
         return self._executor
 
 
@@ -157,7 +167,7 @@ class WorkerEngine:
         if self.copies is None:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         rows = sum(len(part) for part in parts)
-        pinned = torch.empty((rows, *parts[0].shape[1:]), dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=True)
         torch.cat(parts, out=pinned)
         with torch.cuda.stream(self.copies):
             views = pinned.to(self.device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -25,11 +25,25 @@ class PixelRule:
     max_pixels: int = DataConfig.max_pixels
     alpha_over: tuple[int, int, int] = DataConfig.alpha_over
     exif: Literal["ignore", "apply"] = DataConfig.exif
+    channels: int = DataConfig.channels
+    intensity: tuple[float, float] | None = None
+    """Values that become 0 and 255; None where pictures have 8 bits."""
 
     @classmethod
     def of(cls, data: DataConfig) -> PixelRule:
-        """The rule that a configuration asks for."""
-        return cls(data.max_pixels, data.alpha_over, data.exif)
+        """The rule of a configuration that `resolve_pixels` has returned."""
+        found = None if isinstance(data.intensity, str) else data.intensity
+        return cls(data.max_pixels, data.alpha_over, data.exif, data.channels, found)
+
+    def into(self, data: DataConfig) -> DataConfig:
+        """A configuration with this rule: what `of` takes from it."""
+        intensity = "auto" if self.intensity is None else self.intensity
+        return replace(data, **{**asdict(self), "intensity": intensity})
+
+    @property
+    def float_views(self) -> bool:
+        """Whether views are float32 (S, S, C); else they are uint8 RGB (S, S, 3)."""
+        return self.channels != 3 or self.intensity is not None
 
 
 RGB8 = PixelRule()

@@ -1,7 +1,8 @@
 """Which files are images: the one rule of training, pictures, evaluation and shards.
 
 Hidden names and those that systems leave behind never count, whatever is in them. Any other file
-counts if its name ends like an image's, or, with `data.any_name`, if it starts like one.
+counts if its name ends like an image's, or, with `data.any_name`, if it starts like one; NPY files
+where their folder has no other pictures.
 """
 
 from __future__ import annotations
@@ -258,7 +259,20 @@ def _list(
                     passed.lost.append(entry.path)
             else:
                 passed.odd.append(f"{entry.path} ({kind})")
-    return inner, images
+    return inner, _without_arrays(images, passed)
+
+
+def _without_arrays(names: list[str], passed: Passed) -> list[str]:
+    """Names of a folder without its NPY files where it has other pictures too.
+
+    Those are masks, labels or features that belong to the pictures.
+    """
+    others = [name for name in names if not name.lower().endswith(".npy")]
+    arrays = len(names) - len(others)
+    if not arrays or not any(map(is_image_name, others)):
+        return names
+    passed.suffixes[".npy beside other pictures"] += arrays
+    return others
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

@@ -45,6 +45,7 @@ from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
 from fastmoco.machine.cache import cache_folder
 
 _SUFFIX = ".fastmoco-index"
+_HEAD = 4096
 _OPEN_FILES = 64
 _PACKED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -125,7 +126,7 @@ def open_shards(
     shards = [shard for place in matching(root) for shard in _shards(Path(place), passed)]
     if not shards:
         raise ConfigError(f"data.root {root} holds no .tar file.")
-    stamps = [_stamp(shard) for shard in shards]
+    stamps = [stamp(shard) for shard in shards]
     index = kept_index(
         repr((stamps, max_pixels, any_name)),
         holds=lambda index: True,
@@ -165,7 +166,30 @@ def _is_shard_name(name: str) -> bool:
     return name.lower().endswith((".tar", *_PACKED))
 
 
-def _stamp(shard: Path) -> list[Any]:
+def index_beside(shard: Path) -> Path:
+    """Where the index of a shard lies, unless its folder cannot be written."""
+    return shard.with_name(shard.name + _SUFFIX)
+
+
+def head_of(shard: Path) -> list[Any]:
+    """Size and a hash of the first bytes: by these a shard of `fastmoco pack` knows its index.
+
+    Unlike a time they are the same after any copy. Raises `OSError`.
+    """
+    with open(shard, "rb") as file:
+        return [os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(_HEAD)).hexdigest()]
+
+
+def _is_packed(index: Index, shard: Path, max_pixels: int) -> bool:
+    """Whether the index came with the shard, wherever both lie now. Raises `OSError`."""
+    if index.facts.get("packed") != head_of(shard):
+        return False
+    pixels = index.sizes.astype(np.int64).prod(axis=1)
+    return bool((pixels <= max_pixels).all())
+
+
+def stamp(shard: Path) -> list[Any]:
+    """Place, size and modification time of a shard. Raises `ConfigError` without them."""
     try:
         status = shard.stat()
     except OSError as error:
@@ -219,15 +243,16 @@ def _notes(parts: Sequence[Index]) -> list[str]:
 
 def _indexed(shard: Path, max_pixels: int, *, any_name: bool, rescan: bool) -> Index:
     """The index of one shard, built unless the one beside it still holds."""
-    stamp = [*_stamp(shard), max_pixels, any_name]
-    beside = shard.with_name(shard.name + _SUFFIX)
-    spare = cache_folder() / "index" / hashlib.sha256(os.fsencode(stamp[0])).hexdigest()[:20]
+    stamped = [*stamp(shard), max_pixels, any_name]
+    beside = index_beside(shard)
+    spare = cache_folder() / "index" / hashlib.sha256(os.fsencode(stamped[0])).hexdigest()[:20]
     for place in (beside, spare):
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = load_index(str(place))
-            if index.facts["stamp"] == stamp and not rescan:
+            holds = index.facts["stamp"] == stamped or _is_packed(index, shard, max_pixels)
+            if holds and not rescan:
                 return index
-    index = _scan(shard, stamp, max_pixels, any_name=any_name)
+    index = _scan(shard, stamped, max_pixels, any_name=any_name)
     for place in (beside, spare):
         with contextlib.suppress(OSError):
             return save_index(index, place)

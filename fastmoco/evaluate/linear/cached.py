@@ -159,6 +159,12 @@ class Sweep:
         """The setting with the highest accuracy on the held-out images; the first of equal ones."""
         return max(range(len(self.settings)), key=lambda s: self.held_out[s])
 
+    @property
+    def best_without_decay(self) -> int:
+        """The same among the settings without weight decay, as the full protocol is."""
+        plain = [s for s, (_, decay) in enumerate(self.settings) if decay == 0]
+        return max(plain, key=lambda s: self.held_out[s])
+
     def table(self) -> str:
         """One line per setting, the chosen one marked."""
         lines = ["      lr   weight decay   held out    test      top-5"]

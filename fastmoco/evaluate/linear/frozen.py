@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,16 @@ from tqdm import tqdm
 
 from fastmoco.config import ConfigError
 from fastmoco.data.backends.array import Canvas
-from fastmoco.data.decode import BadImage
+from fastmoco.data.backends.engine import Executor
+from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.order import EpochOrder
+from fastmoco.data.pixels.deep import Deep
+from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco.evaluate.features import FrozenTrunk, filled_up, trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_training import crop_and_flip
+from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import read
 
 
@@ -36,8 +41,14 @@ class CheckedTrunk(FrozenTrunk):
 
     def __init__(self, checkpoint: Path, device: torch.device) -> None:
         self.weights = read(checkpoint)
-        trunk = trunk_of(self.weights).requires_grad_(False)
-        super().__init__(trunk.to(device).eval(), torch.float32, device)
+        trunk = trunk_of(self.weights).requires_grad_(False).to(device).eval()
+        statistics = pixel_statistics(self.weights.pixels)
+        super().__init__(trunk, torch.float32, device, statistics)
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.weights.features
 
     def fingerprint(self) -> str:
         """SHA-256 of every weight and statistic: equal exactly where the trunk is, bit for bit."""
@@ -48,8 +59,15 @@ class CheckedTrunk(FrozenTrunk):
         return digest.hexdigest()
 
 
+def _canvas(side: int, rule: PixelRule) -> Executor:
+    recipe = crop_and_flip(side).recipe
+    if rule.float_views:
+        return FloatCanvas(side, recipe, rule.channels, "array")
+    return Canvas(side, recipe)
+
+
 def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: int) -> Tensor:
-    """Crop number `crop` of some images, uint8 (len(rows), S, S, 3): what training would show.
+    """Crop number `crop` of some images, (len(rows), S, S, C): what training would show.
 
     It is the view that the training loader shows of the image in epoch `crop`, drawn from the
     image's position in that epoch. That of a bad image is black, and `images.bad` has the reason.
@@ -58,16 +76,19 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
     augment = crop_and_flip(side)
     position = np.empty(n, np.int64)
     position[EpochOrder(n, seed, 0, ()).samples(crop, np.arange(n))] = np.arange(n)
-    out = np.empty((len(rows), side, side, 3), np.uint8)
+    rule = images.rule
+    kind = np.float32 if rule.float_views else np.uint8
+    out = np.empty((len(rows), side, side, rule.channels), kind)
 
     def one(index: int) -> None:
-        row, canvas = rows[index], Canvas(side, augment.recipe)
+        row, canvas = rows[index], _canvas(side, rule)
         try:
-            image = canvas.decode(images.read(row), images.rule)
+            image = canvas.decode(images.read(row), rule)
         except BadImage as error:
             images.bad[row], out[index] = str(error), 0
             return
-        size = np.array([[image.shape[2], image.shape[1]]], np.int32)
+        height, width = (image.values if isinstance(image, Deep) else image).shape[1:]
+        size = np.array([[width, height]], np.int32)
         uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
         out[index] = canvas.execute(image, view_table(augment, uniforms, size), 0)
 
@@ -94,11 +115,12 @@ def stored_features(
     interrupted computation goes on at the batch it had reached. Raises `ConfigError` where the file
     cannot be written.
     """
-    said = [trunk.fingerprint(), images.resize, images.image_size, crops, seed if crops else 0]
+    shown = [images.resize, images.image_size, asdict(images.rule), trunk.statistics]
+    said = [trunk.fingerprint(), *shown, crops, seed if crops else 0]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
-    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.weights.features)
+    views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.features)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = json.loads(note.read_text())["batches"] if note.exists() and path.exists() else 0

@@ -60,7 +60,7 @@ class Protocol(LabelledTraining):
             world=world,
             workers=workers,
         )
-        self.fc = new_head(trunk.weights.features, len(train.class_names), schedule.seed)
+        self.fc = new_head(trunk.features, len(train.class_names), schedule.seed)
         self.fc.to(world.device)
         self.optimizer = torch.optim.SGD(
             self.fc.parameters(), lr, momentum=schedule.momentum, weight_decay=0.0

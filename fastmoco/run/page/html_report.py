@@ -66,7 +66,8 @@ svg path{fill:none}
 details{margin:1.4em 0}
 pre{overflow-x:auto;font-size:12px}
 @media print{main{max-width:none;padding:0}.panels{grid-template-columns:1fr 1fr;gap:12px}
-body{font-size:11pt}details{display:none}}
+body{font-size:11pt}details{display:none}h2,figcaption{break-after:avoid}
+.pictures{display:block}.pictures figure{margin-bottom:5mm}.pictures img{max-height:210mm}}
 """
 
 
@@ -209,7 +210,8 @@ def _words(text: str) -> str:
 
 def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
     """The whole HTML text."""
-    title = " and ".join(run.name for run in runs)
+    *others, last = (run.name for run in runs)
+    title = f"{', '.join(others)} and {last}" if others else last
     body = [f"<h1>{escape(title)}</h1>"]
     body += [_sentences(run, index, len(runs) > 1) for index, run in enumerate(runs)]
     body += [_alarms(runs)]

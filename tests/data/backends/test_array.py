@@ -13,8 +13,9 @@ from PIL import Image, ImageFilter
 
 from fastmoco.config import AugmentConfig
 from fastmoco.data.backends import array
-from fastmoco.data.backends.array import Canvas, box_radius, decode_tensor
+from fastmoco.data.backends.array import Canvas, decode_tensor
 from fastmoco.data.backends.pil import execute
+from fastmoco.data.pixels.banded import box_radius
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
 from tests.support.images import open_rgb

@@ -83,6 +83,17 @@ def test_missing_and_wrong_suffixes_are_counted_or_found_by_content(tmp_path: Pa
     assert [str(path.relative_to(tmp_path)) for path in paths] == by_content
 
 
+def test_arrays_beside_pictures_are_their_masks(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/1.npy", "a/2.NPY", "b/1.npy", "b/2.npy"):
+        save(tmp_path / name)
+    for any_name in (False, True):
+        assert names(tmp_path, any_name=any_name) == ["a/1.jpg", "b/1.npy", "b/2.npy"]
+        paths, _, _ = index_class_folders(tmp_path, any_name=any_name)
+        assert [path.name for path in paths] == ["1.jpg", "1.npy", "2.npy"]
+        (note,) = open_folder(str(tmp_path), LIMIT, any_name=any_name).notes
+        assert note == "not counted as images: 2 .npy beside other pictures"
+
+
 def test_a_folder_without_a_known_suffix_says_what_it_holds_and_what_to_do(tmp_path: Path) -> None:
     for number in range(3):
         save(tmp_path / f"{number:032x}")

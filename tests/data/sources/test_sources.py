@@ -231,7 +231,6 @@ def all_forms() -> dict[str, bytes]:
     rgb = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize((48, 36))
     alpha = rgb.copy()
     alpha.putalpha(Image.fromarray(rng.integers(0, 256, (36, 48), np.uint8)))
-    deep = Image.fromarray(rng.integers(0, 65536, (36, 48), np.uint16))
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     return {
@@ -249,7 +248,6 @@ def all_forms() -> dict[str, bytes]:
         "gray.png": encoded(rgb.convert("L"), "PNG"),
         "gray_alpha.png": encoded(alpha.convert("LA"), "PNG"),
         "bits.png": encoded(rgb.convert("1"), "PNG"),
-        "deep.png": encoded(deep, "PNG"),
         "lossy.webp": encoded(rgb, "WEBP"),
         "lossless.webp": encoded(alpha, "WEBP", lossless=True),
         "still.gif": encoded(rgb.quantize(64), "GIF"),

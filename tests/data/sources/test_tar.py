@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -96,6 +97,65 @@ def test_archives_of_gnu_tar_with_links_of_both_kinds(tmp_path: Path, form: str)
     assert content(source) == truth(shard)
     assert len(source.sizes) == 7
     assert not source.bad
+
+
+LIBARCHIVE = ["bsdtar", "-cf", "{out}", "--format={form}", "."]
+CMAKE = ["cmake", "-E", "tar", "cf", "{out}", "--format={form}", "."]  # libarchive too
+
+
+@pytest.mark.parametrize("form", ["gnutar", "pax"])
+def test_archives_of_libarchive(tmp_path: Path, form: str) -> None:
+    command = next((c for c in (LIBARCHIVE, CMAKE) if shutil.which(c[0])), None)
+    if command is None:
+        pytest.skip("bsdtar or cmake is the writer")
+    root, shard = tmp_path / "root", tmp_path / "0.tar"
+    (root / "l" / ("l" * 120)).mkdir(parents=True)
+    for number, name in enumerate(("1.jpg", "l/2.JPG", f"l/{'l' * 120}/é.jpg")):
+        (root / name).write_bytes(jpeg(number))
+    os.symlink("l/2.JPG", root / "soft.jpg")
+    words = [word.format(out=shard, form=form) for word in command]
+    subprocess.run(words, check=True, cwd=root)
+    source = open_shards(str(shard), LIMIT)
+    assert sorted(content(source)) == sorted(truth(shard))
+    assert len(source.sizes) == 4
+    assert (source.bad, source.warnings) == ({}, [])
+
+
+def test_archives_of_macos_with_its_companions(tmp_path: Path) -> None:
+    """As bsdtar writes them there: AppleDouble members, and keys of its own in pax headers."""
+    own = {
+        "LIBARCHIVE.creationtime": "1700000000.5",
+        "SCHILY.dev": "16777234",
+        "SCHILY.nlink": "1",
+        "LIBARCHIVE.xattr.com.apple.quarantine": "MDA4MTs=",
+        "mtime": "1700000000.123456789",
+    }
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, name in enumerate(("a/1.jpg", "a/2.jpg")):
+            add(tar, name.replace("/", "/._"), b"\0\5\x16\7\0\2\0\0Mac OS X        ", **own)
+            add(tar, name, jpeg(number), **own)
+    source = open_shards(str(tmp_path / "0.tar"), LIMIT)
+    assert content(source) == [("a/1.jpg", jpeg(0)), ("a/2.jpg", jpeg(1))]
+    assert (source.notes, source.warnings, source.bad) == ([], [], {})
+
+
+def test_archives_of_img2dataset(tmp_path: Path) -> None:
+    """Byte for byte as its writer (1.47 on webdataset 1.0) makes them, files beside included."""
+    with tarfile.open(tmp_path / "00000.tar", "w|") as tar:
+        for number in (0, 2):  # 1 could not be downloaded
+            told = json.dumps({"url": f"http://x/{number}.png", "status": "success"}, indent=4)
+            parts = {"jpg": jpeg(number), "json": told.encode(), "txt": b"a caption"}
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                member.size, member.mode, member.mtime = len(data), 0o444, 1795721011.730333
+                member.uname = member.gname = "bigdata"
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = open_shards(str(tmp_path), LIMIT)
+    assert content(source) == [("000000000.jpg", jpeg(0)), ("000000002.jpg", jpeg(2))]
+    assert source.notes == ["members not counted as images: 2 .json, 2 .txt"]
+    assert (source.warnings, source.bad) == ([], {})
 
 
 def test_links_that_lead_out_or_in_a_circle_are_bad_by_name(tmp_path: Path) -> None:

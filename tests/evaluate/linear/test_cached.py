@@ -91,6 +91,10 @@ def test_the_held_out_images_choose_and_the_test_images_do_not() -> None:
     assert found.best == 1
     (line,) = [line for line in found.table().splitlines() if "chosen" in line]
     assert line.split()[:6] == ["2", "0", "70.00", "%", "20.00", "%"]
+    decays = Sweep(
+        [(1.0, 0.1), (2.0, 0.0), (3.0, 0.0)], [0.9, 0.5, 0.7], [0.1, 0.9, 0.2], [1.0] * 3
+    )
+    assert (decays.best, decays.best_without_decay) == (0, 2)
 
 
 def test_a_sweep_separates_what_can_be_separated() -> None:

@@ -16,7 +16,7 @@ from fastmoco.config import Config, ConfigError, ModelConfig, OptimConfig, RunCo
 from fastmoco.data.loader import make_plan
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.linear import __main__ as linear
-from fastmoco.evaluate.linear.cached import Schedule, train_sweep
+from fastmoco.evaluate.linear.cached import Classifiers, Schedule, train_sweep
 from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
 from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.machine.ranks import World
@@ -63,6 +63,33 @@ def test_it_is_the_cached_classifier_where_that_sees_the_same_crops(place: Path)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert [line["lr"] for line in lines] == pytest.approx([3.0, 3.0, 0.3])
     assert result["val_top1"] == max(line["val_top1"] for line in lines)
+
+
+def test_what_the_sweep_chose_learns_again_from_all_images_as_the_protocol_does(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    models: list[Classifiers] = []
+
+    def kept(*given: Any, **options: Any) -> Classifiers:
+        models.append(train_sweep(*given, **options))
+        return models[-1]
+
+    monkeypatch.setattr(linear, "train_sweep", kept)
+    root = ["--checkpoint", str(place / "encoder.pth"), "--data.root", str(place), "--seed", "5"]
+    root += ["--image_size", "32", "--epochs", "3", "--batch_size", "6", "--out", str(place / "o")]
+    assert linear.main([*root, "--cached", "--crops", "3"]) == 0
+    said = capsys.readouterr().out
+    chosen = json.loads((place / "o" / "results.jsonl").read_text())
+    pairs = {(chosen["lr"], chosen["weight_decay"]), (chosen["lr_without_decay"], 0.0)}
+    assert said.count("learned again from all 16 images") == len(pairs)
+    rate = str(chosen["lr_without_decay"])
+    assert linear.main([*root, "--lr", rate, "--workers", "1"]) == 0
+    fc = torch.load(place / "o" / "linear.pth.tar")["fc"]
+    (again,) = models  # that of the sweep itself is not counted: it lacks the held-out images
+    torch.testing.assert_close(again.weight[-1], fc["weight"], rtol=1e-4, atol=1e-5)
+    last = json.loads((place / "o" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert chosen["val_top1_without_decay"] == last["val_top1"]
 
 
 def test_interrupted_and_started_again_it_ends_at_the_same_bits(

@@ -126,6 +126,9 @@ def test_two_runs_are_told_apart_without_colour(tmp_path: Path) -> None:
     assert "<circle" in text
     assert "<polygon" in text
     assert 'stroke-dasharray="7 3"' in text
+    assert "<h1>a/moco and b/moco</h1>" in text
+    third = run(tmp_path / "c" / "moco", [train(10)])
+    assert "<h1>a/moco, b/moco and c/moco</h1>" in report(first, second, third)
 
 
 def test_names_are_the_shortest_that_differ() -> None:

@@ -1,0 +1,1 @@
+"""Any source of images, made smaller and laid into tar shards: `fastmoco pack`."""

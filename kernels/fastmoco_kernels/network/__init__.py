@@ -1,0 +1,1 @@
+"""Triton kernels for the layers of the encoder, in channels-last memory."""
