@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,7 @@ class Run:
 
     def __init__(self, config: Config, world: World, request: StopRequest | None = None) -> None:
         check(config, world.size)
-        config, source = directory.resolved(config)
+        config, source = agreement.on_every_rank(partial(directory.resolved, config), world)
         self.config, self.world, self.folder = config, world, Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
