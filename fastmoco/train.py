@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.data.loader import build_loader
 from fastmoco.data.preview import draw_views
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
@@ -51,7 +51,7 @@ class Run:
 
     def __init__(self, config: Config, world: World, request: StopRequest | None = None) -> None:
         check(config, world.size)
-        config, source = directory.resolved(config)
+        config, source = agreement.on_every_rank(partial(directory.resolved, config), world)
         self.config, self.world, self.folder = config, world, Path(config.run.dir)
         if world.is_main:
             directory.check_run_directory(config)
@@ -65,10 +65,8 @@ class Run:
         compiled = compile_encoders(config, world.device)
         self.step = build_step(config, moco, world, compile_encoders=compiled)
         agreement.require_one_precision(self.step.precision, world)
-        rows, device = self.step.shuffle.key_rows, world.device
-        self.loader = build_loader(
-            config, source, rank=world.rank, world_size=world.size, device=device, key_rows=rows
-        )
+        self.loader = agreement.agreed_loader(config, source, world, self.step.shuffle.key_rows)
+        images = resuming.require_same_data(found, self.loader, config)
         allocate_bank(config, moco, self.loader.num_samples)  # before a checkpoint fills it
         self.per_epoch = self.loader.steps_per_epoch
         resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
@@ -77,9 +75,9 @@ class Run:
         self.stop_at = min(total, config.run.max_steps or total)
         self.request, self.shared = request or StopRequest(), collectives.SharedRequest(world)
         self.stopping = self.finished = False  # on every rank in the same step
-        self.saver = Saver(self.step, config, world, self.per_epoch)
+        self.saver = Saver(self.step, config, world, self.per_epoch, self.loader.fingerprint)
         self.lines += start_lines(config, world, loader=self.loader, done=self.done)
-        told = [*resumed.notes, *start_warnings(config, world, self.loader)]
+        told = [*resumed.notes, *images, *start_warnings(config, world, self.loader)]
         self.warnings = wrong + agreement.sentences_of_all(told, world)
 
     def train(self) -> None:

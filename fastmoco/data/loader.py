@@ -25,6 +25,7 @@ from fastmoco.data.pixels.survey import Survey, survey
 from fastmoco.data.plan import KeyRows, Plan
 from fastmoco.data.reader import Reader
 from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.fingerprint import Fingerprint, changes, fingerprint
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.verify import verify
 
@@ -52,6 +53,16 @@ class Loader:
     def survey(self) -> Survey | None:
         """What a sample of the pictures looks like; None where there are no files."""
         return survey(self._reader.source, self._reader.rule) if self._reader else None
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the data set consists of; None where there are no files."""
+        return fingerprint(self._reader.source) if self._reader else None
+
+    def changes_since(self, then: Fingerprint) -> str:
+        """What differs from an earlier data set, see `fingerprint.changes`; empty if nothing."""
+        now = self.fingerprint
+        return changes(then, now, self._reader.source) if self._reader and now else ""
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps start_step .. end_step - 1, `optim.accumulate` for each, in order.

@@ -10,11 +10,16 @@ T tensors compared, W ranks.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fastmoco.config import ConfigError
+from fastmoco.config import Config, ConfigError
+from fastmoco.data.loader import Loader, build_loader
+from fastmoco.data.plan import KeyRows
+from fastmoco.data.sources.source import Source
 from fastmoco.machine.collectives import all_gather, any_rank, gather_objects
 from fastmoco.machine.precision import DTYPES, Precision
 from fastmoco.machine.ranks import World
@@ -26,6 +31,8 @@ from fastmoco_kernels.preflight import wrong_ops
 _CHUNK = 1 << 20
 _BETWEEN_CHUNKS = 0x9E3779B97F4A7C15 - (1 << 64)
 _NAMED = 4
+
+T = TypeVar("T")
 
 
 class DisagreementError(RuntimeError):
@@ -94,6 +101,63 @@ def sentences_of_all(sentences: list[str], world: World) -> list[str]:
         some = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: "
         told.append(some * (len(ranks) < world.size) + sentence)
     return told
+
+
+def on_every_rank(make: Callable[[], T], world: World) -> T:
+    """What `make` returns here; `ConfigError` on every rank where it raised one on any.
+
+    Else the others would wait for a rank that has ended with a sentence.
+    """
+    made, reason = None, ""
+    try:
+        made = make()
+    except ConfigError as error:
+        reason = str(error)
+    reasons = gather_objects(reason, world)
+    for rank, text in enumerate(reasons):
+        if text:
+            raise ConfigError(f"Rank {rank}: {text}" if len(set(reasons)) > 1 else text)
+    return cast(T, made)
+
+
+def agreed_loader(
+    config: Config, source: Source | None, world: World, key_rows: KeyRows | None
+) -> Loader:
+    """The loader of this rank, over images that are the same on all of them.
+
+    source: the images that the configuration names, where they are open already.
+
+    Raises `ConfigError`, on every rank, where any finds its images unusable or others than rank 0.
+    """
+
+    def build() -> Loader:
+        rank, size, device = world.rank, world.size, world.device
+        return build_loader(
+            config, source, rank=rank, world_size=size, device=device, key_rows=key_rows
+        )
+
+    loader = on_every_rank(build, world)
+    require_one_data_set(loader, world)
+    return loader
+
+
+def require_one_data_set(loader: Loader, world: World) -> None:
+    """Raise `ConfigError`, on every rank, where nodes have unequal copies of the data.
+
+    Fingerprints travel only where their digests differ.
+    """
+    mine = loader.fingerprint
+    digests = gather_objects(mine.digest if mine else "", world)
+    if len(set(digests)) == 1:
+        return
+    first = gather_objects(mine if world.is_main else None, world)[0]
+    told = gather_objects(loader.changes_since(first) if first else "", world)
+    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    raise ConfigError(
+        f"Rank{'s' * (len(other) > 1)} {', '.join(map(str, other))} of {world.size} and rank 0 do "
+        f"not see the same images: compared with rank 0, rank {other[0]} has "
+        f"{told[other[0]] or 'images that cannot be read'}. Give every node the same copy."
+    )
 
 
 def require_agreement(moco: MoCo, world: World, step: int) -> None:

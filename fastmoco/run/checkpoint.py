@@ -18,6 +18,7 @@ import torch
 
 import fastmoco
 from fastmoco.config import Config, ConfigError, dump
+from fastmoco.data.sources.fingerprint import Fingerprint
 from fastmoco.machine.collectives import all_gather, averaged, gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
@@ -30,11 +31,24 @@ from fastmoco.weights.official import official_optimizer, official_state_dict
 TRIES_S = (1.0, 4.0)
 
 
+DATA = "data"
+"""Where a checkpoint has the fingerprint of its images: `content["fastmoco"]["data"]`."""
+
+
 class NotSavedError(OSError):
     """The end of the run could not be written. The message is one sentence for the user."""
 
 
-def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, world: World) -> str:
+def save(
+    folder: Path,
+    step: Step,
+    *,
+    steps: int,
+    epoch: int,
+    config: Config,
+    world: World,
+    data: Fingerprint | None = None,
+) -> str:
     """Write a checkpoint after `steps` steps and point `latest.pth.tar` at it; call on every rank.
 
     The weights in the file have the BN running statistics that are the mean over ranks; those of
@@ -62,6 +76,9 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
                     "precision": step.precision.name,
                     "config": dump(config),
                     "running_statistics": of_ranks,
+                    DATA: {name: torch.from_numpy(a) for name, a in vars(data).items()}
+                    if data
+                    else {},
                 },
             }
             path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
@@ -72,8 +89,15 @@ def save(folder: Path, step: Step, *, steps: int, epoch: int, config: Config, wo
 class Saver:
     """When this run saves, and what happens where it cannot; the same on every rank."""
 
-    def __init__(self, step: Step, config: Config, world: World, per_epoch: int) -> None:
-        self._step, self._config, self._world = step, config, world
+    def __init__(
+        self,
+        step: Step,
+        config: Config,
+        world: World,
+        per_epoch: int,
+        data: Fingerprint | None = None,
+    ) -> None:
+        self._step, self._config, self._world, self._data = step, config, world, data
         self._folder, self._per_epoch = Path(config.run.dir), per_epoch
         self._owed, self._saved_at = False, time.monotonic()
 
@@ -113,6 +137,7 @@ class Saver:
             epoch=done // self._per_epoch,
             config=self._config,
             world=self._world,
+            data=self._data,
         )
         self._owed, self._saved_at = bool(reason), time.monotonic()
         return reason

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 import yaml
 
 from fastmoco.config import Config, ConfigError, parse_text
+from fastmoco.data.loader import Loader
+from fastmoco.data.sources.fingerprint import Fingerprint
 from fastmoco.machine.collectives import gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
+from fastmoco.run.checkpoint import DATA
 from fastmoco.run.directory import require_same_run
 from fastmoco.weights import files
 from fastmoco.weights.checksums import OURS, first, not_finite
@@ -199,6 +202,39 @@ def resume(
         raise ConfigError(
             f"{place} cannot be resumed from: it is no checkpoint of fastmoco or of the official "
             f"trainer ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def require_same_data(found: Found | None, loader: Loader, config: Config) -> list[str]:
+    """What `run.resume_changes` allows to differ in the images, as sentences for the user.
+
+    Raises `ConfigError` for another data set than the checkpoint's, unless they are allowed. One
+    without a fingerprint, of an older version or of the official trainer, fits every data set.
+    """
+    then = _images_of(found) if found else None
+    if found is None or then is None or not (changed := loader.changes_since(then)):
+        return []
+    if config.run.resume_changes == "allow":
+        told = f"{changed} ({len(then.names):,} images then, {loader.num_samples:,} now)"
+        return [f"The run goes on with other images, as run.resume_changes allows: {told}."]
+    raise ConfigError(
+        f"The images in {config.data.root} are not those that {found.path} was trained on: "
+        f"{changed}. The same numbers would mean other images: restore them, set run.dir to a new "
+        "folder, or go on with them by --run.resume_changes allow."
+    )
+
+
+def _images_of(found: Found) -> Fingerprint | None:
+    ours = found.content.get(OURS)
+    kept = ours.get(DATA) if isinstance(ours, Mapping) else None
+    if not kept:
+        return None
+    try:
+        return Fingerprint(*(kept[field.name].reshape(-1).numpy() for field in fields(Fingerprint)))
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{found.path} cannot be resumed from: its fingerprint of the images is none "
+            f"({type(error).__name__})."
         ) from error
 
 

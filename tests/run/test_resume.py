@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.config import parse
+from fastmoco.config import ConfigError, parse
 from fastmoco.config.fields import Mechanism
 from fastmoco.machine.ranks import World
 from fastmoco.train import Run
@@ -90,3 +90,41 @@ def test_a_killed_bank_run_goes_on_from_its_last_checkpoint(
     (killed / "latest.pth.tar").symlink_to("checkpoint_0001_step00000003.pth.tar")
     two_ranks.run(train, options("memory_bank", root, killed))
     assert_same_bits(final_state(whole), final_state(killed))
+
+
+def test_a_changed_data_set_is_refused_with_what_changed(tmp_path: Path) -> None:
+    root, run = pictures(tmp_path / "images"), tmp_path / "run"
+    train(ONE, options("memory_bank", root, run, "--run.max_steps=1"))
+    (root / "07.jpg").rename(root / "x.jpg")
+    with pytest.raises(ConfigError, match=r"1 added: .*x\.jpg; 1 gone\. .*resume_changes allow"):
+        Run(parse(options("memory_bank", root, run)), ONE)
+    allowed = Run(parse(options("memory_bank", root, run, "--run.resume_changes=allow")), ONE)
+    assert any("x.jpg; 1 gone (24 images then, 24 now)" in text for text in allowed.warnings)
+    allowed.loader.close()
+
+
+def own_copy(world: World, folder: Path, arguments: list[str]) -> str:
+    try:
+        Run(parse([*arguments, f"--data.root={folder / f'copy{world.rank}'}"]), world)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_unequal_copies_of_the_data_say_so(two_ranks: Ranks, tmp_path: Path) -> None:
+    pictures(tmp_path / "copy0")
+    pictures(tmp_path / "copy1", count=25)
+    (tmp_path / "copy1" / "03.jpg").unlink()
+    arguments = [*SMALL, "--optim.name=sgd_ema", f"--run.dir={tmp_path / 'run'}"]
+    texts = two_ranks.run(own_copy, tmp_path, arguments)
+    assert texts[0] == texts[1]
+    assert "compared with rank 0, rank 1 has 1 added: " in texts[0]
+    assert texts[0].endswith("24.jpg; 1 gone. Give every node the same copy.")
+
+
+def test_a_rank_without_data_ends_all_of_them(two_ranks: Ranks, tmp_path: Path) -> None:
+    pictures(tmp_path / "copy0")
+    arguments = [*SMALL, "--optim.name=sgd_ema", f"--run.dir={tmp_path / 'run'}"]
+    texts = two_ranks.run(own_copy, tmp_path, arguments)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("Rank 1: data.root")

@@ -196,6 +196,22 @@ class FolderSource(Indexed):
         folder: str = self.index.facts["folders"][arrays["folder_of"][sample]][0]
         return os.path.join(self.root, folder, name.decode(*FILE_NAMES))  # keeps absolute names
 
+    def relative_names(self) -> Iterator[bytes]:
+        """Path of each image below the root, or below what several roots have in common."""
+        facts, arrays = self.index.facts, self.index.arrays
+        parts = facts.get("parts", [""])
+        above = os.path.commonpath(parts) if len(parts) > 1 else ""
+        folders = [
+            os.fsencode(folder).removeprefix(os.fsencode(above)) for folder, _ in facts["folders"]
+        ]
+        blob, start = arrays["names"].tobytes(), 0
+        for at in range(0, len(arrays["folder_of"]), CHUNK):
+            part = slice(at, at + CHUNK)
+            rows = (arrays[name][part].tolist() for name in ("folder_of", "name_ends"))
+            for folder, end in zip(*rows, strict=True):
+                yield folders[folder] + b"/" + blob[start:end]
+                start = end
+
 
 def open_folder(
     root: str, max_pixels: int, *, any_name: bool = False, rescan: bool = False

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from fastmoco.data.sources.listing import (
     starts_like_image,
     walk,
 )
-from fastmoco.data.sources.measure import HEAD, in_order, in_parallel, progress
+from fastmoco.data.sources.measure import CHUNK, HEAD, in_order, in_parallel, progress
 from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
 from fastmoco.machine.cache import cache_folder
 
@@ -84,6 +84,18 @@ class ShardSource(Indexed):
         at = sample - int(self.shard_sizes[:number].sum())
         names = self._named[1]
         return f"{shard}:{names[at] if at < len(names) else f'number {at}'}"
+
+    def relative_names(self) -> Iterator[bytes]:
+        """Shard, place in it and length: the index has no names, and reading them takes a walk."""
+        arrays, shards = self.index.arrays, self.index.facts["shards"]
+        above = os.path.commonpath([os.path.dirname(shard) for shard in shards])
+        names = [os.fsencode(os.path.relpath(shard, above)) for shard in shards]
+        for at in range(0, len(self.sizes), CHUNK):
+            columns = (
+                arrays[n][at : at + CHUNK].tolist() for n in ("shard_of", "offsets", "lengths")
+            )
+            for shard, offset, length in zip(*columns, strict=True):
+                yield b"%s %d %d" % (names[shard], offset, length)
 
     def stamp(self, sample: int) -> list[int]:
         return stamp_of(self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])])

@@ -6,6 +6,7 @@ one bad file does not change which samples the others are; readers replace it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,9 @@ class Source(Protocol):
 
     def name(self, sample: int) -> str:
         """What to call the sample in a report."""
+
+    def relative_names(self) -> Iterator[bytes]:
+        """What tells each sample from all others, wherever the data set lies; N of them."""
 
     def fingerprint(self) -> str:
         """Changes when a sample is added, removed, renamed or found to have another size."""
