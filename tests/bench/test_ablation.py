@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from unittest import mock
 
 import pytest
@@ -147,7 +148,8 @@ def test_one_thing_is_off_at_a_time_and_then_all_of_them() -> None:
         """How many lines of the configuration differ from ours, and names in `without`."""
         texts = (v.arguments["config"].splitlines() for v in (variant, ours))
         changed = sum(a != b for a, b in zip(*texts, strict=True))
-        return changed + len(list(variant.arguments.get("without", ())))
+        without: Sequence[str] = variant.arguments.get("without", ())
+        return int(changed) + len(without)
 
     counts = [off(variant) for variant in found.values()]
     assert set(counts[:-1]) == {1}

@@ -24,7 +24,12 @@ def test_the_data_reach_the_disk_before_the_name_and_the_name_before_the_return(
     done: list[Any] = []
     rename = os.replace
     monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino))
-    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
+
+    def renamed(*names: str) -> None:
+        done.append("rename")
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", renamed)
     durable.replace(tmp_path / "file", put)
     written = (tmp_path / "file").stat().st_ino
     assert done == [written, "rename", tmp_path.stat().st_ino]
