@@ -72,6 +72,12 @@ def _git(*arguments: str) -> str:
     return run.stdout.strip()
 
 
+def _differing() -> list[str]:
+    """Files that differ from the commit, or that it does not have; rows do not count."""
+    found = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return [line.split()[-1] for line in found.splitlines()]
+
+
 def _version(*packages: str) -> str | None:
     for package in packages:
         try:
@@ -114,7 +120,7 @@ def environment(device: torch.device) -> Row:
         "triton": _version("triton"),
         "dali": _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "dirty": bool(_differing()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
     }
@@ -130,7 +136,10 @@ def origin(device: torch.device, publish: bool) -> Row:
     if publish and not where["commit"]:
         raise ConfigError("No commit is known here: name it in the variable BENCH_COMMIT.")
     if publish and where["dirty"]:
-        raise ConfigError("The tree differs from its commit, so no row may be kept: commit first.")
+        first = ", ".join(_differing()[:3])
+        raise ConfigError(
+            f"The tree differs from its commit ({first}), so no row may be kept: commit first."
+        )
     return where
 
 

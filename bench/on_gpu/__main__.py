@@ -42,6 +42,16 @@ TOY = [
     *("--moco.bn_group_size=2", "--moco.queue_size=64", "--data.workers=1"),
 ]
 Parts = dict[str, list[str]]
+# Of 15 minutes on a GPU five went to parts that each found out by themselves.
+MAY_PUBLISH = """
+import sys, torch
+from bench.measure.rows import origin
+from fastmoco.config import ConfigError
+try:
+    origin(torch.device("cpu"), True)
+except ConfigError as error:
+    sys.exit(f"bench.on_gpu: {error}")
+"""
 
 
 def prepare() -> int:
@@ -136,6 +146,12 @@ def run_part(
     return ended
 
 
+def may_publish(variables: Mapping[str, str]) -> bool:
+    """Whether rows of this tree may be kept; else the sentence why not is printed."""
+    command = [sys.executable, "-c", MAY_PUBLISH]
+    return subprocess.run(command, cwd=ROOT, env=variables).returncode == 0
+
+
 def run_stage(stage: str, out: Path, limit_s: float, parts: Parts) -> int:
     """Run the parts one after the other, a failed one too; print how each ended; exit code."""
     out.mkdir(parents=True, exist_ok=True)
@@ -153,7 +169,7 @@ def run_stage(stage: str, out: Path, limit_s: float, parts: Parts) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 where a part failed or had no time left; 2 for loaders without images."""
+    """Exit code 0; 1 where a part failed or had no time left; 2 where nothing could be begun."""
     parser = argparse.ArgumentParser(
         "bench.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,8 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if own.stage == "loaders" and not any(o.startswith("--data.root") for o in options):
         print("bench.on_gpu: loaders needs images: --data.root FOLDER.", file=sys.stderr)
         return 2
-    parts = parts_of(own.stage, options, own.toy)
-    return run_stage(own.stage, own.out.resolve(), own.limit_s, parts)
+    out = own.out.resolve()
+    if not may_publish(environment(out)):
+        return 2
+    return run_stage(own.stage, out, own.limit_s, parts_of(own.stage, options, own.toy))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,27 @@ def test_loaders_without_images_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--data.root" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_git")
+def test_a_stage_whose_rows_could_not_be_kept_runs_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run_stage(stage: str, *_: object) -> int:
+        ran.append(stage)
+        return 0
+
+    monkeypatch.setattr(on_gpu, "run_stage", run_stage)
+    arguments = ["kernels", "--toy", "--out", str(tmp_path)]
+    assert on_gpu.main(arguments) == 0
+    monkeypatch.delenv("BENCH_COMMIT")
+    assert on_gpu.main(arguments) == 2
+    assert ran == ["kernels"]
+    assert capfd.readouterr().err == (
+        "bench.on_gpu: No commit is known here: name it in the variable BENCH_COMMIT.\n"
+    )
+
+
 def test_a_silent_step_forbids_waiting_after_its_first_steps_and_only_while_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
