@@ -32,6 +32,7 @@ PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
     ours.Bottleneck: resnet.Bottleneck,
     SplitBatchNorm2d: nn.BatchNorm2d,
     Conv2d: nn.Conv2d,
+    ours.MaxPool2d: nn.MaxPool2d,
 }
 
 
