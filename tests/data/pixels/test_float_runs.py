@@ -162,7 +162,9 @@ def test_runs_stop_and_go_on_bit_by_bit(
         encoded = png(pixels[0]) if one.suffix == ".png" else npy(pixels)
         one.with_stem(f"new{one.stem}").write_bytes(encoded)
     capsys.readouterr()
-    assert main(options) == 0
+    assert main(options) == 2
+    assert " added: " in capsys.readouterr().err
+    assert main([*options, "--run.resume_changes", "allow"]) == 0
     assert load(tmp_path / "run" / "config.yaml").data == first
     assert f"values {60 * 256} to {60 * 256 + 200} become 0 to 255" in capsys.readouterr().out
 
