@@ -3,8 +3,8 @@
 A sample is a number, so that an image that came, went or got another name makes all later numbers
 mean other images. A checkpoint holds the fingerprint, and ranks compare theirs.
 
-The cost for a million images is a second of hashing names (from the index, no file is touched), the
-reading of 64 files and 12 MB in a checkpoint.
+The cost for a million images is 2 s of hashing names on a core of an EPYC Milan (from the index, no
+file is touched), the reading of 64 files and 12 MB in a checkpoint.
 
 N samples.
 """

@@ -25,8 +25,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
 
 
-def picture(seed: int, side: int = 16) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+def picture(seed: int, side: int = 16, width: int = 0) -> bytes:
+    shape = (side, width or side, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
@@ -126,6 +127,15 @@ def test_several_roots_are_compared_below_what_they_share(tmp_path: Path) -> Non
         in_folder(place, TEN)
         found.append(open_source(Config(data=DataConfig(root=str(place / "*")))))
     assert changes(fingerprint(found[0]), fingerprint(found[1]), found[1]) == ""
+
+
+def test_a_size_is_seen_of_every_image_also_of_those_that_are_not_read(tmp_path: Path) -> None:
+    many = {f"{n:03d}.png": picture(0, 4, 6) for n in range(130)}  # those with odd numbers are not
+    first = in_folder(tmp_path / "then", many)
+    for number, (height, width) in enumerate([(5, 6), (4, 7), (6, 4)]):
+        other = in_folder(tmp_path / f"{number}", {**many, "001.png": picture(0, height, width)})
+        text = changes(fingerprint(first), fingerprint(other), other)
+        assert text == f"1 replaced: {tmp_path / f'{number}' / '001.png'}"
 
 
 def test_few_files_are_read_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
