@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +10,9 @@ import torch
 from bench.ledger import Ledger, main
 from bench.roofline import H100, Kernel
 from fastmoco_kernels.aot import info_nce_cases
+from tests.support.fake_cuda import printed_by
 from tests.support.tiny import BATCH, CONFIG
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a machine without GPU")
 Kernels = list[dict[str, Any]]
 
@@ -25,18 +20,7 @@ Kernels = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What `tests.support.counted_graphs` prints, from a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.counted_graphs"],
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    counted: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return counted
+    return printed_by("tests.support.counted_graphs")
 
 
 def part(kernels: Kernels, name: str) -> Kernels:

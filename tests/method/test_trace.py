@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,28 +21,16 @@ from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.method.update import set_lr
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
-from tests.support.fake_cuda import Watch, cuda_without_device
+from tests.support.fake_cuda import Watch, cuda_without_device, printed_by
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILED = replace(CONFIG, run=replace(CONFIG.run, compile="on"))
 
 
 def traced(arch: str, how: str, mechanism: str = "queue") -> dict[str, Any]:
     """What `tests.support.traced_step` prints, from a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.traced_step", arch, how, mechanism],
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return printed_by("tests.support.traced_step", arch, how, mechanism)
 
 
 # To the bit the compiled step equals what eager mode does on CUDA; the CPU has a kernel of its own.
