@@ -144,6 +144,12 @@ def megabytes(folder: str) -> float:
     )
 
 
+def megapixels(root: str) -> float:
+    """Mean size of the images of a folder."""
+    sizes = open_source(configuration(root, "", "pil")).sizes
+    return float(sizes.astype(float).prod(axis=1).mean()) / 1e6
+
+
 def rows_of(found: Mapping[str, Sequence[float]], case: Row) -> list[Row]:
     """One row per pipeline, with its ratios to torchvision's by turn."""
     base, rows = found.get("torchvision"), []
@@ -165,15 +171,16 @@ def main(own: Options) -> Iterator[list[Row]]:
     """One row per pipeline."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as run:
-        plain = configuration(own.root, run, "pil")
-        write_shards(plain, Path(shards))
+        write_shards(configuration(own.root, run, "pil"), Path(shards))
         racing = contestants(own.root, shards, own.packed, run)
         names = chosen(own.only, list(racing))
         for name in names:
             rate(racing[name])  # and caches are warm
         work = {name: partial(rate, racing[name]) for name in names}
-        pixels = open_source(plain).sizes.astype(float).prod(axis=1).mean()
-        case = CASE | {"megapixels": round(pixels / 1e6, 2), "megabytes": megabytes(own.root)}
+        case = CASE | {
+            "megapixels": round(megapixels(own.root), 2),
+            "megabytes": megabytes(own.root),
+        }
         case |= {"packed_megabytes": megabytes(own.packed)} if own.packed else {}
         yield rows_of(in_turns(work, own.windows, after=progress(own.windows)), case)
 
