@@ -55,8 +55,10 @@ def ratios(packed: Path, root: Path) -> list[float]:
                 small, original = tar.extractfile(line["member"]), root / line["source"]
                 assert small is not None
                 data = small.read()
-                pairs = ((data, line["size"]), (original.read_bytes(), line["original_size"]))
-                found += [psnr(*(view_of(*one, number, view) for one in pairs)) for view in (0, 1)]
+                whole = original.read_bytes()
+                for view in (0, 1):
+                    one = view_of(data, line["size"], number, view)
+                    found += [psnr(one, view_of(whole, line["original_size"], number, view))]
     return found
 
 
@@ -69,7 +71,7 @@ PARSER.add_argument("--root", required=True)
 def main(own: Options) -> Iterator[list[Row]]:
     """One row: the spread over views."""
     asked = json.loads((Path(own.packed) / "pack.json").read_text())
-    case = {"part": "views of a pack", "unit": "dB", "recipe": V2.recipe}
+    case: Row = {"part": "views of a pack", "unit": "dB", "recipe": V2.recipe}
     case |= {name: asked[name] for name in ("short_side", "quality")}
     case["megapixels"] = round(megapixels(own.root), 2)
     found = ratios(Path(own.packed), Path(own.root))
