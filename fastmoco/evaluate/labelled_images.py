@@ -23,8 +23,16 @@ from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.deep import Deep, decode_deep, resized
 from fastmoco.data.pixels.rule import RGB8, PixelRule
+from fastmoco.data.sources.columnar.rows import RowSource, kind_of, open_rows
 from fastmoco.data.sources.image_list import labelled_list
-from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
+from fastmoco.data.sources.listing import (
+    Passed,
+    is_hidden,
+    is_image_file,
+    read_file,
+    stamp_of,
+    walk,
+)
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
@@ -257,7 +265,7 @@ def index_class_folders(
 
 
 class LabelledImages(ImageSet):
-    """Images of class folders in their evaluation view.
+    """Images of class folders, of a list or of Parquet or Arrow files in their evaluation view.
 
     `labels` is int64 (n,) on the CPU, `class_names` has one name per label. With `max_images` > 0
     at most so many images are kept, evenly spaced over the sorted list, hence over the classes.
@@ -278,18 +286,27 @@ class LabelledImages(ImageSet):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         passed = Passed()
-        paths, labels, self.class_names = index_class_folders(
-            root, any_name=any_name, passed=passed
-        )
+        kind = kind_of(str(root))
+        self.rows: RowSource | None = None
+        """The source of images that have no files of their own."""
+        if kind:
+            self.rows = open_rows(kind, str(root), rule.max_pixels)
+            labels, self.class_names = self.rows.labels()
+            paths = [Path(self.rows.name(i)) for i in range(len(labels))]
+        else:
+            paths, labels, self.class_names = index_class_folders(
+                root, any_name=any_name, passed=passed
+            )
         self.warnings = passed.warnings()
         """What was left out that a user should act on, one sentence each."""
         n = min(len(paths), max_images) if max_images > 0 else len(paths)
         kept = [i * len(paths) // n for i in range(n)]
         self.paths = [paths[i] for i in kept]
+        self._samples = kept  # of the rows
         self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
         super().__init__(
             n,
-            read=lambda i: read_file(str(self.paths[i])),
+            read=self._encoded,
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,
@@ -301,5 +318,13 @@ class LabelledImages(ImageSet):
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all images but those at `rows`; call it before any is decoded."""
         self.paths = [self.paths[i] for i in rows]
+        self._samples = [self._samples[i] for i in rows]
         self.labels = self.labels[list(rows)]
         self._resize_to(len(rows))
+
+    def stamp(self, i: int) -> list[int]:
+        """Size and modification time in ns of the file that holds image i."""
+        return self.rows.stamp(self._samples[i]) if self.rows else stamp_of(str(self.paths[i]))
+
+    def _encoded(self, i: int) -> bytes:
+        return self.rows.read(self._samples[i]) if self.rows else read_file(str(self.paths[i]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastmoco.config import Config, ConfigError, DataConfig
 from fastmoco.config.paths import spelled_out
+from fastmoco.data.sources.columnar.rows import open_rows
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.shards import open_shards
@@ -21,6 +22,8 @@ OPEN: dict[str, Callable[[DataConfig], Source]] = {
     "shards": lambda data: open_shards(
         data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
     ),
+    "parquet": lambda data: open_rows("parquet", data.root, data.max_pixels, rescan=data.rescan),
+    "arrow": lambda data: open_rows("arrow", data.root, data.max_pixels, rescan=data.rescan),
 }
 
 
