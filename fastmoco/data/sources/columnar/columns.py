@@ -22,7 +22,7 @@ def image_column(schema: Any, path: str) -> str:
 
     schema: of pyarrow, as the file has it.
     """
-    binary = [field.name for field in schema if _holds_bytes(field.type)]
+    binary: list[str] = [field.name for field in schema if _holds_bytes(field.type)]
     said = [name for name in binary if _features(schema).get(name, {}).get("_type") == "Image"]
     named = [name for name in binary if _plain(name) in _IMAGES]
     for found in (said, named, binary):
