@@ -11,8 +11,12 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_records
 from fastmoco.weights import files
+
+EVENTS = "events.out.tfevents.*"
+"""Files of TensorBoard; each start adds one."""
 
 
 class Logbook:
@@ -33,9 +37,12 @@ class Logbook:
         self._path = folder / "metrics.jsonl"
         kept = _records_until(self._path, done)
         self._written = {(record.kind, record.step) for record in kept}
-        self._unwritten: list[str] = []
+        self._unwritten: list[Record] = []
+        self._not_on_board: list[Record] = []
+        self._last_on_board: list[Record] = []
         self._folder, self._purge = folder, done + 1 if done else 0
         self._board: SummaryWriter | None = None
+        self._events: set[Path] = set()
         self._failing = False
         self._bar = tqdm(
             total=total,
@@ -89,11 +96,12 @@ class Logbook:
         if self.send is not None:
             self.send(record)
         self._written.add((record.kind, record.step))
-        self._unwritten.append(record.line() + "\n")
+        self._unwritten.append(record)
         try:
-            files.append(self._path, "".join(self._unwritten))
-            self._unwritten.clear()
-            self._to_board(record)
+            files.append(self._path, "".join(one.line() + "\n" for one in self._unwritten))
+            self._not_on_board += self._unwritten
+            self._unwritten = []
+            self._to_board()
         except OSError as error:
             if not self._failing:
                 self.warn(f"{self._path} cannot be written ({error}): it is tried again later.")
@@ -101,17 +109,29 @@ class Logbook:
         else:
             self._failing = False
 
-    def _to_board(self, record: Record) -> None:
+    def _to_board(self) -> None:
         """Opened with its first record, and again after a failure, which ends its thread."""
+        new = self._not_on_board
         try:
             if self._board is None:
+                before = set(self._folder.glob(EVENTS))
                 self._board = SummaryWriter(str(self._folder), purge_step=self._purge)
-            for name, value in record.values.items():
-                self._board.add_scalar(name, value, record.step)
+                self._events = set(self._folder.glob(EVENTS)) - before
+            for record in new:
+                for name, value in record.values.items():
+                    self._board.add_scalar(name, value, record.step)
             self._board.flush()  # the file then has what metrics.jsonl has, whenever it ends
+            for file in self._events:
+                durable.flush(file)  # and has it after a power loss too
         except OSError:
-            self._board, self._purge = None, record.step
+            self._board, self._purge = None, new[0].step
+            # The next file takes the place of all that earlier ones have from this step on.
+            again = [record for record in self._last_on_board if record.step >= self._purge]
+            self._not_on_board, self._last_on_board = again + new, []
             raise
+        shown = self._last_on_board + new
+        self._last_on_board = [record for record in shown if record.step == new[-1].step]
+        self._not_on_board = []
 
 
 def _records_until(path: Path, done: int) -> list[Record]:
