@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ class BadSamples:
             ]
             torn = "\n" if there and not there.endswith("\n") else ""
             file.write(torn * bool(lines) + "".join(lines))  # one write: ranks share the file
+            file.flush()
+            os.fsync(file.fileno())  # after a power loss they may not be found again
         self._unlisted.clear()
 
     def sentences(self) -> list[str]:

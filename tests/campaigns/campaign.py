@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from fastmoco.train import main as train
@@ -35,17 +34,12 @@ class Campaign:
         cache = self.place / "cache"
         return {str(path.relative_to(cache)) for path in cache.rglob("*")}
 
-    def start(
-        self,
-        name: str,
-        disk: dict[str, str] | None = None,
-        options: Sequence[str] = (),
-    ) -> runs.Life:
+    def start(self, name: str, disk: dict[str, str] | None = None) -> runs.Life:
         """A life of the run with this name. `disk`: variables of `disk_faults.c`, for rank 0."""
         root = {"DISK_ROOT": str(self.place / name)}
         return runs.start(
             train,
-            [*self.options, f"--run.dir={self.place / name}", *options],
+            [*self.options, f"--run.dir={self.place / name}"],
             self.place / f"{name}.txt",
             ranks=self.ranks,
             environment=(root | (disk or {}), {}),
@@ -64,6 +58,14 @@ class Campaign:
         lines = self.recorded("counted")[1].read_text().splitlines()
         names = [kinds.get(line.split("\t")[0], "rename") for line in lines]
         return {name: names.count(name) for name in runs.OPERATIONS}
+
+    def begin_half(self) -> Path:
+        """The folder of a run that was killed half-way: one with checkpoints to go on from."""
+        middle = self.operations["rename"] // 2
+        self.start(
+            "half", {"DISK_FAULT": f"{runs.OPERATIONS['rename']} {middle} 1 5 kill"}
+        ).finish()
+        return self.place / "half"
 
     def last_life(self, name: str) -> tuple[list[str], set[int]]:
         """The command once more, undisturbed: what is wrong about its end; and its sessions."""

@@ -109,7 +109,8 @@ class Disk:
             return lambda names: names.__setitem__(one, other)
         if operation.what == "unlink":
             return lambda names: names.pop(one, None) and None
-        moved = self._now[one]
+        # safetensors calls the system without the C library: nothing is known of its files.
+        moved = self._now.get(one, File())
 
         def rename(names: Names) -> None:
             if operation.what == "rename":
