@@ -18,15 +18,15 @@ def replace(path: Path, put: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         put(partial)
-        flush(partial)
+        _flush(partial)
         partial.replace(path)
-        flush(path.parent)
+        _flush(path.parent)
     finally:
         with contextlib.suppress(OSError):  # where there could be no partial file either
             partial.unlink()
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and sys.platform == "win32":
         return  # which cannot open folders

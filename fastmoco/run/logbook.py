@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import (  # type: ignore[import-untyped]
+    RecordWriter,
+)
 from tqdm import tqdm
 
-from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_records
 from fastmoco.weights import files
-
-EVENTS = "events.out.tfevents.*"
-"""Files of TensorBoard; each start adds one."""
 
 
 class Logbook:
@@ -38,11 +42,8 @@ class Logbook:
         kept = _records_until(self._path, done)
         self._written = {(record.kind, record.step) for record in kept}
         self._unwritten: list[Record] = []
-        self._not_on_board: list[Record] = []
-        self._last_on_board: list[Record] = []
-        self._folder, self._purge = folder, done + 1 if done else 0
-        self._board: SummaryWriter | None = None
-        self._events: set[Path] = set()
+        # A life may have ended after writing one record of its last step, on the board or not.
+        self._board, self._not_on_board = Board(folder, done), [r for r in kept if r.step == done]
         self._failing = False
         self._bar = tqdm(
             total=total,
@@ -63,9 +64,7 @@ class Logbook:
         trace: TracebackType | None,
     ) -> None:
         if self._enabled:
-            if self._board is not None:
-                with contextlib.suppress(OSError):
-                    self._board.close()
+            self._write()
             self._bar.close()
 
     def advance(self) -> None:
@@ -97,11 +96,18 @@ class Logbook:
             self.send(record)
         self._written.add((record.kind, record.step))
         self._unwritten.append(record)
+        self._not_on_board.append(record)
+        self._write()
+
+    def _write(self) -> None:
         try:
-            files.append(self._path, "".join(one.line() + "\n" for one in self._unwritten))
-            self._not_on_board += self._unwritten
-            self._unwritten = []
-            self._to_board()
+            if self._unwritten:
+                text = "".join(one.line() + "\n" for one in self._unwritten)
+                files.append(self._path, text.encode())
+                self._unwritten = []
+            if self._not_on_board:
+                self._board.add(self._not_on_board)
+                self._not_on_board = []
         except OSError as error:
             if not self._failing:
                 self.warn(f"{self._path} cannot be written ({error}): it is tried again later.")
@@ -109,29 +115,35 @@ class Logbook:
         else:
             self._failing = False
 
-    def _to_board(self) -> None:
-        """Opened with its first record, and again after a failure, which ends its thread."""
-        new = self._not_on_board
-        try:
-            if self._board is None:
-                before = set(self._folder.glob(EVENTS))
-                self._board = SummaryWriter(str(self._folder), purge_step=self._purge)
-                self._events = set(self._folder.glob(EVENTS)) - before
-            for record in new:
-                for name, value in record.values.items():
-                    self._board.add_scalar(name, value, record.step)
-            self._board.flush()  # the file then has what metrics.jsonl has, whenever it ends
-            for file in self._events:
-                durable.flush(file)  # and has it after a power loss too
-        except OSError:
-            self._board, self._purge = None, new[0].step
-            # The next file takes the place of all that earlier ones have from this step on.
-            again = [record for record in self._last_on_board if record.step >= self._purge]
-            self._not_on_board, self._last_on_board = again + new, []
-            raise
-        shown = self._last_on_board + new
-        self._last_on_board = [record for record in shown if record.step == new[-1].step]
-        self._not_on_board = []
+
+class Board:
+    """The records as one file of TensorBoard's events, made with the first of them.
+
+    TensorBoard drops what earlier files of the folder have from step `done` on. `SummaryWriter`
+    writes in a thread of its own, which ends with a traceback where the disk fails.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        # TensorBoard reads files in the order of their names.
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._path, self._done = folder / f"events.out.tfevents.{name}", done
+
+    def add(self, records: Sequence[Record]) -> None:
+        """All of them are on the disk when this returns. Raises `OSError`; none is there then."""
+        now, events = time.time(), list[Event]()
+        if not self._path.exists() or not self._path.stat().st_size:
+            start = SessionLog(status=SessionLog.START)
+            events.append(Event(wall_time=now, file_version="brain.Event:2"))
+            events.append(Event(wall_time=now, step=self._done, session_log=start))
+        for record in records:
+            values = [Summary.Value(tag=n, simple_value=v) for n, v in record.values.items()]
+            summary = Summary(value=values)
+            events.append(Event(wall_time=now, step=record.step, summary=summary))
+        content = io.BytesIO()
+        writer = RecordWriter(content)
+        for event in events:
+            writer.write(event.SerializeToString())
+        files.append(self._path, content.getvalue())
 
 
 def _records_until(path: Path, done: int) -> list[Record]:

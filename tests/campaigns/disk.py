@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.campaigns.verdict import Table
 
     campaign = Campaign(place)
-    campaign.begin_half()
+    campaign.begin_half("half")
     table = Table("disk", f"disk.py --seed {options.seed}")
     for number in range(options.cases) if options.only < 0 else [options.only]:
         kind, outcome, wrong = suffer(campaign, number, options.seed)

@@ -116,9 +116,9 @@ class Life:
             time.sleep(0.01)
         return True
 
-    def finish(self) -> Life:
-        """Wait for its end; what hangs is killed and marked."""
-        if not self.wait():
+    def finish(self, seconds: float = LIMIT_S) -> Life:
+        """Wait for its end; what takes longer hangs, and is killed and marked."""
+        if not self.wait(seconds):
             self.hung = True
             self.kill()
         return self

@@ -11,17 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
-from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
-from fastmoco.machine import durable
-from fastmoco.run.logbook import Logbook
+from fastmoco.run.logbook import Board, Logbook
 from fastmoco.run.record import Record, read_records
-
-
-@pytest.fixture(autouse=True)
-def _first_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of one second are read by their number as text, where 10 comes before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+from fastmoco.weights import files
 
 
 def log(folder: Path, steps: list[int], done: int = 0) -> None:
@@ -80,27 +73,37 @@ def test_what_cannot_be_written_is_written_later(
     assert capsys.readouterr().out.count("No space left on device") == 1
 
 
-@pytest.mark.parametrize("lost", [1, 2, 3])
-def test_no_record_is_missing_from_the_board_that_failed_for_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+def test_a_record_that_only_metrics_had_when_the_run_was_killed_is_on_the_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two records have one step: reopened at the second, the board drops the first as well."""
-    book, flush = Logbook(tmp_path, enabled=True, done=0, total=9), durable.flush
-    records = [Record("train", {"loss": 1.0}, 2), Record("knn", {"knn_top1": 0.5}, 2)]
-    records += [Record("train", {"loss": 1.0}, step) for step in (4, 6)]
-    for number, record in enumerate(records):
+    book = Logbook(tmp_path, enabled=True, done=0, total=9)
+    book.record(Record("train", {"loss": 1.0}, 6), "")
+    with monkeypatch.context() as killed:
+        killed.setattr(Board, "add", lambda *_: None)
+        book.record(Record("knn", {"knn_top1": 0.5}, 6), "")
+    with Logbook(tmp_path, enabled=True, done=6, total=6):
+        pass
+    assert board(tmp_path, "knn_top1") == [6]
+    assert board(tmp_path) == [6]
 
-        def failing(path: Path, number: int = number) -> None:
-            if number == lost:
-                raise OSError(errno.EIO, "Input/output error")
-            flush(path)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(durable, "flush", failing)
-            book.record(record, "")
-    book.record(Record("train", {"loss": 1.0}, 8), "")
-    assert board(tmp_path) == [2, 4, 6, 8]
-    assert board(tmp_path, "knn_top1") == [2]
+def test_half_a_record_does_not_hide_the_next_on_the_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, append = Logbook(tmp_path, enabled=True, done=0, total=9), files.append
+
+    def torn(path: Path, data: bytes) -> NoReturn:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "EIO")))
+            append(path, data[: len(data) // 2])
+        raise AssertionError
+
+    for step in (2, 4, 6):
+        if step == 4:
+            monkeypatch.setattr(files, "append", torn)
+        book.record(Record("train", {"loss": 1.0}, step), "")
+        monkeypatch.setattr(files, "append", append)
+    assert board(tmp_path) == [2, 4, 6]
 
 
 def test_records_are_on_the_disk_when_they_are_made(
@@ -115,6 +118,6 @@ def test_records_are_on_the_disk_when_they_are_made(
 
     monkeypatch.setattr(os, "fsync", noted)
     log(tmp_path, [2, 4])
-    files = [path.stat() for path in tmp_path.iterdir()]
-    assert len(files) == 2
-    assert {file.st_ino: file.st_size for file in files} == flushed
+    found = [path.stat() for path in tmp_path.iterdir()]
+    assert len(found) == 2
+    assert {file.st_ino: file.st_size for file in found} == flushed
