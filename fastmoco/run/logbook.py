@@ -19,6 +19,7 @@ from tensorboard.summary.writer.record_writer import (  # type: ignore[import-un
 )
 from tqdm import tqdm
 
+from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_records
 from fastmoco.weights import files
 
@@ -153,7 +154,7 @@ def _records_until(path: Path, done: int) -> list[Record]:
     records = read_records(path)
     kept = [record for record in records if done and record.step <= done]
     text = "".join(record.line() + "\n" for record in kept)
-    if text.encode() != path.read_bytes():
+    if text.encode() != durable.read_regular(path):
         files.write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return kept
 

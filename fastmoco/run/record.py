@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.config import ConfigError
+from fastmoco.machine import durable
 
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
 WARMUP_STEPS = 3
@@ -73,10 +74,10 @@ def read_metrics(metrics_jsonl: Path) -> list[Record]:
 def read_records(metrics_jsonl: Path) -> list[Record]:
     """The same of a file that may be empty. Raises `ConfigError` where it cannot be read."""
     try:
-        lines = metrics_jsonl.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = durable.read_regular(metrics_jsonl).decode(errors="replace")
     except OSError as error:
         raise ConfigError(f"Cannot read the metrics {metrics_jsonl}: {error}.") from error
-    return [record for line in lines if (record := parse_line(line)) is not None]
+    return [record for line in text.splitlines() if (record := parse_line(line)) is not None]
 
 
 # Of the steps that warm up, these say nothing about the run.

@@ -59,13 +59,10 @@ class Campaign:
         names = [kinds.get(line.split("\t")[0], "rename") for line in lines]
         return {name: names.count(name) for name in runs.OPERATIONS}
 
-    def begin_half(self) -> Path:
-        """The folder of a run that was killed half-way: one with checkpoints to go on from."""
-        middle = self.operations["rename"] // 2
-        self.start(
-            "half", {"DISK_FAULT": f"{runs.OPERATIONS['rename']} {middle} 1 5 kill"}
-        ).finish()
-        return self.place / "half"
+    def begin_half(self, name: str) -> None:
+        """A run that is killed half-way: a folder with checkpoints to go on from."""
+        fault = f"{runs.OPERATIONS['rename']} {self.operations['rename'] // 2} 1 5 kill"
+        self.start(name, {"DISK_FAULT": fault}).finish()
 
     def last_life(self, name: str) -> tuple[list[str], set[int]]:
         """The command once more, undisturbed: what is wrong about its end; and its sessions."""

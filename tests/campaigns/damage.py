@@ -82,7 +82,8 @@ def pack(images: Path, shard: Path) -> list[str]:
     with tarfile.open(shard, "w") as archive:
         for picture in sorted(images.rglob("*.jpg")):
             archive.add(picture, f"{picture.parent.name}/{picture.name}")
-    return ["--data.source=shards", f"--data.root={shard}"]
+    bank = f"--knn.train_root={images}"
+    return ["--data.source=shards", bank, f"--data.root={shard}"]
 
 
 class Cases:
@@ -95,7 +96,7 @@ class Cases:
         campaign.begin_half("half")
         self.plain = campaign.options
         packed = pack(self.place / "images" / "train", self.place / "packed" / SHARD)
-        self.packed = [*self.plain, *packed[:1]]
+        self.packed = [*self.plain, *packed[:2]]
         campaign.options = [*self.plain, *packed]
         campaign.start("whole_shards").finish()
         self.ends = {False: campaign.whole, True: end_of(self.place / "whole_shards")}
