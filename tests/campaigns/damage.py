@@ -68,7 +68,6 @@ def targets() -> list[Target]:
         Target("latest.pth.tar", _one("run/latest.pth.tar"), every, 1),
         Target("owner.json", _one("run/owner.json"), every | TEXT, 1),
         Target("bad_samples.jsonl", _one("run/bad_samples.jsonl"), every | TEXT, 1),
-        Target("TensorBoard", _one("run/events*"), NAMES, 1),
         Target("index of images", _one("cache/index/*[!k]"), every | TEXT, 2),
         Target("compiled kernels", _one("cache/kernels*/*.so"), every, 1),
         Target("tar shard", _one(f"data/{SHARD}"), every, 2, shards=True),
