@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2 as transforms_v2
 
@@ -211,6 +212,7 @@ PARSER.add_argument("--root", default="", help="a folder of JPEGs")
 def main(own: Options) -> Iterator[list[Row]]:
     """The rows of each kind of picture, then those of the look at a sample."""
     torch.set_num_threads(1)
+    threadpool_limits(1, user_api="blas")  # as in a worker of the loader
     with tempfile.TemporaryDirectory() as place:
         roots = {"8-bit JPEG": (own.root, 3)} if own.root else {}
         for kind, (channels, _) in KINDS.items():

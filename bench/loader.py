@@ -4,7 +4,8 @@
 
 Images per second of two v2 views with two worker processes (or two DALI threads), consumed as fast
 as they come, from the folder and from tar shards of the same files. --only takes some of:
-torchvision, array folder, array shards, pil folder, dali folder.
+torchvision, array folder, array shards, pil folder, dali folder; with --packed DIR, which
+`fastmoco pack` has made of the same images, array packed.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def configuration(root: str, run: str, backend: str, source: str = "folder") -> 
     return resolve_folders(Config(run=RunConfig(dir=run), data=data, optim=optim))
 
 
-def contestants(root: str, shards: str, run: str) -> dict[str, Start]:
+def contestants(root: str, shards: str, packed: str, run: str) -> dict[str, Start]:
     """Name of each pipeline and how to start it."""
     found: dict[str, Start] = {
         "torchvision": partial(official, configuration(root, run, "pil")),
@@ -109,6 +110,8 @@ def contestants(root: str, shards: str, run: str) -> dict[str, Start]:
         "array shards": partial(ours, configuration(shards, run, "array", "shards")),
         "pil folder": partial(ours, configuration(root, run, "pil")),
     }
+    if packed:
+        found["array packed"] = partial(ours, configuration(packed, run, "array", "shards"))
     if has_dali():
         found["dali folder"] = partial(ours, configuration(root, run, "dali"))
     return found
@@ -134,11 +137,24 @@ def write_shards(config: Config, folder: Path) -> None:
                 tar.add(source.name(sample), f"{sample:08d}.jpg")
 
 
-def rows_of(found: Mapping[str, Sequence[float]]) -> list[Row]:
+def megabytes(folder: str) -> float:
+    """Millions of bytes in the files of a folder."""
+    return round(
+        sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6, 1
+    )
+
+
+def megapixels(root: str) -> float:
+    """Mean size of the images of a folder."""
+    sizes = open_source(configuration(root, "", "pil")).sizes
+    return float(sizes.astype(float).prod(axis=1).mean()) / 1e6
+
+
+def rows_of(found: Mapping[str, Sequence[float]], case: Row) -> list[Row]:
     """One row per pipeline, with its ratios to torchvision's by turn."""
     base, rows = found.get("torchvision"), []
     for name, values in found.items():
-        row: Row = {"benchmark": "loader", "case": CASE, "contestant": name, **spread(values, 3)}
+        row: Row = {"benchmark": "loader", "case": case, "contestant": name, **spread(values, 3)}
         if base:
             row["ratios"] = quantiles([a / b for a, b in zip(values, base, strict=True)], 3)
         rows.append(row)
@@ -147,6 +163,7 @@ def rows_of(found: Mapping[str, Sequence[float]]) -> list[Row]:
 
 PARSER = parser("loader", __doc__, steps=False)
 PARSER.add_argument("--root", required=True)
+PARSER.add_argument("--packed", default="", help="shards of the same images by fastmoco pack")
 
 
 @command(PARSER, trains=False)
@@ -155,12 +172,17 @@ def main(own: Options) -> Iterator[list[Row]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as shards, tempfile.TemporaryDirectory() as run:
         write_shards(configuration(own.root, run, "pil"), Path(shards))
-        racing = contestants(own.root, shards, run)
+        racing = contestants(own.root, shards, own.packed, run)
         names = chosen(own.only, list(racing))
         for name in names:
             rate(racing[name])  # and caches are warm
         work = {name: partial(rate, racing[name]) for name in names}
-        yield rows_of(in_turns(work, own.windows, after=progress(own.windows)))
+        case = CASE | {
+            "megapixels": round(megapixels(own.root), 2),
+            "megabytes": megabytes(own.root),
+        }
+        case |= {"packed_megabytes": megabytes(own.packed)} if own.packed else {}
+        yield rows_of(in_turns(work, own.windows, after=progress(own.windows)), case)
 
 
 if __name__ == "__main__":

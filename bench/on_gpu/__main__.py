@@ -31,7 +31,7 @@ from pathlib import Path
 # The standard library only: what the stages import may still lie in a wheel.
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / "carried"
-WHEELS = ("jsonargparse", "docstring-parser", "typeshed-client")
+WHEELS = ("jsonargparse", "docstring-parser", "typeshed-client", "threadpoolctl")
 RECIPE = ("--config", str(ROOT / "configs" / "moco_v2_r50_200ep.yaml"))
 LIMIT_S = 540.0
 PLAIN = "addopts=--import-mode=importlib"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -113,6 +114,8 @@ class _From(Sampler[int]):
 
 def _in_worker(_: int) -> None:
     outlast_the_trainer()
+    # NumPy's products of float views, else on as many threads as there are cores, in each worker.
+    threadpool_limits(1, user_api="blas")
 
 
 class WorkerEngine:

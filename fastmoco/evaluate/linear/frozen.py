@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,7 +93,8 @@ def random_crops(images: LabelledImages, rows: Sequence[int], crop: int, seed: i
         uniforms = draw_uniforms(seed, crop, 0, int(position[row]), 1)
         out[index] = canvas.execute(image, view_table(augment, uniforms, size), 0)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    one_each = threadpool_limits(1, user_api="blas")  # a thread of BLAS in each of these threads
+    with one_each, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(one, range(len(rows))))
     return torch.from_numpy(out)
 
