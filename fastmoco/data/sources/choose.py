@@ -12,6 +12,8 @@ from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.tables.arrow import open_arrow
+from fastmoco.data.sources.tables.parquet import open_parquet
 
 OPEN: dict[str, Callable[[DataConfig], Source]] = {
     "folder": lambda data: open_folder(
@@ -21,6 +23,10 @@ OPEN: dict[str, Callable[[DataConfig], Source]] = {
     "shards": lambda data: open_shards(
         data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
     ),
+    "parquet": lambda data: open_parquet(
+        data.root, data.max_pixels, shuffle_window=data.shuffle_window, rescan=data.rescan
+    ),
+    "arrow": lambda data: open_arrow(data.root, data.max_pixels, rescan=data.rescan),
 }
 
 
