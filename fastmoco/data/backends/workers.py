@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastmoco.config import AugmentConfig, Config
+from fastmoco.config import AugmentConfig, Config, ConfigError
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
@@ -160,8 +160,13 @@ class WorkerEngine:
         self._items = iter(loader)
 
     def next(self) -> Batch:
-        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
-        parts = [next(self._items) for _ in range(self.parts)]
+        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one, and
+        `ConfigError` where storage keeps failing.
+        """
+        try:
+            parts = [next(self._items) for _ in range(self.parts)]
+        except ConfigError as error:  # PyTorch puts the worker's traceback before it
+            raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
         im_q, im_k, replaced = zip(*parts, strict=True)
         return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
 

@@ -19,7 +19,7 @@ from fastmoco.config import ConfigError
 from fastmoco.data.decode import BadImage
 from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
-from fastmoco.data.sources.shards import ShardSource, stamp
+from fastmoco.data.sources.shards import ShardSource, joined, stamp
 from fastmoco.data.sources.tables.columns import (
     encoded,
     image_column,
@@ -33,9 +33,6 @@ _PROCESSES_FROM = 1 << 28  # bytes
 
 class ArrowSource(ShardSource):
     """Images in the rows of Arrow files, in the order of files and rows."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowSource, (self.index,)
 
     def name(self, sample: int) -> str:
         """File and number of the row in it, from 0."""
@@ -87,25 +84,12 @@ def _damaged(path: Path, error: BaseException) -> ConfigError:
 def _scan(files: list[Path], max_pixels: int) -> Index:
     size = sum(path.stat().st_size for path in files)
     with in_parallel(many=size > _PROCESSES_FROM) as pool:
-        work = in_order(pool, partial(_measure, max_pixels=max_pixels), files)
+        work = in_order(pool, partial(scan_arrow, max_pixels=max_pixels), files)
         parts = list(progress(work, lambda part: len(part.sizes), "index"))
-    counts = [len(part.sizes) for part in parts]
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist()
-    bad = {
-        start + row: why
-        for start, part in zip(starts, parts, strict=True)
-        for row, why in part.bad.items()
-    }
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.concatenate([part.arrays[name] for part in parts])
-        for name in ("sizes", "offsets", "lengths")
-    }
-    arrays["shard_of"] = np.repeat(np.arange(len(parts), dtype=np.uint32), counts)
-    names = [str(path.resolve()) for path in files]
-    return Index(arrays, {"shards": names, "counts": counts, "bad": bad})
+    return joined([str(path.resolve()) for path in files], parts, any_name=False)
 
 
-def _measure(path: Path, max_pixels: int) -> Index:
+def scan_arrow(path: Path, max_pixels: int) -> Index:
     """Where the images of a file lie, and how large they are."""
     pa = pyarrow("")
     whole, schema, batches = arrow_batches(path)

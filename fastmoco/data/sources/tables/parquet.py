@@ -14,7 +14,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class ParquetSource(Indexed):
         self._lock = threading.Lock()  # evaluation reads from threads
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParquetSource, (self.index,)
+        return type(self), (self.index,)
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ class ParquetSource(Indexed):
     def _decode(self, group: int) -> Any:
         facts = self.index.facts
         file, number = facts["groups"][group]
-        path, column = facts["files"][file], Column(*facts["column"])
+        path, column = self._path(file), Column(*facts["column"])
         try:
             if path not in self._files:
                 self._files.clear()
@@ -96,6 +96,11 @@ class ParquetSource(Indexed):
             return _values(self._files[path], number, column)
         except (pyarrow("").ArrowException, IndexError) as error:
             raise OSError(errno.EIO, f"row group {number} is damaged: {_first(error)}") from error
+
+    def _path(self, file: int) -> str:
+        """The local file of a number."""
+        path: str = self.index.facts["files"][file]
+        return path
 
     def _row(self, sample: int) -> tuple[str, int]:
         group, _ = self._place(sample)
@@ -135,7 +140,7 @@ def open_parquet(
     index = kept_index(
         repr((stamps, max_pixels)),
         holds=lambda index: "groups" in index.facts,
-        scan=lambda: _scan(files, max_pixels),
+        scan=lambda: scan_parquet(files, max_pixels),
         rescan=rescan,
     )
     require_readable(index, f"data.root {root}")
@@ -173,7 +178,8 @@ def _values(file: Any, group: int, column: Column) -> Any:
     return pyarrow("").chunked_array([encoded(chunk, column) for chunk in chunks])
 
 
-def _scan(files: list[Path], max_pixels: int) -> Index:
+def scan_parquet(files: list[Path], max_pixels: int) -> Index:
+    """The index of files, from the first bytes of every image. Raises `ConfigError`."""
     groups: list[tuple[int, int]] = []
     counts: list[int] = []
     first, tasks, largest, column = [], list[Group](), 0, None
@@ -208,6 +214,27 @@ def _scan(files: list[Path], max_pixels: int) -> Index:
     names = [str(path.resolve()) for path in files]
     facts = {"files": names, "first": first, "groups": groups, "counts": counts, "bad": bad}
     return Index(arrays, {**facts, "column": list(column or ()), "largest": largest})
+
+
+def joined(files: Sequence[str], parts: Sequence[Index]) -> Index:
+    """One index of files from the index of each. Raises `ConfigError` for different columns."""
+    if len({tuple(part.facts["column"]) for part in parts}) > 1:
+        raise ConfigError(f"{files[0]} and others have other columns of images: name one set.")
+    first = np.concatenate(([0], np.cumsum([len(part.sizes) for part in parts])[:-1])).tolist()
+    numbered = enumerate(parts)
+    facts = {
+        "files": list(files),
+        "first": first,
+        "groups": [(n, group) for n, part in numbered for _, group in part.facts["groups"]],
+        "counts": [count for part in parts for count in part.facts["counts"]],
+        "bad": {
+            at + n: why for at, p in zip(first, parts, strict=True) for n, why in p.bad.items()
+        },
+        "column": parts[0].facts["column"],
+        "largest": max(part.facts["largest"] for part in parts),
+    }
+    names = ("sizes", "lengths")
+    return Index({n: np.concatenate([part.arrays[n] for part in parts]) for n in names}, facts)
 
 
 def _leaves(file: Any) -> list[str]:
