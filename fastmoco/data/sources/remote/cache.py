@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,12 +94,13 @@ class Cache:
                 f"{one.url} has {one.size / 1e9:,.1f} GB and the cache {self.folder} at most "
                 f"{self.limit / 1e9:,.1f}: make room, or set FASTMOCO_REMOTE_GB."
             )
-        self._evict(self.limit - one.size)
-        partial = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+        partial = place.with_suffix(f".{os.getpid()}.part")
         try:
+            while not self._reserve(partial, one.size):
+                time.sleep(0.02)  # until others have fetched theirs, which then can be thrown out
             while True:
                 try:
-                    with open(partial, "wb") as file:
+                    with open(partial, "r+b") as file:
                         fetch(one, file)
                     break
                 except OSError as error:
@@ -125,15 +127,22 @@ class Cache:
     def _used(self) -> int:
         return sum(size for _, size, _ in self._kept())
 
-    def _evict(self, down_to: int) -> None:
+    def _reserve(self, partial: Path, size: int) -> bool:
+        """Make room for an object, and a file of its size; False while there is none."""
         with exclusive(self.folder / "evict.lock"):
-            used = self._used()
-            for _, size, path in self._kept():
-                if used <= down_to:
+            kept = self._kept()
+            used = sum(size for _, size, _ in kept)
+            for _, its_size, path in kept:
+                if used + size <= self.limit:
                     break
-                if path.suffix != ".part":
+                if path.suffix != ".part" or not _is_alive(int(path.suffixes[-2][1:])):
                     path.unlink(missing_ok=True)
-                    used -= size
+                    used -= its_size
+            if used + size > self.limit:
+                return False
+            with open(partial, "wb") as file:
+                file.truncate(size)
+            return True
 
     def _evict_one(self) -> bool:
         """Make room where others filled the disk. Returns whether there was anything to delete."""
@@ -141,3 +150,14 @@ class Cache:
         if whole:
             whole[0].unlink(missing_ok=True)
         return bool(whole)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; one that was killed leaves half of an object."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -8,8 +8,10 @@ size and ETag, so that a sample is the same bytes for as long as a run lasts, or
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,7 +41,7 @@ class _Far:
     """What sources in a bucket have in common: numbered objects, of which some are here."""
 
     index: Index
-    ahead = AHEAD
+    ahead: tuple[int, ...] = AHEAD
 
     def __init__(self, index: Index, cache: Cache) -> None:
         super().__init__(index)  # type: ignore[call-arg]
@@ -65,7 +67,19 @@ class _Far:
 class RemoteShards(_Far, shards.ShardSource):
     """Images in the tar shards of a bucket."""
 
+    def __init__(self, index: Index, cache: Cache) -> None:
+        super().__init__(index, cache)
+        self._reading = threading.Lock()  # evaluation reads from threads
+
+    def read(self, sample: int) -> bytes:
+        with self._reading:
+            return super().read(sample)
+
     def _open(self, shard: int) -> int:
+        if shard not in self._files:
+            # Those thrown out of the cache take room on the disk until they are closed.
+            for number in [n for n, file in self._files.items() if not os.fstat(file).st_nlink]:
+                os.close(self._files.pop(number))
         while True:
             try:
                 return super()._open(shard)

@@ -138,7 +138,6 @@ def fetch(one: Object, into: BinaryIO) -> None:
     require_same(one)
     for attempt in range(ATTEMPTS):
         into.seek(0)
-        into.truncate()
         digest = hashlib.md5(usedforsecurity=False)
         for start in range(0, one.size, PIECE):
             piece = _insist(one.url, lambda s=start: _piece(one, s))  # type: ignore[misc]
