@@ -210,11 +210,13 @@ class WorkerEngine:
     def next(self) -> Batch:
         """The next micro-batch.
 
-        Raises `BadImage` where no sample can replace a bad one, and `ChildProcessError` where a
-        worker died or is silent for `run.timeout_s`.
+        Raises `BadImage` where no sample can replace a bad one, `ConfigError` where storage keeps
+        failing, and `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
         """
         try:
             parts = [next(self._items) for _ in range(self.parts)]
+        except ConfigError as error:  # PyTorch puts the worker's traceback before it
+            raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
         except RuntimeError as error:  # torch's words for both; any other is a fault of our own
             if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
                 raise
