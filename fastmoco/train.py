@@ -84,6 +84,7 @@ class Run:
         """Run to the last step or to a signal; either way the final state is on disk."""
         main, self.request.patient = self.world.is_main, True
         with (
+            collectives.naming_failures(self.world, lambda: self.done),
             directory.claimed(self.config, main),
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
@@ -95,8 +96,7 @@ class Run:
                 log.warn(sentence)
             if main and self.done == 0 and self.config.data.source == "folder":
                 draw_views(self.config, self.folder / "views.png")
-            with collectives.naming_failures(self.world, lambda: self.done):
-                self._loop(log)
+            self._loop(log)
             if main:
                 metrics = self.folder / "metrics.jsonl"
                 draw_curves(metrics, self.folder / "curves.png")
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if first and not arguments:
             print("no arguments: training the demo recipe, configs/demo.yaml", flush=True)
-        with StopRequest() as request:
+        with StopRequest() as request, collectives.naming_failures():
             config = parse(arguments)
             run = Run(config, join_world(config), request)
             run.train()

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -266,3 +266,20 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
     assert done == records(tmp_path / "run")[-1]["step"]
     assert main([*arguments, "--run.max_steps", str(done + 2)]) == 0
     assert records(tmp_path / "run")[-1]["step"] == done + 2
+
+
+@pytest.mark.parametrize("place", ["resuming.find", "draw_curves", "build_moco"])
+def test_a_rank_that_dies_at_any_time_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """At the start and after the last step too, where gloo's own error ended in a traceback."""
+
+    def lost(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+
+    monkeypatch.setattr(f"fastmoco.train.{place}", lost)
+    stop = ["--run.precision=fp32", "--run.max_steps=1", "--run.dir", str(tmp_path / "run")]
+    assert main([*NARROW, *stop]) == 1
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("fastmoco: rank 0 of 1, ")
+    assert "because another rank died or hangs" in sentence

@@ -73,11 +73,11 @@ class DataConfig:
 
     source: Literal["folder", "list", "shards", "parquet", "arrow", "demo", "synthetic"] = "folder"
     """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
-    files; `parquet`, `arrow`: in a column, as hubs and `save_to_disk` write; `demo`: rendered on
-    first use; `synthetic`: noise."""
+    files; `parquet`, `arrow`: in a column of tables; `demo`: rendered on first use; `synthetic`:
+    noise."""
     root: str = ""
     """Folder of images: flat, nested or class folders; its `train` subfolder where `test` or `val`
-    is beside it. For a list its file; for other sources files or their folder. `~`, `${HOME}`,
+    is beside it. For a list its file; for shards and tables files or their folder. `~`, `${HOME}`,
     `{00..11}` and `*` are understood."""
     any_name: bool = False
     """Whether files of a folder, and members of shards, count as images by their content too,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import decode_sample
 from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Int64
+from fastmoco.machine import durable
 from fastmoco.machine.collectives import gather_objects
 from fastmoco.machine.ranks import World
 
@@ -94,9 +96,10 @@ class BadSamples:
         """Append a line for each that has none yet. Earlier starts and other ranks have theirs."""
         assert self._source is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", encoding="utf-8", errors="replace") as file:
-            file.seek(0)
-            there = file.read()
+        there = ""
+        with contextlib.suppress(FileNotFoundError):
+            there = durable.read_regular(self.path).decode(errors="replace")
+        with open(self.path, "a", encoding="utf-8", errors="replace") as file:
             listed = {place for line in there.splitlines() if (place := _place(line))}
             lines = [
                 self._line(sample, reason)
@@ -105,6 +108,8 @@ class BadSamples:
             ]
             torn = "\n" if there and not there.endswith("\n") else ""
             file.write(torn * bool(lines) + "".join(lines))  # one write: ranks share the file
+            file.flush()
+            os.fsync(file.fileno())  # after a power loss they may not be found again
         self._unlisted.clear()
 
     def sentences(self) -> list[str]:

@@ -23,7 +23,6 @@ from fastmoco.config import ConfigError
 from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.deep import Deep, decode_deep, resized
 from fastmoco.data.pixels.rule import RGB8, PixelRule
-from fastmoco.data.sources.columnar.rows import RowSource, kind_of, open_rows
 from fastmoco.data.sources.image_list import labelled_list
 from fastmoco.data.sources.listing import (
     Passed,
@@ -33,6 +32,7 @@ from fastmoco.data.sources.listing import (
     stamp_of,
     walk,
 )
+from fastmoco.data.sources.tables.labels import is_table, labelled_table
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
@@ -265,7 +265,7 @@ def index_class_folders(
 
 
 class LabelledImages(ImageSet):
-    """Images of class folders, of a list or of Parquet or Arrow files in their evaluation view.
+    """Images of class folders in their evaluation view.
 
     `labels` is int64 (n,) on the CPU, `class_names` has one name per label. With `max_images` > 0
     at most so many images are kept, evenly spaced over the sorted list, hence over the classes.
@@ -286,13 +286,11 @@ class LabelledImages(ImageSet):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         passed = Passed()
-        kind = kind_of(str(root))
-        self.rows: RowSource | None = None
-        """The source of images that have no files of their own."""
-        if kind:
-            self.rows = open_rows(kind, str(root), rule.max_pixels)
-            labels, self.class_names = self.rows.labels()
-            paths = [Path(self.rows.name(i)) for i in range(len(labels))]
+        self.in_table = is_table(str(root))
+        """Whether the images are rows of Parquet or Arrow files, and `paths` only their names."""
+        if self.in_table:
+            self._source, labels, self.class_names = labelled_table(str(root), rule.max_pixels)
+            paths = [Path(self._source.name(row)) for row in range(len(labels))]
         else:
             paths, labels, self.class_names = index_class_folders(
                 root, any_name=any_name, passed=passed
@@ -300,10 +298,9 @@ class LabelledImages(ImageSet):
         self.warnings = passed.warnings()
         """What was left out that a user should act on, one sentence each."""
         n = min(len(paths), max_images) if max_images > 0 else len(paths)
-        kept = [i * len(paths) // n for i in range(n)]
-        self.paths = [paths[i] for i in kept]
-        self._samples = kept  # of the rows
-        self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
+        self._rows = [i * len(paths) // n for i in range(n)]
+        self.paths = [paths[i] for i in self._rows]
+        self.labels = torch.tensor([labels[i] for i in self._rows], dtype=torch.int64)
         super().__init__(
             n,
             read=self._encoded,
@@ -315,16 +312,18 @@ class LabelledImages(ImageSet):
             cache_bytes=cache_bytes,
         )
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all images but those at `rows`; call it before any is decoded."""
-        self.paths = [self.paths[i] for i in rows]
-        self._samples = [self._samples[i] for i in rows]
-        self.labels = self.labels[list(rows)]
-        self._resize_to(len(rows))
+    def _encoded(self, i: int) -> bytes:
+        if self.in_table:
+            return self._source.read(self._rows[i])
+        return read_file(str(self.paths[i]))
 
     def stamp(self, i: int) -> list[int]:
-        """Size and modification time in ns of the file that holds image i."""
-        return self.rows.stamp(self._samples[i]) if self.rows else stamp_of(str(self.paths[i]))
+        """Size and modification time of the file with image i; empty if it is not there."""
+        return self._source.stamp(self._rows[i]) if self.in_table else stamp_of(str(self.paths[i]))
 
-    def _encoded(self, i: int) -> bytes:
-        return self.rows.read(self._samples[i]) if self.rows else read_file(str(self.paths[i]))
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all images but those at `rows`; call it before any is decoded."""
+        self._rows = [self._rows[i] for i in rows]
+        self.paths = [self.paths[i] for i in rows]
+        self.labels = self.labels[list(rows)]
+        self._resize_to(len(rows))

@@ -37,7 +37,7 @@ def evaluation_parser(prog: str, description: str, *, positional: bool = False) 
         "--data.source",
         dest="source",
         default="folder",
-        choices=("folder", "list", "shards", "parquet", "arrow", "demo"),
+        choices=("folder", "list", "shards", "demo"),
     )
     view_options(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward pass")

@@ -7,6 +7,7 @@ traces them without a graph break. One rank is the identity of each and needs no
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,20 +39,29 @@ class CollectiveError(RuntimeError):
 
 
 @contextmanager
-def naming_failures(world: World, steps_done: Callable[[], int]) -> Iterator[None]:
+def naming_failures(
+    world: World | None = None, steps_done: Callable[[], int] | None = None
+) -> Iterator[None]:
     """Turn the failure of a collective inside into a `CollectiveError` with step and operation.
+
+    Without arguments it is for the start, in which the ranks find each other.
 
     gloo fails here. NCCL's watchdog ends the process by itself and prints operation and sequence
     number; the step is the one after the last that was logged, or a little later.
     """
     try:
         yield
+    except CollectiveError:
+        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         if not isinstance(error, dist.DistError) and "gloo" not in reason:
             raise
+        told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        rank, size = (world.rank, world.size) if world else told
+        when = f"step {steps_done() + 1}" if steps_done else "at the start"
         raise CollectiveError(
-            f"rank {world.rank} of {world.size}, step {steps_done() + 1}: {_operation(error)} "
+            f"rank {rank} of {size}, {when}: {_operation(error)} "
             f"failed, because another rank died or hangs ({reason[:160]}); the same command "
             "resumes from the last checkpoint."
         ) from error

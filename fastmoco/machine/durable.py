@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, also after a power loss. Standard library only."""
+"""Files that appear whole or not at all, and reading that never waits. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,18 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """All of a regular file.
+
+    Raises `OSError`, also for what has its name and would wait for ever or never end: a pipe, a
+    device.
+    """
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    with os.fdopen(descriptor, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return opened.read()

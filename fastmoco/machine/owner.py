@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from fastmoco.machine import durable
+
 NAME = "owner.json"
 BEAT_S = 10.0
 """Seconds between two signs of life."""
@@ -68,9 +70,12 @@ def start_of(process: int) -> str | None:
 def read_mark(folder: Path) -> Mark | None:
     """The mark of a folder; None where there is none, or a damaged one, which binds nobody."""
     try:
-        return Mark(**json.loads((folder / NAME).read_text(encoding="utf-8")))
+        mark = Mark(**json.loads(durable.read_regular(folder / NAME)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+    kinds = {"process": int}
+    whole = all(isinstance(v, kinds.get(n, str)) for n, v in vars(mark).items()) and mark.host
+    return mark if whole else None
 
 
 def require_free(folder: Path, say: Callable[[str], None] = print) -> None:

@@ -9,6 +9,7 @@ of the step.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastmoco.data.sources.fingerprint import Fingerprint
 from fastmoco.machine.collectives import all_gather, averaged, gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
+from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import CHECKSUMS, OURS, checksums, first, leaves, not_finite
 from fastmoco.weights.official import official_optimizer, official_state_dict
@@ -33,6 +35,9 @@ TRIES_S = (1.0, 4.0)
 
 DATA = "data"
 """Where a checkpoint has the fingerprint of its images: `content["fastmoco"]["data"]`."""
+
+RECORDS = "records"
+"""The same for `digest` of the records before it."""
 
 
 class NotSavedError(OSError):
@@ -76,6 +81,7 @@ def save(
                     "precision": step.precision.name,
                     "config": dump(config),
                     "running_statistics": of_ranks,
+                    RECORDS: _records_so_far(folder),
                     DATA: {name: torch.from_numpy(a) for name, a in vars(data).items()}
                     if data
                     else {},
@@ -161,6 +167,12 @@ def _write(path: Path, content: dict[str, Any], config: Config) -> str:
         _forget_old(path, config.run.keep_checkpoints, config.run.keep_every)
     except (ConfigError, OSError) as error:
         return f"{error}"
+    return ""
+
+
+def _records_so_far(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return digest(folder / METRICS)
     return ""
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import (  # type: ignore[import-untyped]
+    RecordWriter,
+)
 from tqdm import tqdm
 
+from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_records
 from fastmoco.weights import files
 
@@ -33,9 +42,9 @@ class Logbook:
         self._path = folder / "metrics.jsonl"
         kept = _records_until(self._path, done)
         self._written = {(record.kind, record.step) for record in kept}
-        self._unwritten: list[str] = []
-        self._folder, self._purge = folder, done + 1 if done else 0
-        self._board: SummaryWriter | None = None
+        self._unwritten: list[Record] = []
+        # A life may have ended after writing one record of its last step, on the board or not.
+        self._board, self._not_on_board = Board(folder, done), [r for r in kept if r.step == done]
         self._failing = False
         self._bar = tqdm(
             total=total,
@@ -56,9 +65,7 @@ class Logbook:
         trace: TracebackType | None,
     ) -> None:
         if self._enabled:
-            if self._board is not None:
-                with contextlib.suppress(OSError):
-                    self._board.close()
+            self._write()
             self._bar.close()
 
     def advance(self) -> None:
@@ -89,11 +96,19 @@ class Logbook:
         if self.send is not None:
             self.send(record)
         self._written.add((record.kind, record.step))
-        self._unwritten.append(record.line() + "\n")
+        self._unwritten.append(record)
+        self._not_on_board.append(record)
+        self._write()
+
+    def _write(self) -> None:
         try:
-            files.append(self._path, "".join(self._unwritten))
-            self._unwritten.clear()
-            self._to_board(record)
+            if self._unwritten:
+                text = "".join(one.line() + "\n" for one in self._unwritten)
+                files.append(self._path, text.encode())
+                self._unwritten = []
+            if self._not_on_board:
+                self._board.add(self._not_on_board)
+                self._not_on_board = []
         except OSError as error:
             if not self._failing:
                 self.warn(f"{self._path} cannot be written ({error}): it is tried again later.")
@@ -101,17 +116,35 @@ class Logbook:
         else:
             self._failing = False
 
-    def _to_board(self, record: Record) -> None:
-        """Opened with its first record, and again after a failure, which ends its thread."""
-        try:
-            if self._board is None:
-                self._board = SummaryWriter(str(self._folder), purge_step=self._purge)
-            for name, value in record.values.items():
-                self._board.add_scalar(name, value, record.step)
-            self._board.flush()  # the file then has what metrics.jsonl has, whenever it ends
-        except OSError:
-            self._board, self._purge = None, record.step
-            raise
+
+class Board:
+    """The records as one file of TensorBoard's events, made with the first of them.
+
+    TensorBoard drops what earlier files of the folder have from step `done` on. `SummaryWriter`
+    writes in a thread of its own, which ends with a traceback where the disk fails.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        # TensorBoard reads files in the order of their names.
+        name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._path, self._done = folder / f"events.out.tfevents.{name}", done
+
+    def add(self, records: Sequence[Record]) -> None:
+        """All of them are on the disk when this returns. Raises `OSError`; none is there then."""
+        now, events = time.time(), list[Event]()
+        if not self._path.exists() or not self._path.stat().st_size:
+            start = SessionLog(status=SessionLog.START)
+            events.append(Event(wall_time=now, file_version="brain.Event:2"))
+            events.append(Event(wall_time=now, step=self._done, session_log=start))
+        for record in records:
+            values = [Summary.Value(tag=n, simple_value=v) for n, v in record.values.items()]
+            summary = Summary(value=values)
+            events.append(Event(wall_time=now, step=record.step, summary=summary))
+        content = io.BytesIO()
+        writer = RecordWriter(content)
+        for event in events:
+            writer.write(event.SerializeToString())
+        files.append(self._path, content.getvalue())
 
 
 def _records_until(path: Path, done: int) -> list[Record]:
@@ -121,7 +154,7 @@ def _records_until(path: Path, done: int) -> list[Record]:
     records = read_records(path)
     kept = [record for record in records if done and record.step <= done]
     text = "".join(record.line() + "\n" for record in kept)
-    if text.encode() != path.read_bytes():
+    if text.encode() != durable.read_regular(path):
         files.write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return kept
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.config import ConfigError
+from fastmoco.machine import durable
 
+METRICS = "metrics.jsonl"
+"""Its name in a run directory."""
 # Steps before throughput counts: compilation, autotuning, allocator and prefetch warm up.
 WARMUP_STEPS = 3
 
@@ -73,10 +77,10 @@ def read_metrics(metrics_jsonl: Path) -> list[Record]:
 def read_records(metrics_jsonl: Path) -> list[Record]:
     """The same of a file that may be empty. Raises `ConfigError` where it cannot be read."""
     try:
-        lines = metrics_jsonl.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = durable.read_regular(metrics_jsonl).decode(errors="replace")
     except OSError as error:
         raise ConfigError(f"Cannot read the metrics {metrics_jsonl}: {error}.") from error
-    return [record for line in lines if (record := parse_line(line)) is not None]
+    return [record for line in text.splitlines() if (record := parse_line(line)) is not None]
 
 
 # Of the steps that warm up, these say nothing about the run.
@@ -97,6 +101,19 @@ def series(records: list[Record], kind: str, name: str) -> tuple[list[float], li
                 points.pop()
             points.append((record.step, record.epoch, record.values[name]))
     return [epoch for _, epoch, _ in points], [value for _, _, value in points]
+
+
+def digest(metrics_jsonl: Path, size: int = -1) -> str:
+    """Number of bytes and a hash of the first `size` bytes, of all by default; `0` for no file.
+
+    A checkpoint has it, because a line with another digit looks as good as the one that was
+    written. Raises `OSError`.
+    """
+    if not metrics_jsonl.exists():
+        return "0"
+    content = durable.read_regular(metrics_jsonl)
+    content = content if size < 0 else content[:size]
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()[:16]}" if content else "0"
 
 
 def knn_summary(metrics_jsonl: Path) -> str:

@@ -22,8 +22,9 @@ from fastmoco.data.sources.fingerprint import Fingerprint
 from fastmoco.machine.collectives import gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
-from fastmoco.run.checkpoint import DATA
+from fastmoco.run.checkpoint import DATA, RECORDS
 from fastmoco.run.directory import require_same_run
+from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import OURS, first, not_finite
 from fastmoco.weights.files import LATEST
@@ -185,7 +186,7 @@ def resume(
         load_optimizer(step, content["optimizer"], place)
         step.scaler.load_state_dict(ours["scaler"])
         _load_own_statistics(step, ours.get("running_statistics"), world)
-        notes = (*found.notes, *([changed] if changed else []))
+        notes = (*found.notes, *([changed] if changed else []), *_other_records(found, config))
         return Resumed(_step_number(ours["step"]), (*notes, *_changes(ours.get("precision"), step)))
     except ConfigError:
         raise
@@ -252,6 +253,19 @@ def _load_own_statistics(step: Step, of_ranks: torch.Tensor | None, world: World
     parts = of_ranks[world.rank].split([b.numel() for b in running])
     for buffer, part in zip(running, parts, strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def _other_records(found: Found, config: Config) -> Iterator[str]:
+    """A sentence where metrics.jsonl has not what it had when the checkpoint was written."""
+    then, metrics = found.content[OURS].get(RECORDS), Path(config.run.dir) / METRICS
+    if not isinstance(then, str) or found.path.parent.resolve() != metrics.parent.resolve():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        if then and digest(metrics, int(then.split()[0])) != then:
+            yield (
+                f"{metrics} does not hold what it held when {found.path.name} was written: it was "
+                "changed or damaged. Training is not affected; lines that are no records are lost."
+            )
 
 
 def _changes(precision: str | None, step: Step) -> Iterator[str]:

@@ -134,16 +134,16 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
         raise ConfigError(f"Cannot write {path}: {error}.") from error
 
 
-def append(path: Path, text: str) -> None:
-    """Add whole lines at the end, on the disk when this returns. Raises `OSError`.
+def append(path: Path, data: bytes) -> None:
+    """Add whole lines, or other records, at the end; on the disk when this returns.
 
-    Nothing of them is left in the file then: half a line would spoil the next one.
+    Raises `OSError`. Nothing of them is left in the file then: a half would spoil the next one.
     """
-    with path.open("a", encoding="utf-8") as opened:
+    with path.open("ab", buffering=0) as opened:
         before = os.fstat(opened.fileno()).st_size
         try:
-            opened.write(text)
-            opened.flush()
+            while data:
+                data = data[opened.write(data) :]
             os.fsync(opened.fileno())
         except OSError:
             os.truncate(path, before)

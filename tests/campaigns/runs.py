@@ -29,6 +29,8 @@ PLACE = "FASTMOCO_CAMPAIGN"
 """Environment variable with the folder of a campaign; set once the disk is below it."""
 LIMIT_S = 1800.0
 """A run that takes longer hangs: one takes five seconds on an idle machine."""
+OPERATIONS = {"open": 1, "write": 2, "fsync": 4, "rename": 8}
+"""Kinds of operations on files, as `disk_faults.c` numbers them."""
 SMALL = [
     *("--augment.image_size=32", "--model.arch=resnet18", "--model.width=0.25", "--model.dim=8"),
     *("--moco.queue_size=16", "--moco.bn_group_size=4", "--optim.global_batch_size=8"),
@@ -114,9 +116,9 @@ class Life:
             time.sleep(0.01)
         return True
 
-    def finish(self) -> Life:
-        """Wait for its end; what hangs is killed and marked."""
-        if not self.wait():
+    def finish(self, seconds: float = LIMIT_S) -> Life:
+        """Wait for its end; what takes longer hangs, and is killed and marked."""
+        if not self.wait(seconds):
             self.hung = True
             self.kill()
         return self

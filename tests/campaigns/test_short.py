@@ -16,8 +16,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_killed_runs_end_as_undisturbed_ones() -> None:
-    command = [sys.executable, str(HERE / "kill.py"), "--kills", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("kill.py", "--kills", "2"),
+        ("power.py", "--moments", "2"),
+        ("disk.py", "--cases", "2"),
+        ("damage.py", "--cases", "4"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_campaign_in_short(command: tuple[str, ...]) -> None:
+    program = [sys.executable, str(HERE / command[0]), *command[1:]]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert ", 0 failed," in done.stdout.splitlines()[-1]

@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from fastmoco.weights.checksums import OURS, leaves
 
 TRACED = ("Traceback", "Error in sys.excepthook", "Exception ignored")
+UNTRUE = "does not hold what it held"
+"""A warning about metrics.jsonl, which nobody but the run has changed."""
 # Speeds and memory differ between any two runs.
 EXACT = ("loss", "pretext_top1", "pretext_top5", "knn_top1", "lr", "chance", "raw_pixel")
 

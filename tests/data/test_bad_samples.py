@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,15 @@ def test_a_restart_and_another_rank_add_no_second_line(tmp_path: Path) -> None:
     again.add({5: "empty", 6: "empty"}, write=True)
     record(tmp_path, rank=1).add({6: "empty"}, write=True)
     assert listed(tmp_path) == [3, 5, 6]
+
+
+def test_a_line_is_on_the_disk_when_the_sample_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
+    record(tmp_path, found={3: "cut short"})
+    assert flushed == [(tmp_path / "bad_samples.jsonl").stat().st_size]
 
 
 def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -49,3 +49,14 @@ def test_a_disk_that_fails_leaves_the_old_file_and_nothing_else(
         durable.replace(tmp_path / "file", put)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names there")
+def test_reading_waits_for_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "file").write_bytes(b"text")
+    for name in ("pipe", "endless", "."):
+        with pytest.raises(OSError, match=r"regular|directory"):
+            durable.read_regular(tmp_path / name)
+    assert durable.read_regular(tmp_path / "file") == b"text"

@@ -41,6 +41,13 @@ def test_a_second_owner_is_refused_until_the_first_has_left(tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names there")
+def test_a_pipe_for_a_mark_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / owner.NAME)
+    with Owner(tmp_path):
+        assert read_mark(tmp_path) is not None
+
+
 def test_a_killed_owner_gives_way(tmp_path: Path) -> None:
     code = "import sys, os, pathlib; from fastmoco.machine.owner import Owner\n"
     code += "with Owner(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
@@ -106,7 +113,10 @@ def test_an_owner_on_another_host_is_believed_by_its_signs_of_life(
         thread.join()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "[" * 100_000])
+NUMBER = json.dumps(asdict(mine()) | {"host": 7, "started": 7})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "[" * 100_000, NUMBER])
 def test_a_damaged_mark_binds_nobody(tmp_path: Path, content: str) -> None:
     (tmp_path / owner.NAME).write_text(content)
     with Owner(tmp_path) as now:

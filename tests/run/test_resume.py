@@ -92,6 +92,27 @@ def test_a_killed_bank_run_goes_on_from_its_last_checkpoint(
     assert_same_bits(final_state(whole), final_state(killed))
 
 
+def test_changed_records_are_told(tmp_path: Path) -> None:
+    root, folder = pictures(tmp_path / "images"), tmp_path / "run"
+    more = ("--run.log_every=1", "--run.max_steps=4")
+    train(ONE, options("queue", root, folder, *more))
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+
+    def told() -> bool:
+        config = parse(options("queue", root, folder, "--run.max_steps=6"))
+        return any("does not hold what it held" in line for line in Run(config, ONE).warnings)
+
+    assert not told()
+    metrics.write_text(text + '{"kind": "train", "step": 5}\n')  # after the checkpoint
+    assert not told()
+    for changed in (text.replace('"loss": ', '"loss": 1'), text[: len(text) // 2], ""):
+        metrics.write_text(changed)
+        assert told()
+    metrics.unlink()
+    assert told()
+
+
 def test_a_changed_data_set_is_refused_with_what_changed(tmp_path: Path) -> None:
     root, run = pictures(tmp_path / "images"), tmp_path / "run"
     train(ONE, options("memory_bank", root, run, "--run.max_steps=1"))

@@ -10,7 +10,6 @@ mixes. The same command goes on after an interruption, to the same bytes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -34,7 +33,6 @@ from fastmoco.data.pack.shrink import Packed, Size, shrink
 from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources.choose import open_source, resolve_folders
-from fastmoco.data.sources.columnar.rows import RowSource
 from fastmoco.data.sources.image_list import read_list
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
@@ -141,10 +139,6 @@ def _describer(config: Config, source: Source) -> Callable[[int], Line]:
     root = Path(config.data.root).resolve()
     listed = root.is_file() and config.data.source == "list"
     labels = read_list(root).labels if listed else None
-    if isinstance(source, RowSource):
-        with contextlib.suppress(ConfigError):  # no column of labels
-            numbers, names = source.labels()
-            labels = [names[number] for number in numbers]
     inside = root if root.is_dir() else root.parent
 
     def describe(sample: int) -> Line:

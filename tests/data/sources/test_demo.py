@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,48 @@ def test_an_interrupted_rendering_leaves_nothing(
         ensure_demo(tmp_path / "demo")
     assert isinstance(error, KeyboardInterrupt) or "No space left" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def flipped(picture: Path) -> None:
+    data = bytearray(picture.read_bytes())
+    data[len(data) // 2] ^= 1
+    picture.write_bytes(data)
+
+
+def replaced_by_a_folder(picture: Path) -> None:
+    picture.unlink()
+    picture.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        replaced_by_a_folder,
+        Path.unlink,
+        lambda picture: picture.write_bytes(b""),
+        lambda picture: (picture.parent / "9999.jpg").write_bytes(picture.read_bytes()),
+        lambda picture: (picture.parents[2] / demo.DIGEST).write_text(""),
+    ],
+    ids=["flipped", "folder", "gone", "empty", "one more", "digest"],
+)
+def test_a_damaged_set_in_the_cache_is_rendered_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
+    def rendered(folder: Path, _: int) -> None:
+        for split in ("train", "test"):
+            (folder / split / "rings").mkdir(parents=True)
+            Image.fromarray(render("rings", split, 0)).save(folder / split / "rings" / "0000.jpg")
+
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "_render_all", rendered)
+    folders = ensure_demo()
+    whole = digests(tmp_path)
+    damage(folders.train / "rings" / "0000.jpg")
+    assert ensure_demo() == folders
+    assert digests(tmp_path) == whole
+    monkeypatch.setattr(demo, "_render_all", lambda *_: pytest.fail("rendered again"))
+    ensure_demo()
 
 
 def test_a_folder_with_other_things_is_refused_and_kept(

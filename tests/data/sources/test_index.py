@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fastmoco.config import ConfigError
@@ -14,6 +18,7 @@ from fastmoco.data.sources import index as index_module
 from fastmoco.data.sources import listing
 from fastmoco.data.sources.folder import FolderSource, open_folder
 from fastmoco.data.sources.image_list import open_list
+from fastmoco.data.sources.index import Index, load_index, save_index
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.verify import verify
 
@@ -201,3 +206,29 @@ def test_several_folders_by_a_pattern(tmp_path: Path, jpeg: bytes) -> None:
     assert len(open_folder(f"{tmp_path}/cam{{0..2}}", LIMIT).sizes) == 4
     with pytest.raises(ConfigError, match="cam3 does not exist"):
         open_folder(f"{tmp_path}/cam{{0..3}}", LIMIT)
+
+
+def test_no_damaged_index_is_believed(tmp_path: Path) -> None:
+    """A bit flipped anywhere but in the padding, every cut, and a hostile head with its sum."""
+    arrays: dict[str, Any] = {"sizes": np.arange(6, dtype=np.int32).reshape(3, 2)}
+    arrays["none"] = np.zeros(0, np.int64)
+    path = tmp_path / "index"
+    save_index(Index(arrays, {"bad": {"1": "empty"}}), path)
+    whole = path.read_bytes()
+    used = [at for at in range(len(whole)) if at < len(whole) - 40 and whole[at]]
+    for at in used:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="index"):
+            load_index(str(path))
+    for size in (0, 5, 60, 200, len(whole) - 50):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"index|mmap"):
+            load_index(str(path))
+    layouts: list[Any] = [[], {"sizes": ["O", [3, 2], 0]}, {"sizes": ["<i4", [-3], 0]}]
+    for layout in [*layouts, {"sizes": None}]:
+        head = json.dumps({"facts": {}, "layout": layout, "sums": [0]}).encode()
+        magic = whole[: whole.index(b"\n") + 1]
+        sums = hashlib.sha256(head).digest() + len(head).to_bytes(8, "little")
+        path.write_bytes(magic + sums + head + bytes(200))
+        with pytest.raises(ValueError, match=r"index|holds no numbers"):
+            load_index(str(path))

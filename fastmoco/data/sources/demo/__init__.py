@@ -12,6 +12,8 @@ files. `python -m fastmoco.data.sources.demo --out DIR` renders into a folder of
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import multiprocessing
 import shutil
 import sys
@@ -30,9 +32,12 @@ from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.data.sources.demo.patterns import FAMILIES, Plane, inside
 from fastmoco.data.sources.measure import DIED
+from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder
 
 VERSION = 2
+DIGEST = "digest"
+"""File of a rendered set with a hash of its pictures."""
 SIDE = 96
 CLASSES = tuple(FAMILIES)
 PER_CLASS = {"train": 400, "test": 100}
@@ -241,12 +246,15 @@ def ensure_demo(root: Path | None = None, processes: int = 0) -> DemoFolders:
     The set appears whole or not at all: it is rendered beside `root` and renamed into place, so
     an interrupted run leaves nothing that looks finished, and of several processes that render at
     once the first wins and the others take its files (ranks that wait for one save the work).
-    `processes` 0 takes every CPU.
+    `processes` 0 takes every CPU. In the cache folder a set that is not as it was rendered is
+    rendered anew: it was damaged, or is another user's.
 
     Raises `ConfigError` when the folder cannot be written, or exists and is not a demo set.
     """
     folder = demo_folder() if root is None else root
     folders = DemoFolders(folder / "train", folder / "test")
+    if root is None and folder.exists() and not _as_rendered(folder):
+        _move_away(folder)
     if folders.train.is_dir() and folders.test.is_dir():
         return folders
     # Imported on demand: it brings torch, which the rendering processes do without.
@@ -258,6 +266,7 @@ def ensure_demo(root: Path | None = None, processes: int = 0) -> DemoFolders:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         staging.chmod(0o755)  # mkdtemp makes it private, the finished set is not
         _render_all(staging, processes or machine_cores())
+        (staging / DIGEST).write_text(_digest(staging))
         staging.rename(folder)
     except OSError as error:
         # Renaming onto a folder that another process has filled meanwhile fails: its files do.
@@ -267,6 +276,34 @@ def ensure_demo(root: Path | None = None, processes: int = 0) -> DemoFolders:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return folders
+
+
+def _digest(folder: Path) -> str:
+    """A hash of the names and the bytes of all pictures. Raises `OSError` where one is none."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.jpg")):
+        data = durable.read_regular(path)
+        digest.update(f"{path.relative_to(folder)} {len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def _as_rendered(folder: Path) -> bool:
+    """Whether the set has the digest in it. One of an older version, without any, gets it now."""
+    try:
+        now = _digest(folder)
+        if not (folder / DIGEST).exists():
+            (folder / DIGEST).write_text(now)
+        return durable.read_regular(folder / DIGEST) == now.encode()
+    except OSError:
+        return False
+
+
+def _move_away(folder: Path) -> None:
+    """Free the name of a damaged set and delete it; another process may do the same."""
+    with contextlib.suppress(OSError):
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        folder.rename(aside / folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _render_all(folder: Path, processes: int) -> None:

@@ -1,1 +1,0 @@
-"""Images in a column of Parquet and Arrow files: one file per `data.source`."""
