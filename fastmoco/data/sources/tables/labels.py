@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from fastmoco.config import ConfigError
+from fastmoco.data.sources.listing import is_hidden
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables.arrow import arrow_batches, open_arrow
 from fastmoco.data.sources.tables.columns import SUFFIXES, label_column, labels_of, table_files
@@ -13,15 +14,23 @@ from fastmoco.data.sources.tables.parquet import open_parquet, parquet_file
 
 
 def is_table(root: str) -> bool:
-    """Whether a root names Parquet or Arrow files, or a folder that holds some."""
+    """Whether a root names Parquet or Arrow files, or a folder that holds some.
+
+    A table beside class folders, such as `metadata.parquet`, describes them and is none.
+    """
     return bool(_suffix(root))
 
 
 def _suffix(root: str) -> str:
+    place = Path(root)
+    folders = [place, place / "data"]
+    if place.is_dir():
+        inside = {path.name for path in place.iterdir() if path.is_dir()}
+        if any(name != "data" and not is_hidden(name) for name in inside):
+            return ""
     for suffix in SUFFIXES:
-        place = Path(root)
         if place.is_dir():
-            if any(next(inner.glob(f"*{suffix}"), None) for inner in (place, place / "data")):
+            if any(next(folder.glob(f"*{suffix}"), None) for folder in folders):
                 return suffix
         elif root.endswith(suffix) or (glob.has_magic(root) and glob.glob(root + suffix)):
             return suffix

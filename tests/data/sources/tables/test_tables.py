@@ -16,6 +16,7 @@ from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.fingerprint import changes, fingerprint
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables import parquet
+from fastmoco.data.sources.tables.labels import is_table
 from fastmoco.evaluate.labelled_images import LabelledImages
 
 pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
@@ -186,3 +187,13 @@ def test_what_cannot_be_trained_on_is_said_in_a_sentence(photos: Path, tmp_path:
     with pytest.raises(ConfigError, match="holds the splits test and train"):
         opened("parquet", splits)
     assert len(opened("parquet", splits / "train-*.parquet").sizes) == 1
+
+
+def test_a_table_beside_class_folders_describes_them(tmp_path: Path) -> None:
+    (tmp_path / "metadata.parquet").touch()
+    (tmp_path / ".cache").mkdir()
+    assert is_table(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    assert is_table(str(tmp_path))
+    (tmp_path / "cat").mkdir()
+    assert not is_table(str(tmp_path))
