@@ -224,8 +224,12 @@ def shared_memory() -> set[str]:
     return {name for name in names if f"/dev/shm/{name}" not in text}
 
 
-def settled(before: set[str], patience_s: float = 10.0) -> set[str]:
-    """What is left in shared memory beyond `before`, after a while."""
+def settled(before: set[str], patience_s: float = 60.0) -> set[str]:
+    """What is left in shared memory beyond `before`, after a while.
+
+    Others on this machine have names there too; and after a kill a process that has to be
+    scheduled first cleans up.
+    """
     limit = time.monotonic() + patience_s
     while (left := shared_memory() - before) and time.monotonic() < limit:
         time.sleep(0.5)
