@@ -35,7 +35,7 @@ SMALL = [
     *("--augment.image_size=32", "--model.arch=resnet18", "--model.width=0.25", "--model.dim=8"),
     *("--moco.queue_size=16", "--moco.bn_group_size=4", "--optim.global_batch_size=8"),
     *("--optim.epochs=5", "--run.device=cpu", "--run.precision=fp32", "--run.log_every=1"),
-    *("--data.workers=1", "--data.max_bad_share=0.1", "--run.timeout_s=60"),
+    *("--data.workers=1", "--data.max_bad_share=0.1", "--run.timeout_s=600"),
     *("--knn.every=2", "--knn.k=3", "--knn.resize=32"),
     "--run.checkpoint_minutes=0.004",  # so that checkpoints fall on any step
 ]
