@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet18
 
-from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig, RunConfig
+from fastmoco.config import (
+    Config,
+    ConfigError,
+    MocoConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    dump,
+)
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
@@ -399,6 +407,22 @@ def test_ranks_that_do_not_see_the_same_folder_say_so(two_ranks: Ranks, tmp_path
     for sentence in two_ranks.run(see_different_folders, str(tmp_path)):
         assert "Rank 1 sees 0 checkpoints" in sentence
         assert "all nodes share" in sentence
+
+
+def test_a_start_looks_up_the_configuration_without_reading_the_tensors(tmp_path: Path) -> None:
+    """A damaged tensor does not matter there, and `load` refuses it later."""
+    save(tmp_path, build(tmp_path), 1)
+    path = files.checkpoints(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert files.configuration_in(path) == dump(config(tmp_path))
+    with pytest.raises(ConfigError, match="checksum"):
+        files.load(path)
+    path.write_bytes(b"half")
+    assert files.configuration_in(path) is None
+    torch.save({"state_dict": {}}, path)
+    assert files.configuration_in(path) is None
 
 
 @pytest.mark.parametrize("links", [True, False])
