@@ -128,12 +128,12 @@ def rate(start: Start) -> float:
     return COUNTED * BATCH / seconds
 
 
-def write_shards(config: Config, folder: Path) -> None:
-    """The images of the source as tar shards of 100, in the same order."""
+def write_shards(config: Config, folder: Path, each: int = 100) -> None:
+    """The images of the source as tar shards of `each`, in the same order."""
     source = open_source(config)
-    for first in range(0, len(source.sizes), 100):
+    for first in range(0, len(source.sizes), each):
         with tarfile.open(folder / f"{first:06d}.tar", "w") as tar:
-            for sample in range(first, min(first + 100, len(source.sizes))):
+            for sample in range(first, min(first + each, len(source.sizes))):
                 tar.add(source.name(sample), f"{sample:08d}.jpg")
 
 

@@ -71,12 +71,13 @@ class RunConfig:
 class DataConfig:
     """Where the images come from and who decodes them."""
 
-    source: Literal["folder", "list", "shards", "demo", "synthetic"] = "folder"
+    source: Literal["folder", "list", "shards", "parquet", "arrow", "demo", "synthetic"] = "folder"
     """`folder`: images below `data.root`; `list`: named in a text or CSV file; `shards`: in tar
-    files; `demo`: rendered on first use; `synthetic`: noise."""
+    files; `parquet`, `arrow`: in a column of tables; `demo`: rendered on first use; `synthetic`:
+    noise."""
     root: str = ""
     """Folder of images: flat, nested or class folders; its `train` subfolder where `test` or `val`
-    is beside it. For a list its file; for shards tar files or their folder. `~`, `${HOME}`,
+    is beside it. For a list its file; for shards and tables files or their folder. `~`, `${HOME}`,
     `{00..11}` and `*` are understood."""
     any_name: bool = False
     """Whether files of a folder, and members of shards, count as images by their content too,

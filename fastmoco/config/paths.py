@@ -63,6 +63,11 @@ def matching(pattern: str) -> list[str]:
     return list(found)
 
 
+def matching_words(pattern: str) -> list[str]:
+    """The words that the braces of a pattern stand for, whether they exist or not."""
+    return list(_braces(pattern))
+
+
 def _braces(pattern: str) -> Iterator[str]:
     """The words that bash makes of `{a,b}` and `{01..10}`; the leftmost varies slowest."""
     for start, sign in enumerate(pattern):

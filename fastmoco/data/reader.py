@@ -143,6 +143,8 @@ def read_work(
 ) -> Work:
     """Everything that an executor needs for the micro-batch, or for some rows of it."""
     queries = plan.queries(micro_step)
+    for ahead in reader.source.ahead:
+        reader.source.expect(plan.queries(micro_step + ahead).samples)
     keys = plan.keys(micro_step, queries)
     if rows is not None:
         queries, keys = queries.part(rows), keys.part(rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmoco.config import Config
 from fastmoco.data.backends.choose import has_dali, missing_dali
 from fastmoco.data.loader import build_loader
+from fastmoco.machine import limits
 from fastmoco.machine.host import cores, memory_bytes, settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
@@ -78,6 +79,9 @@ def devices(world: World) -> Iterator[Line]:
     memory = memory_bytes()
     held = f"{memory / 2**30:.0f} GiB, " if memory else ""
     yield "cpu", f"{cores()} cores for this rank, {held}{_extension()}"
+    shared, files = limits.shared_memory(), limits.files_left(0)
+    granted = "no limit known" if shared is None else f"{shared / 2**30:.2g} GiB"
+    yield "limits", f"shared memory for batches {granted}, open files {files or 'without a limit'}"
     if not torch.cuda.is_available():
         yield "gpu", "none that torch can use: training runs on the CPU"
         return

@@ -24,7 +24,15 @@ from fastmoco.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from fastmoco.data.pixels.deep import Deep, decode_deep, resized
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources.image_list import labelled_list
-from fastmoco.data.sources.listing import Passed, is_hidden, is_image_file, read_file, walk
+from fastmoco.data.sources.listing import (
+    Passed,
+    is_hidden,
+    is_image_file,
+    read_file,
+    stamp_of,
+    walk,
+)
+from fastmoco.data.sources.tables.labels import is_table, labelled_table
 
 # A monitor sees the same images every few epochs: below this size they are decoded only once.
 CACHE_BYTES = 3 << 29
@@ -278,18 +286,24 @@ class LabelledImages(ImageSet):
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         passed = Passed()
-        paths, labels, self.class_names = index_class_folders(
-            root, any_name=any_name, passed=passed
-        )
+        self.in_table = is_table(str(root))
+        """Whether the images are rows of Parquet or Arrow files, and `paths` only their names."""
+        if self.in_table:
+            self._source, labels, self.class_names = labelled_table(str(root), rule.max_pixels)
+            paths = [Path(self._source.name(row)) for row in range(len(labels))]
+        else:
+            paths, labels, self.class_names = index_class_folders(
+                root, any_name=any_name, passed=passed
+            )
         self.warnings = passed.warnings()
         """What was left out that a user should act on, one sentence each."""
         n = min(len(paths), max_images) if max_images > 0 else len(paths)
-        kept = [i * len(paths) // n for i in range(n)]
-        self.paths = [paths[i] for i in kept]
-        self.labels = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
+        self._rows = [i * len(paths) // n for i in range(n)]
+        self.paths = [paths[i] for i in self._rows]
+        self.labels = torch.tensor([labels[i] for i in self._rows], dtype=torch.int64)
         super().__init__(
             n,
-            read=lambda i: read_file(str(self.paths[i])),
+            read=self._encoded,
             name=lambda i: str(self.paths[i]),
             resize=resize,
             image_size=image_size,
@@ -298,8 +312,18 @@ class LabelledImages(ImageSet):
             cache_bytes=cache_bytes,
         )
 
+    def _encoded(self, i: int) -> bytes:
+        if self.in_table:
+            return self._source.read(self._rows[i])
+        return read_file(str(self.paths[i]))
+
+    def stamp(self, i: int) -> list[int]:
+        """Size and modification time of the file with image i; empty if it is not there."""
+        return self._source.stamp(self._rows[i]) if self.in_table else stamp_of(str(self.paths[i]))
+
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all images but those at `rows`; call it before any is decoded."""
+        self._rows = [self._rows[i] for i in rows]
         self.paths = [self.paths[i] for i in rows]
         self.labels = self.labels[list(rows)]
         self._resize_to(len(rows))

@@ -160,6 +160,8 @@ class LabelledTraining:
 
     def _loader(self) -> Loader:
         """The training loader, on a list of the images that keep their label."""
+        if self.train.in_table:
+            raise ConfigError("Training with labels reads class folders and lists, not tables.")
         listed = self.out / "images.txt"
         text = "".join(f"{path.resolve()}\n" for path in self.train.paths)
         if self.world.is_main and not (listed.exists() and listed.read_text() == text):

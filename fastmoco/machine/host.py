@@ -61,10 +61,11 @@ def machine_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """CPU cores for this rank: its share of `machine_cores`."""
-    return max(1, machine_cores(cgroup) // _local_ranks())
+    return max(1, machine_cores(cgroup) // local_ranks())
 
 
-def _local_ranks() -> int:
+def local_ranks() -> int:
+    """How many ranks of the run this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -113,12 +114,12 @@ def choose_threads() -> None:
     """
     if not _threads_are_given():
         physical = physical_cores(affinity()) or cores()
-        torch.set_num_threads(min(cores(), max(1, physical // _local_ranks())))
+        torch.set_num_threads(min(cores(), max(1, physical // local_ranks())))
 
 
 def _threads_are_given() -> bool:
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return given != "" and not (_local_ranks() > 1 and given == "1")
+    return given != "" and not (local_ranks() > 1 and given == "1")
 
 
 def settle(device: torch.device) -> str:

@@ -17,17 +17,19 @@ class Campaign:
     def __init__(self, place: Path, ranks: int = 1) -> None:
         self.place, self.ranks = place, ranks
         self.options = [*runs.SMALL, *runs.pictures(place / "images")]
-        began = time.monotonic()
-        for name in ("first", "whole"):  # the first compiles, so the second tells the time
-            began = time.monotonic()
-            life = self.start(name).finish()
-            if set(life.codes.values()) != {0}:
-                sys.exit(f"an undisturbed run fails:\n{life.text[-3000:]}")
-        self.seconds = time.monotonic() - began
+        life, log = self.recorded("whole")
+        if set(life.codes.values()) != {0}:
+            sys.exit(f"an undisturbed run fails:\n{life.text[-3000:]}")
         self.whole = end_of(place / "whole")
         self.cached = self.cache()
         self.memory = runs.shared_memory()
-        self.operations = self._count()
+        self.operations = _count(log)
+
+    def duration(self) -> float:
+        """Seconds of an undisturbed run. The first one may have compiled kernels."""
+        began = time.monotonic()
+        self.start("timed").finish()
+        return time.monotonic() - began
 
     def cache(self) -> set[str]:
         """Names of the files in the cache."""
@@ -51,13 +53,6 @@ class Campaign:
         for old in (log, log.with_name(f"{log.name}.data")):
             old.unlink(missing_ok=True)
         return self.start(name, {"DISK_LOG": str(log)}).finish(), log
-
-    def _count(self) -> dict[str, int]:
-        """Operations of each kind in an undisturbed run."""
-        kinds = {"create": "open", "truncate": "open", "write": "write", "fsync": "fsync"}
-        lines = self.recorded("counted")[1].read_text().splitlines()
-        names = [kinds.get(line.split("\t")[0], "rename") for line in lines]
-        return {name: names.count(name) for name in runs.OPERATIONS}
 
     def begin_half(self, name: str) -> None:
         """A run that is killed half-way: a folder with checkpoints to go on from."""
@@ -94,3 +89,10 @@ class Campaign:
     def forget(self, name: str) -> None:
         """Delete what a run has left on purpose: a campaign makes many."""
         runs.forget(self.place / name)
+
+
+def _count(log: Path) -> dict[str, int]:
+    """Operations of each kind in a record."""
+    kinds = {"create": "open", "truncate": "open", "write": "write", "fsync": "fsync"}
+    names = [kinds.get(line.split("\t")[0], "rename") for line in log.read_text().splitlines()]
+    return {name: names.count(name) for name in runs.OPERATIONS}

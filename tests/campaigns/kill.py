@@ -45,7 +45,7 @@ def plans(seed: int, ranks: int) -> Iterator[Plan]:
         yield plan
 
 
-def live(campaign: Campaign, plan: Plan) -> tuple[int, list[str]]:
+def live(campaign: Campaign, plan: Plan, seconds: float) -> tuple[int, list[str]]:
     """Kills delivered, and what is wrong about the run that ends after them."""
     name, delivered, sessions = f"run{plan.number}", 0, set[int]()
     wrong: list[str] = []
@@ -56,7 +56,7 @@ def live(campaign: Campaign, plan: Plan) -> tuple[int, list[str]]:
             fault = f"{runs.OPERATIONS[how]} {nth} 1 5 kill"
         life = campaign.start(name, {"DISK_FAULT": fault})
         sessions |= set(life.pids)
-        if how == "clock" and not life.wait(share * campaign.seconds):
+        if how == "clock" and not life.wait(share * seconds):
             life.kill([rank] if rank >= 0 and campaign.ranks > 1 else ())
         life.finish()
         killed = -9 in life.codes.values()
@@ -84,13 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.campaigns.verdict import Table
 
     campaign, delivered = Campaign(place, options.ranks), 0
+    seconds = campaign.duration()
     table = Table("kill", f"kill.py --ranks {options.ranks} --seed {options.seed}")
     for plan in plans(options.seed, options.ranks):
         if delivered >= options.kills or plan.number > options.only >= 0:
             break
         if options.only not in (-1, plan.number):
             continue
-        kills, wrong = live(campaign, plan)
+        kills, wrong = live(campaign, plan, seconds)
         delivered += kills
         table.add(", ".join(how for how, _, _ in plan.kills), wrong, again=f"--only {plan.number}")
         if wrong and options.keep:

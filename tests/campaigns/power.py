@@ -43,7 +43,7 @@ def lose(campaign: Campaign, number: int, seed: int) -> tuple[str, list[str]]:
     name, draw = f"run{number}", random.Random(f"{seed} {number}")
     folder, how = campaign.place / name, HOW[number % len(HOW)]
     wrong, sessions, newest = list[str](), set[int](), 0
-    for source in ("counted", name)[: 1 + number // len(HOW) % 2]:
+    for source in ("whole", name)[: 1 + number // len(HOW) % 2]:
         disk, log = Disk(folder), campaign.place / f"{source}.operations"
         if source == name:
             sessions |= set(campaign.recorded(name)[0].pids)

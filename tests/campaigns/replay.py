@@ -108,7 +108,7 @@ class Disk:
         if operation.what == "symlink":
             return lambda names: names.__setitem__(one, other)
         if operation.what == "unlink":
-            return lambda names: names.pop(one, None) and None
+            return lambda names: names.__delitem__(one) if one in names else None
         # safetensors calls the system without the C library: nothing is known of its files.
         moved = self._now.get(one, File())
 

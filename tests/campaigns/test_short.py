@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(
     "command",
     [
         ("kill.py", "--kills", "2"),
-        ("power.py", "--moments", "3"),
-        ("disk.py", "--cases", "3"),
-        ("damage.py", "--cases", "6"),
+        ("power.py", "--moments", "2"),
+        ("disk.py", "--cases", "2"),
+        ("damage.py", "--cases", "4"),
     ],
     ids=lambda command: command[0],
 )

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastmoco.config import AugmentConfig, Config
+from fastmoco.config import AugmentConfig, Config, ConfigError
 from fastmoco.data.backends.array import Canvas
 from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
@@ -32,6 +32,7 @@ from fastmoco.data.decode import BadImage
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
 from fastmoco.data.table import Int64, ViewTable
+from fastmoco.machine import limits
 from fastmoco.machine.host import cores
 
 # Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
@@ -52,6 +53,13 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
         self.reader, self.plan, self.augment, self.parts = reader, plan, augment, parts
         self.backend = backend
         self._executor: Executor | None = None
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the two views of all samples of a part."""
+        rule, side = self.reader.rule, self.augment.image_size
+        values = 2 * -(-self.plan.local_batch // self.parts) * side * side * rule.channels
+        return values * (4 if rule.float_views else 1)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Int64]:
         micro_step, part = divmod(item, self.parts)
@@ -118,6 +126,38 @@ def _in_worker(_: int) -> None:
     threadpool_limits(1, user_api="blas")
 
 
+def within_limits(workers: int, ahead: int, parts: int, part_bytes: int) -> tuple[int, int]:
+    """Workers and parts in flight of each, as wanted or as few as this machine has room for.
+
+    parts: of a micro-batch, of which two may be in the trainer's hands beside those in flight.
+    part_bytes: of one, in shared memory. Raises `ConfigError` where even one worker is too many.
+    """
+    while True:
+        held = workers * ahead + 2 * parts
+        # Each tensor of a part is an open file of the trainer, and each worker has some pipes.
+        memory, files = held * part_bytes, 2 * held + 8 * workers
+        free, left = limits.shared_memory(), limits.files_left(files)
+        short = free is not None and memory > free
+        if not short and (left is None or files <= left):
+            return workers, ahead
+        if ahead > 1:
+            ahead -= 1
+        elif workers > 1:
+            workers -= 1
+        elif short:
+            raise ConfigError(
+                f"The loader needs {memory / 1e6:,.0f} MB of shared memory for the batches of this "
+                f"run, and {limits.SHARED_MEMORY} has {(free or 0) / 1e6:,.0f} MB for this rank: "
+                "start the container with a larger --shm-size, mount a larger one, or lower "
+                "optim.global_batch_size."
+            )
+        else:
+            raise ConfigError(
+                f"The loader needs {files} more open files, and this process may open {left}: "
+                "raise the limit with `ulimit -n`."
+            )
+
+
 class WorkerEngine:
     """Micro-batches from worker processes, in order, starting anywhere."""
 
@@ -132,12 +172,19 @@ class WorkerEngine:
         self.backend, self.device = backend, device
         # On the CPU the encoders need the cores as well.
         share = cores() if device.type == "cuda" else max(1, cores() // 2)
-        self.workers, prefetch = config.data.workers or share, config.data.prefetch
-        self.description = f"{backend}: {self.workers} worker processes, {prefetch} batches ahead"
+        wanted, prefetch = config.data.workers or share, config.data.prefetch
         self.parts = -(-plan.local_batch // _PART)
         self.dataset = Parts(reader, plan, config.augment, self.parts, backend)
+        self.timeout_s = config.run.timeout_s
         # Parts in flight per worker, so that `prefetch` whole micro-batches are on their way.
-        self.ahead = max(2, -(-prefetch * self.parts // self.workers))
+        ahead = max(2, -(-prefetch * self.parts // wanted))
+        self.workers, self.ahead = within_limits(wanted, ahead, self.parts, self.dataset.part_bytes)
+        self.description = f"{backend}: {self.workers} worker processes, {prefetch} batches ahead"
+        if (self.workers, self.ahead) != (wanted, ahead):
+            self.description = (
+                f"{backend}: {self.workers} worker processes with {self.ahead} parts of a batch in "
+                f"work each, not {wanted} with {ahead}: shared memory or open files are few here"
+            )
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)
@@ -153,6 +200,7 @@ class WorkerEngine:
             num_workers=self.workers,
             prefetch_factor=self.ahead,
             worker_init_fn=_in_worker,
+            timeout=self.timeout_s,
             # Also in a process that was itself spawned, whose children would be spawned by default:
             # those import torch again, for seconds, and abort when they are told to end.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -160,8 +208,23 @@ class WorkerEngine:
         self._items = iter(loader)
 
     def next(self) -> Batch:
-        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
-        parts = [next(self._items) for _ in range(self.parts)]
+        """The next micro-batch.
+
+        Raises `BadImage` where no sample can replace a bad one, `ConfigError` where storage keeps
+        failing, and `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
+        """
+        try:
+            parts = [next(self._items) for _ in range(self.parts)]
+        except ConfigError as error:  # PyTorch puts the worker's traceback before it
+            raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
+        except RuntimeError as error:  # torch's words for both; any other is a fault of our own
+            if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
+                raise
+            raise ChildProcessError(
+                f"{str(error).splitlines()[0].rstrip('. ')}: look for too little memory, for other "
+                f"programs that fill {limits.SHARED_MEMORY}, and for a disk that does not answer; "
+                "the same command goes on."
+            ) from error
         im_q, im_k, replaced = zip(*parts, strict=True)
         return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
 

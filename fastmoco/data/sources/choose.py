@@ -10,8 +10,12 @@ from fastmoco.config import Config, ConfigError, DataConfig
 from fastmoco.config.paths import spelled_out
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.data.sources.image_list import open_list
+from fastmoco.data.sources.remote.source import open_remote
+from fastmoco.data.sources.remote.store import is_remote
 from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.tables.arrow import open_arrow
+from fastmoco.data.sources.tables.parquet import open_parquet
 
 OPEN: dict[str, Callable[[DataConfig], Source]] = {
     "folder": lambda data: open_folder(
@@ -21,6 +25,10 @@ OPEN: dict[str, Callable[[DataConfig], Source]] = {
     "shards": lambda data: open_shards(
         data.root, data.max_pixels, any_name=data.any_name, rescan=data.rescan
     ),
+    "parquet": lambda data: open_parquet(
+        data.root, data.max_pixels, shuffle_window=data.shuffle_window, rescan=data.rescan
+    ),
+    "arrow": lambda data: open_arrow(data.root, data.max_pixels, rescan=data.rescan),
 }
 
 
@@ -29,6 +37,8 @@ def open_source(config: Config) -> Source:
     data = config.data
     if data.source not in OPEN:
         raise ConfigError(f"data.source {data.source} has no files to read.")
+    if is_remote(data.root):
+        return open_remote(data)
     return OPEN[data.source](data)
 
 
@@ -56,11 +66,11 @@ def resolve_folders(config: Config) -> Config:
         data = replace(config.data, source="folder", root=str(demo.train))
         knn = replace(config.knn, train_root=str(demo.train), test_root=str(demo.test))
         return replace(config, data=data, knn=knn)
-    if config.data.source == "synthetic":
+    if config.data.source == "synthetic" or is_remote(config.data.root):
         if config.knn.every and not (config.knn.train_root and config.knn.test_root):
             raise ConfigError(
-                "The synthetic source has no labels for the kNN monitor: set knn.every to 0, "
-                "or name knn.train_root and knn.test_root."
+                "The synthetic source and buckets have no labels for the kNN monitor: set "
+                "knn.every to 0, or name local images in knn.train_root and knn.test_root."
             )
         return config
     root = Path(config.data.root)
@@ -117,7 +127,7 @@ def recognized(config: Config) -> list[str]:
     """What `resolve_folders` made of the names of folders, one sentence each."""
     if config.data.source in ("demo", "synthetic") or not config.data.root:
         return []
-    root, found = Path(config.data.root), []
+    root, found = Path(config.data.root), list[str]()
     if root.name.lower() in _TRAIN and (tests := _named(root.parent, _TEST)):
         named = ", ".join(f"{path.name}/" for path in tests)
         found.append(f"{root.name}/ is the split to train on, beside {named}")

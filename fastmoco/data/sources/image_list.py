@@ -39,7 +39,7 @@ _PATHS = frozenset(
         *("imagefilename", "relativepath", "relpath", "absolutepath", "fullpath", "localpath"),
     }
 )
-_LABELS = frozenset(
+LABELS = frozenset(
     {
         *("label", "class", "category", "target", "y", "classname", "classid", "classidx"),
         *("labelname", "labelid", "categoryname", "categoryid", "wnid", "synset"),
@@ -149,7 +149,7 @@ def _table(path: Path, lines: list[tuple[int, str]]) -> Table:
 def _is_table(path: Path, sample: Sequence[str], sign: str) -> bool:
     """Whether the rows of a text file are more than paths that hold the sign."""
     rows = list(csv.reader(sample, delimiter=sign))
-    if any(_plain(name) in _PATHS for name in rows[0]):
+    if any(plain(name) in _PATHS for name in rows[0]):
         return True
     if not all(is_image_name(_unquoted(line)) for line in sample):
         return any(is_image_name(cell.strip()) for cell in rows[-1])
@@ -170,7 +170,7 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A column's name without case, signs and plural."""
     return re.sub(r"[\W_]", "", name.lower()).removesuffix("s")
 
@@ -180,7 +180,7 @@ def _path_column(path: Path, cells: Sequence[Sequence[str]]) -> tuple[int, int]:
     if not cells:
         return 0, 0
     first = cells[0]
-    named = [at for at, name in enumerate(first) if _plain(name) in _PATHS]
+    named = [at for at, name in enumerate(first) if plain(name) in _PATHS]
     if len(named) == 1:
         return named[0], 1
     if not named:
@@ -210,7 +210,7 @@ def _most(rows: Sequence[Sequence[str]], at: int, test: Callable[[str], bool]) -
 
 def _label_columns(cells: Sequence[Sequence[str]], names: Sequence[str], column: int) -> list[int]:
     """The columns that may hold the labels: by name, or the only one beside the paths."""
-    if named := [at for at, name in enumerate(names) if _plain(name) in _LABELS]:
+    if named := [at for at, name in enumerate(names) if plain(name) in LABELS]:
         return named
     others = [at for at in range(len(cells[0]) if cells else 0) if at != column]
     unnamed = [at for at in others if names and not names[at]]  # an index, as of pandas
@@ -251,11 +251,15 @@ def labelled_list(path: Path) -> tuple[list[Path], list[int], list[str]]:
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if not label:
             raise ConfigError(f"The list {path} has no label in line {line}.")
-    numbers = all(re.fullmatch(r"-?\d+", label) for label in rows.labels)
-    classes = sorted(set(rows.labels), key=int if numbers else str)
+    return [path.parent / name for name in rows.paths], *numbered(rows.labels)
+
+
+def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The class of each label, and the class names in order: as numbers where all are."""
+    whole = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    classes = sorted(set(labels), key=int if whole else str)
     number = {name: at for at, name in enumerate(classes)}
-    paths = [path.parent / name for name in rows.paths]
-    return paths, [number[label] for label in rows.labels], classes
+    return [number[label] for label in labels], classes
 
 
 def list_stamp(paths: Iterable[Path]) -> str:

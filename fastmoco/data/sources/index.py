@@ -89,6 +89,8 @@ class Indexed:
     """What all sources on top of an index have in common."""
 
     index: Index
+    ahead: tuple[int, ...] = ()
+    """How many micro-batches ahead `expect` is told of; none where reading is fast."""
 
     @property
     def sizes(self) -> NDArray[np.int32]:
@@ -113,6 +115,9 @@ class Indexed:
     def fingerprint(self) -> str:
         """Changes when a sample is added, removed, renamed or found to have another size."""
         return self.index.fingerprint()
+
+    def expect(self, samples: NDArray[np.int64]) -> None:
+        """These will be read soon: a source far away fetches them in the background."""
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

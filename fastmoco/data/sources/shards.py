@@ -44,8 +44,8 @@ from fastmoco.data.sources.measure import CHUNK, HEAD, in_order, in_parallel, pr
 from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
 from fastmoco.machine.cache import cache_folder
 
-_SUFFIX = ".fastmoco-index"
-_HEAD = 4096
+SUFFIX = ".fastmoco-index"
+HEAD_BYTES = 4096
 _OPEN_FILES = 64
 _PACKED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -59,7 +59,7 @@ class ShardSource(Indexed):
         self._named: tuple[int, list[str]] = (-1, [])  # a shard, its pictures
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSource, (self.index,)  # open files stay in their process
+        return type(self), (self.index,)  # open files stay in their process
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -78,7 +78,7 @@ class ShardSource(Indexed):
             names: list[str] = []
             with contextlib.suppress(OSError, ConfigError):
                 any_name = self.index.facts["any_name"]
-                found = _pictures(Path(shard), any_name=any_name)[0].images
+                found = _pictures(Path(self._path(number)), any_name=any_name)[0].images
                 names = [member.name for member in found]
             self._named = number, names
         at = sample - int(self.shard_sizes[:number].sum())
@@ -100,12 +100,17 @@ class ShardSource(Indexed):
     def stamp(self, sample: int) -> list[int]:
         return stamp_of(self.index.facts["shards"][int(self.index.arrays["shard_of"][sample])])
 
+    def _path(self, shard: int) -> str:
+        """The local file of a shard."""
+        path: str = self.index.facts["shards"][shard]
+        return path
+
     def _open(self, shard: int) -> int:
         file = self._files.get(shard)
         if file is None:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            file = os.open(self.index.facts["shards"][shard], os.O_RDONLY)
+            file = os.open(self._path(shard), os.O_RDONLY)
             self._files[shard] = file
         return file
 
@@ -168,7 +173,7 @@ def _is_shard_name(name: str) -> bool:
 
 def index_beside(shard: Path) -> Path:
     """Where the index of a shard lies, unless its folder cannot be written."""
-    return shard.with_name(shard.name + _SUFFIX)
+    return shard.with_name(shard.name + SUFFIX)
 
 
 def head_of(shard: Path) -> list[Any]:
@@ -177,12 +182,12 @@ def head_of(shard: Path) -> list[Any]:
     Unlike a time they are the same after any copy. Raises `OSError`.
     """
     with open(shard, "rb") as file:
-        return [os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(_HEAD)).hexdigest()]
+        return [os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()]
 
 
-def _is_packed(index: Index, shard: Path, max_pixels: int) -> bool:
-    """Whether the index came with the shard, wherever both lie now. Raises `OSError`."""
-    if index.facts.get("packed") != head_of(shard):
+def came_with(index: Index, head: list[Any], max_pixels: int) -> bool:
+    """Whether the index came with the shard that has this `head_of`, wherever both lie now."""
+    if index.facts.get("packed") != head:
         return False
     pixels = index.sizes.astype(np.int64).prod(axis=1)
     return bool((pixels <= max_pixels).all())
@@ -203,6 +208,12 @@ def _join(shards: Sequence[Path], max_pixels: int, *, any_name: bool, rescan: bo
     with in_parallel(many=len(shards) > 8) as pool:
         indexed = in_order(pool, work, shards)
         parts = list(progress(indexed, lambda part: len(part.sizes), "index"))
+    names = [str(shard.resolve()) for shard in shards]
+    return joined(names, parts, any_name=any_name)
+
+
+def joined(shards: Sequence[str], parts: Sequence[Index], *, any_name: bool) -> Index:
+    """One index of all shards from the index of each."""
     counts = [len(part.sizes) for part in parts]
     first = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist()
     bad = {
@@ -216,12 +227,12 @@ def _join(shards: Sequence[Path], max_pixels: int, *, any_name: bool, rescan: bo
     }
     arrays["shard_of"] = np.repeat(np.arange(len(parts), dtype=np.uint32), counts)
     facts = {
-        "shards": [str(shard.resolve()) for shard in shards],
+        "shards": list(shards),
         "counts": counts,
         "bad": bad,
         "any_name": any_name,
         "notes": _notes(parts),
-        "warnings": [part.facts["end"] for part in parts if part.facts["end"]],
+        "warnings": [part.facts["end"] for part in parts if part.facts.get("end")],
     }
     return Index(arrays, facts)
 
@@ -230,10 +241,10 @@ def _notes(parts: Sequence[Index]) -> list[str]:
     notes = []
     others: Counter[str] = Counter()
     for part in parts:
-        others.update(part.facts["others"])
+        others.update(part.facts.get("others", {}))
     if others:
         notes.append(f"members not counted as images: {in_words(others)}")
-    if beside := sum(part.facts["beside"] for part in parts):
+    if beside := sum(part.facts.get("beside", 0) for part in parts):
         notes.append(
             f"{beside:,} pictures have the key of another and are left out, as masks are: one per "
             "key counts, a JPEG first"
@@ -249,10 +260,10 @@ def _indexed(shard: Path, max_pixels: int, *, any_name: bool, rescan: bool) -> I
     for place in (beside, spare):
         with contextlib.suppress(OSError, ValueError, KeyError):
             index = load_index(str(place))
-            holds = index.facts["stamp"] == stamped or _is_packed(index, shard, max_pixels)
+            holds = index.facts["stamp"] == stamped or came_with(index, head_of(shard), max_pixels)
             if holds and not rescan:
                 return index
-    index = _scan(shard, stamped, max_pixels, any_name=any_name)
+    index = scan_shard(shard, stamped, max_pixels, any_name=any_name)
     for place in (beside, spare):
         with contextlib.suppress(OSError):
             return save_index(index, place)
@@ -266,7 +277,8 @@ def _pictures(shard: Path, *, any_name: bool) -> tuple[Pictures, str]:
         return pictures(tar, any_name=any_name), tar.end
 
 
-def _scan(shard: Path, stamp: list[Any], max_pixels: int, *, any_name: bool) -> Index:
+def scan_shard(shard: Path, stamp: list[Any], max_pixels: int, *, any_name: bool) -> Index:
+    """The index of one shard, from its headers. Raises `ConfigError`."""
     try:
         (found, beside, others), end = _pictures(shard, any_name=any_name)
         sizes, bad = _measure(shard, found, max_pixels)

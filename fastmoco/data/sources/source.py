@@ -17,6 +17,10 @@ class Source(Protocol):
     """N encoded images. Objects are small when pickled, so that reader processes start fast."""
 
     @property
+    def ahead(self) -> tuple[int, ...]:
+        """How many micro-batches ahead `expect` is told of; none where reading is fast."""
+
+    @property
     def sizes(self) -> NDArray[np.int32]:
         """(N, 2): width and height in pixels; 0 where the image could not be read."""
 
@@ -38,6 +42,9 @@ class Source(Protocol):
 
     def read(self, sample: int) -> bytes:
         """Encoded bytes. Raises `OSError`."""
+
+    def expect(self, samples: NDArray[np.int64]) -> None:
+        """These will be read soon: a source far away fetches them in the background."""
 
     def stamp(self, sample: int) -> list[int]:
         """Size and modification time of the file with the sample; empty if it is not there."""

@@ -119,7 +119,7 @@ def stored_features(
     """
     shown = [images.resize, images.image_size, asdict(images.rule), trunk.statistics]
     said = [trunk.fingerprint(), *shown, crops, seed if crops else 0]
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in images.paths]
+    stamps = [(str(path), *images.stamp(i)) for i, path in enumerate(images.paths)]
     name = hashlib.sha256(json.dumps([said, stamps]).encode()).hexdigest()[:24]
     path, note = folder / f"features-{name}.npy", folder / f"features-{name}.json"
     views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.features)

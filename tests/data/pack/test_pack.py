@@ -208,13 +208,13 @@ def test_a_copied_pack_is_opened_by_its_index(
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "pack", copy, copy_function=shutil.copyfile)
     scanned: list[str] = []
-    scan = shards._scan
+    scan = shards.scan_shard
 
     def counted(shard: Path, *arguments: object, **options: object) -> object:
         scanned.append(shard.name)
         return scan(shard, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "_scan", counted)
+    monkeypatch.setattr(shards, "scan_shard", counted)
     assert len(shards.open_shards(str(copy), RGB8.max_pixels).sizes) == 11
     assert not scanned
     shutil.copyfile(copy / "000000.tar", copy / "000001.tar")  # not the one of its index

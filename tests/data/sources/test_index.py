@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,7 +210,8 @@ def test_several_folders_by_a_pattern(tmp_path: Path, jpeg: bytes) -> None:
 
 def test_no_damaged_index_is_believed(tmp_path: Path) -> None:
     """A bit flipped anywhere but in the padding, every cut, and a hostile head with its sum."""
-    arrays = {"sizes": np.arange(6, dtype=np.int32).reshape(3, 2), "none": np.zeros(0, np.int64)}
+    arrays: dict[str, Any] = {"sizes": np.arange(6, dtype=np.int32).reshape(3, 2)}
+    arrays["none"] = np.zeros(0, np.int64)
     path = tmp_path / "index"
     save_index(Index(arrays, {"bad": {"1": "empty"}}), path)
     whole = path.read_bytes()
@@ -222,7 +224,8 @@ def test_no_damaged_index_is_believed(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"index|mmap"):
             load_index(str(path))
-    for layout in ([], {"sizes": ["O", [3, 2], 0]}, {"sizes": ["<i4", [-3], 0]}, {"sizes": None}):
+    layouts: list[Any] = [[], {"sizes": ["O", [3, 2], 0]}, {"sizes": ["<i4", [-3], 0]}]
+    for layout in [*layouts, {"sizes": None}]:
         head = json.dumps({"facts": {}, "layout": layout, "sums": [0]}).encode()
         magic = whole[: whole.index(b"\n") + 1]
         sums = hashlib.sha256(head).digest() + len(head).to_bytes(8, "little")

@@ -1,0 +1,50 @@
+"""Labelled rows of Parquet and Arrow files, for kNN and linear evaluation."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from fastmoco.config import ConfigError
+from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.tables.arrow import arrow_batches, open_arrow
+from fastmoco.data.sources.tables.columns import SUFFIXES, label_column, labels_of, table_files
+from fastmoco.data.sources.tables.parquet import open_parquet, parquet_file
+
+
+def is_table(root: str) -> bool:
+    """Whether a root names Parquet or Arrow files, or a folder that holds some."""
+    return bool(_suffix(root))
+
+
+def _suffix(root: str) -> str:
+    for suffix in SUFFIXES:
+        place = Path(root)
+        if place.is_dir():
+            if any(next(inner.glob(f"*{suffix}"), None) for inner in (place, place / "data")):
+                return suffix
+        elif root.endswith(suffix) or (glob.has_magic(root) and glob.glob(root + suffix)):
+            return suffix
+    return ""
+
+
+def labelled_table(root: str, max_pixels: int) -> tuple[Source, list[int], list[str]]:
+    """The images, the label of each row, and the class names. Raises `ConfigError`."""
+    suffix = _suffix(root)
+    parquet = suffix == ".parquet"
+    source = open_parquet(root, max_pixels) if parquet else open_arrow(root, max_pixels)
+    values: list[object] = []
+    names: list[str] = []
+    for file in table_files(root, suffix):
+        if parquet:
+            table = parquet_file(file)
+            column, names = label_column(table.schema_arrow, file)
+            values += table.read(columns=[column]).column(0).to_pylist()
+        else:
+            _, schema, batches = arrow_batches(file)
+            column, names = label_column(schema, file)
+            for batch in batches:
+                values += batch.column(column).to_pylist()
+    if len(values) != len(source.sizes):
+        raise ConfigError(f"{root} has {len(values)} labels for {len(source.sizes)} images.")
+    return source, *labels_of(values, names, Path(root))

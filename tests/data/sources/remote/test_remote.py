@@ -1,0 +1,220 @@
+"""Buckets: the batches of local files, whatever the network does, or a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+from bench.measure.far_store import FarStore
+from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
+from fastmoco.data.loader import build_loader
+from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.fingerprint import fingerprint
+from fastmoco.data.sources.remote import cache as cache_module
+from fastmoco.data.sources.remote import store as store_module
+from fastmoco.data.sources.remote.cache import Cache
+from fastmoco.data.sources.remote.store import Object, fetch, look
+
+for module in ("s3fs", "moto", "pyarrow"):
+    pytest.importorskip(module, reason="the extra remote, parquet or dev is not installed")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[FarStore]:
+    with FarStore() as store:
+        yield store
+
+
+@pytest.fixture
+def far(served: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FarStore]:
+    """The bucket, with an empty cache and short pauses."""
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store_module, "PAUSE_S", 0.001)
+    served.spoil = lambda method, path, number: ""
+    served.spoiled.clear()
+    served.requests.clear()
+    yield served
+    served.spoil = lambda method, path, number: ""
+
+
+@pytest.fixture(scope="module")
+def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 shards of 5 photographs."""
+    folder = tmp_path_factory.mktemp("shards")
+    files = sorted(photos.rglob("*.jpg"))
+    for number in range(12):
+        with tarfile.open(folder / f"{number:02d}.tar", "w") as tar:
+            for path in files[5 * number : 5 * number + 5]:
+                tar.add(path, path.name)
+    return folder
+
+
+def config(tmp_path: Path, root: str, **data: Any) -> Config:
+    return Config(
+        run=RunConfig(dir=str(tmp_path / "run"), seed=3),
+        data=DataConfig(root=root, backend="array", **{"source": "shards", "workers": 2, **data}),
+        augment=AugmentConfig(image_size=24),
+        optim=OptimConfig(global_batch_size=20),
+    )
+
+
+def batches(config: Config, first: int = 0, last: int = 5) -> list[torch.Tensor]:
+    with build_loader(config, device=torch.device("cpu")) as loader:
+        found = loader.batches(first, last)
+        return [part for b in found for part in (b.im_q, b.im_k, torch.from_numpy(b.replaced))]
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("source", ["shards", "parquet", "arrow"])
+def test_a_bucket_gives_the_batches_of_the_local_files(
+    source: str, far: FarStore, shards: Path, photos: Path, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder = shards
+    if source != "shards":
+        folder = tmp_path / "tables"
+        folder.mkdir()
+        images = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
+        for number in range(2):
+            table = pa.table({"image": pa.array(images[30 * number : 30 * number + 30])})
+            path = folder / f"{number}.{source}"
+            if source == "parquet":
+                parquet.write_table(table, path, row_group_size=8)
+            else:
+                with pa.ipc.new_stream(str(path), table.schema) as file:
+                    file.write_table(table)
+    local = config(tmp_path, str(folder), source=source)
+    remote = config(tmp_path, far.put_folder(folder, f"same-{source}"), source=source)
+    assert same(batches(remote), batches(local))
+    assert same(batches(remote, 3), batches(local, 3))
+    of_bucket, of_disk = (fingerprint(open_source(one)) for one in (remote, local))
+    assert of_bucket.digest == of_disk.digest
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "slow"])
+def test_faults_do_not_change_the_samples(
+    fault: str, far: FarStore, shards: Path, tmp_path: Path
+) -> None:
+    expected = batches(config(tmp_path, str(shards)))
+    root = far.put_folder(shards, "faulty")
+    every = 9 if fault == "slow" else 3
+    far.spoil = lambda method, path, number: fault if number % every == 1 else ""
+    remote = config(tmp_path, root, shuffle_window=20)
+    windowed = batches(config(tmp_path, str(shards), shuffle_window=20))
+    assert same(batches(remote), windowed)
+    assert same(batches(config(tmp_path, root), 2), expected[6:])  # resumed in the middle
+    assert fault in far.spoiled
+
+
+def test_a_cache_that_holds_a_part_gives_the_same_samples_and_keeps_its_bound(
+    far: FarStore, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = far.put_folder(shards, "bounded")
+    largest = max(path.stat().st_size for path in shards.iterdir())
+    limit = 8 * largest
+    monkeypatch.setenv("FASTMOCO_REMOTE_GB", str(limit / 1e9))
+    with pytest.raises(ConfigError, match=r"set data\.shuffle_window"):
+        open_source(config(tmp_path, root))
+    remote = config(tmp_path, root, shuffle_window=15)
+    expected = batches(config(tmp_path, str(shards), shuffle_window=15), 0, 9)
+    assert same(batches(remote, 0, 9), expected)
+    kept = list((tmp_path / "cache" / "remote").glob("*.tar"))
+    assert 0 < sum(path.stat().st_size for path in kept) <= limit
+    monkeypatch.setenv("FASTMOCO_REMOTE_GB", str(3 * largest / 1e9))
+    with pytest.raises(ConfigError, match="needs room for 8 objects"):
+        open_source(remote)
+
+
+def test_an_object_that_changes_is_refused_and_not_replaced(
+    far: FarStore, shards: Path, tmp_path: Path
+) -> None:
+    root = far.put_folder(shards, "changing")
+    remote = config(tmp_path, root)
+    source = open_source(remote)
+    for path in (tmp_path / "cache" / "remote").glob("*.tar"):
+        path.unlink()
+    other = (shards / "05.tar").read_bytes()
+    far.put("changing/03.tar", other[:-1] + b"x")
+    assert source.read(0)
+    with pytest.raises(ConfigError, match=r"changing/03\.tar has changed since"):
+        source.read(16)
+    with (
+        pytest.raises(ConfigError, match=r"^s3://images/changing/03\.tar has changed since"),
+        build_loader(remote, source, device=torch.device("cpu")) as loader,
+    ):
+        list(loader.batches(0, 3))
+
+
+def test_a_store_that_stays_broken_ends_in_a_sentence(far: FarStore, tmp_path: Path) -> None:
+    url = far.put("broken.tar", b"x" * 1000)
+    one = look(url)
+    far.spoil = lambda method, path, number: "500" * (method == "GET")
+    with (
+        open(tmp_path / "x", "wb") as file,
+        pytest.raises(ConfigError, match=r"broken\.tar cannot be read, 8 times in a row"),
+    ):
+        fetch(one, file)
+    far.spoil = lambda method, path, number: ""
+    with pytest.raises(ConfigError, match="does not exist"):
+        look(f"{url}.gone")
+
+
+def test_a_wrong_checksum_is_refused(far: FarStore, tmp_path: Path, monkeypatch: Any) -> None:
+    one = look(far.put("sum.tar", bytes(1000)))
+    monkeypatch.setattr(store_module, "_piece", lambda one, start: b"\1" * 1000)
+    with (
+        open(tmp_path / "x", "wb") as file,
+        pytest.raises(ConfigError, match="another checksum than its ETag"),
+    ):
+        fetch(one, file)
+
+
+def test_half_an_object_of_a_killed_process_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "fetch", lambda one, into: into.write(bytes(one.size)))
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    half = tmp_path / f"half.{killed.pid}.part"
+    half.write_bytes(bytes(90))
+    alive = tmp_path / f"other.{os.getpid()}.part"
+    alive.write_bytes(bytes(5))
+    assert Cache(tmp_path, limit=100).path(Object("s3://b/1.tar", 95, "")).stat().st_size == 95
+    assert not half.exists()
+    assert alive.exists()
+
+
+def test_a_full_disk_gives_up_old_objects_first_and_then_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 250
+
+    def fetched(one: Object, into: BinaryIO) -> None:
+        used = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+        if used + one.size > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        into.write(bytes(one.size))
+
+    monkeypatch.setattr(cache_module, "fetch", fetched)
+    cache = Cache(tmp_path, limit=10_000)
+    objects = [Object(f"s3://b/{number}.tar", 100, str(number)) for number in range(3)]
+    for at, one in enumerate(objects):
+        os.utime(cache.path(one), (at, at))
+    assert [cache.place(one).exists() for one in objects] == [False, True, True]
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+        cache.path(Object("s3://b/large.tar", 300, ""))
+    assert not list(tmp_path.glob("*.part"))

@@ -1,0 +1,188 @@
+"""Parquet and Arrow: the same batches as from files, and odd tables said in a sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
+from fastmoco.data.loader import build_loader
+from fastmoco.data.sources.choose import open_source
+from fastmoco.data.sources.fingerprint import changes, fingerprint
+from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.tables import parquet
+from fastmoco.evaluate.labelled_images import LabelledImages
+
+pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+pq = pytest.importorskip("pyarrow.parquet", reason="the extra parquet is not installed")
+IMAGE = "struct"
+LIMIT = 10**8
+
+
+def files_of(photos: Path) -> list[Path]:
+    return sorted(photos.rglob("*.jpg"), key=lambda path: (str(path.parent), path.name))
+
+
+def column(images: list[bytes | None], kind: str) -> Any:
+    if kind == "binary":
+        return pa.array(images, pa.binary())
+    if kind == "large":
+        return pa.array(images, pa.large_binary())
+    rows = [None if image is None else {"bytes": image, "path": "x"} for image in images]
+    return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def write(path: Path, images: list[bytes | None], kind: str = IMAGE, **others: Any) -> Path:
+    """A table of few rows per row group or record batch, by the suffix of the path."""
+    table = pa.table({"image": column(images, kind), **others})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=7)
+        return path
+    with pa.ipc.new_stream(str(path), table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+    return path
+
+
+def opened(source: str, root: Path | str, **more: Any) -> Source:
+    return open_source(Config(data=DataConfig(source=source, root=str(root), **more)))  # type: ignore[arg-type]
+
+
+def batches(tmp_path: Path, workers: int = 1, **data: Any) -> list[torch.Tensor]:
+    config = Config(
+        run=RunConfig(dir=str(tmp_path / "run"), seed=3),
+        data=DataConfig(workers=workers, **data),
+        augment=AugmentConfig(image_size=24),
+        optim=OptimConfig(global_batch_size=20),
+    )
+    with build_loader(config, device=torch.device("cpu")) as loader:
+        return [view for batch in loader.batches(1, 5) for view in (batch.im_q, batch.im_k)]
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["struct", "binary", "large"])
+def test_tables_hold_the_bytes_of_the_files(
+    source: str, kind: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 40_000)  # row groups are thrown out and read again
+    images = [path.read_bytes() for path in files_of(photos)]
+    write(tmp_path / f"a-0.{source}", [*images[:25]], kind)
+    write(tmp_path / f"a-1.{source}", [*images[25:]], kind)
+    folder = opened("folder", photos)
+    for place in (tmp_path, tmp_path / f"a-*.{source}", tmp_path):  # the last from its index
+        found = pickle.loads(pickle.dumps(opened(source, place)))
+        assert (found.sizes == folder.sizes).all()
+        assert found.shard_sizes.sum() == 60
+        for sample in [*range(59, -1, -7), *range(60)]:
+            assert found.read(sample) == images[sample]
+    assert found.name(26).endswith(f"a-1.{source}:row 1")
+
+
+@pytest.mark.parametrize("backend", ["array", "pil"])
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_both_backends_deliver_the_batches_of_a_folder(
+    source: str, backend: str, photos: Path, tmp_path: Path
+) -> None:
+    images = [path.read_bytes() for path in files_of(photos)]
+    table = write(tmp_path / f"t.{source}", [*images])
+    expected = batches(tmp_path, root=str(photos), backend=backend)
+    found = batches(tmp_path, root=str(table), source=source, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_bad_rows_are_bad_samples_by_name(source: str, photos: Path, tmp_path: Path) -> None:
+    good = files_of(photos)[0].read_bytes()
+    table = write(tmp_path / f"t.{source}", [good, None, b"no image", b"", good])
+    found = opened(source, table)
+    assert set(found.bad) == {1, 2, 3}
+    assert found.bad[1] == "null instead of an image"
+    assert found.read(4) == good
+    assert found.name(1) == f"{table}:row 1"
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_the_fingerprint_sees_a_row_that_came(source: str, photos: Path, tmp_path: Path) -> None:
+    images = [path.read_bytes() for path in files_of(photos)]
+    table = write(tmp_path / f"t.{source}", [*images[:9]])
+    then = fingerprint(opened(source, table))
+    assert not changes(then, fingerprint(opened(source, table)), opened(source, table))
+    write(table, [*images[:10]])
+    now = opened(source, table)
+    assert "added" in changes(then, fingerprint(now), now)
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_labels_are_found_by_the_names_of_datasets_and_by_the_column(
+    source: str, photos: Path, tmp_path: Path
+) -> None:
+    images = [path.read_bytes() for path in files_of(photos)[:4]]
+    named = write(tmp_path / f"t.{source}", [*images], label=pa.array(["b", "a", "b", "c"]))
+    found = LabelledImages(named, resize=24, image_size=24, max_images=2)
+    assert found.class_names == ["a", "b", "c"]
+    assert found.labels.tolist() == [1, 1]
+    assert found.load(0, 2).shape == (2, 24, 24, 3)
+    assert found.read(1) == images[2]
+    feature = {"_type": "ClassLabel", "names": ["cat", "dog"]}
+    info = {"info": {"features": {"animal": feature, "image": {"_type": "Image"}}}}
+    table = pa.table({"image": column([*images], IMAGE), "animal": pa.array([1, 1, 0, 1])})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    path = tmp_path / f"u.{source}"
+    if source == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    labelled = LabelledImages(path, resize=24, image_size=24)
+    assert labelled.class_names == ["cat", "dog"]
+    assert labelled.labels.tolist() == [1, 1, 0, 1]
+
+
+def test_a_folder_of_save_to_disk_leaves_caches_out(photos: Path, tmp_path: Path) -> None:
+    images = [path.read_bytes() for path in files_of(photos)]
+    write(tmp_path / "data-00000-of-00001.arrow", [*images[:5]])
+    write(tmp_path / "cache-1234.arrow", [*images])
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert len(opened("arrow", tmp_path).sizes) == 5
+
+
+def test_what_cannot_be_trained_on_is_said_in_a_sentence(photos: Path, tmp_path: Path) -> None:
+    good = files_of(photos)[0].read_bytes()
+    table = write(tmp_path / "t.parquet", [good] * 9)
+    data = bytearray(table.read_bytes())
+    table.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConfigError, match=r"t\.parquet cannot be read as Parquet"):
+        opened("parquet", table)
+    data[4:400] = bytes(396)
+    table.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"damaged in row group 0"):
+        opened("parquet", table)
+    arrow = write(tmp_path / "t.arrow", [good] * 9)
+    arrow.write_bytes(arrow.read_bytes()[:-2000])
+    with pytest.raises(ConfigError, match=r"t\.arrow cannot be read as Arrow"):
+        opened("arrow", arrow)
+    pq.write_table(pa.table({"label": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(ConfigError, match="no column of images"):
+        opened("parquet", tmp_path / "none.parquet")
+    two = pa.table({"left": column([good], IMAGE), "right": column([good], IMAGE)})
+    pq.write_table(two, tmp_path / "two.parquet")
+    with pytest.raises(ConfigError, match=r"several columns of images \(left, right\)"):
+        opened("parquet", tmp_path / "two.parquet")
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    single = pa.table({"image": column([good] * 3, IMAGE)})
+    with pa.ipc.new_file(str(tmp_path / "z.arrow"), single.schema, options=options) as file:
+        file.write_table(single)
+    with pytest.raises(ConfigError, match="compressed"):
+        opened("arrow", tmp_path / "z.arrow")
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for name in ("train-0.parquet", "test-0.parquet"):
+        write(splits / name, [good])
+    with pytest.raises(ConfigError, match="holds the splits test and train"):
+        opened("parquet", splits)
+    assert len(opened("parquet", splits / "train-*.parquet").sizes) == 1
