@@ -86,6 +86,7 @@ class Run:
         with (
             collectives.naming_failures(self.world, lambda: self.done),
             directory.claimed(self.config, main),
+            self.saver,  # what it writes is waited for while the folder is ours
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
             tracked(self.config, log.warn, enabled=main) as log.send,

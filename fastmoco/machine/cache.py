@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 def cache_folder() -> Path:
@@ -15,9 +18,18 @@ def cache_folder() -> Path:
     return cache.cache_folder()
 
 
+TOLD_AFTER_S = 30.0
+LIMIT_S = 3600.0
+"""A process that has waited so long for another works for itself: a stopped one would hold it up
+for ever. Decoding every image of a large set once (`data.verify`) takes part of that."""
+
+
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time, so that the ranks of a machine do not all scan the same folder."""
+def exclusive(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """One process at a time, so that the ranks of a machine do not all scan the same folder.
+
+    That only saves work: whoever cannot have the lock, or not within `LIMIT_S`, goes on without.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115
@@ -25,10 +37,22 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+        with contextlib.suppress(ImportError, OSError):
+            _wait_for(lock, path, say)
         yield
+
+
+def _wait_for(lock: TextIO, path: Path, say: Callable[[str], None]) -> None:
+    import fcntl
+
+    began, told = time.monotonic(), False
+    while (waited := time.monotonic() - began) < LIMIT_S:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if waited >= TOLD_AFTER_S and not told:
+                told = True
+                say(f"waiting for another process, which holds {path}")
+        time.sleep(0.05)
+    say(f"{path} was held by another process for {LIMIT_S:g} s: going on without it")

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,11 +29,13 @@ from fastmoco.method.step import Step
 from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import CHECKSUMS, OURS, checksums, first, leaves, not_finite
-from fastmoco.weights.official import official_optimizer, official_state_dict
+from fastmoco.weights.official import copied, official_optimizer, official_state_dict
 
 # Seconds before each further try to write the last checkpoint of a run. Batch systems wait about
 # 30 s after the first signal.
 TRIES_S = (1.0, 4.0)
+# Seconds that a write gets which a second signal finds on its way.
+LAST_S = 5.0
 
 
 DATA = "data"
@@ -64,36 +69,74 @@ def save(
     Returns, on every rank, an empty text, or why nothing was written: a full disk is no reason to
     end a run, which may try again later. What older checkpoints hold is untouched then.
     """
+    snapshot = _snapshot(folder, step, steps, epoch, config, world, data)
+    return gather_objects(snapshot.write() if snapshot else "", world)[0]
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A copy on the host of all that a checkpoint holds."""
+
+    path: Path
+    content: dict[str, Any]
+    config: Config
+    copied: torch.cuda.Event | None
+    """Copies from a GPU have arrived after it."""
+
+    def write(self) -> str:
+        """Why it could not be written, or an empty text."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return _write(self.path, self.content, self.config)
+
+
+def _snapshot(
+    folder: Path,
+    step: Step,
+    steps: int,
+    epoch: int,
+    config: Config,
+    world: World,
+    data: Fingerprint | None,
+) -> _Snapshot | None:
+    """What `save` writes, on the main rank; call it on every one."""
     running = step.moco.running_statistics()
-    of_ranks = all_gather(torch.cat([b.reshape(-1) for b in running])[None], world).cpu()
-    reason = ""
+    of_ranks = all_gather(torch.cat([b.reshape(-1) for b in running])[None], world)
     with averaged(running, world):
-        if world.is_main:
-            content = {
-                "epoch": epoch,
-                "arch": config.model.arch,
-                "state_dict": (state := official_state_dict(step)),
-                "optimizer": official_optimizer(step.optimizer.state_dict(), state),
-                OURS: {
-                    "version": fastmoco.__version__,
-                    "step": steps,
-                    "scaler": step.scaler.state_dict(),
-                    "precision": step.precision.name,
-                    "config": dump(config),
-                    "running_statistics": of_ranks,
-                    RECORDS: _records_so_far(folder),
-                    DATA: {name: torch.from_numpy(a) for name, a in vars(data).items()}
-                    if data
-                    else {},
-                },
-            }
-            path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
-            reason = _write(path, content, config)
-    return gather_objects(reason, world)[0]
+        if not world.is_main:
+            return None
+        content = {
+            "epoch": epoch,
+            "arch": config.model.arch,
+            "state_dict": (state := official_state_dict(step)),
+            "optimizer": official_optimizer(step.optimizer.state_dict(), state),
+            OURS: {
+                "version": fastmoco.__version__,
+                "step": steps,
+                "scaler": step.scaler.state_dict(),
+                "precision": step.precision.name,
+                "config": dump(config),
+                "running_statistics": copied(of_ranks),
+                RECORDS: _records_so_far(folder),
+                DATA: {name: torch.from_numpy(a) for name, a in vars(data).items()} if data else {},
+            },
+        }
+        path = folder / f"checkpoint_{epoch:04d}_step{steps:08d}.pth.tar"
+        event = None
+        if world.device.type == "cuda":
+            # On the stream of the step: what changes the weights comes after the copies there, so
+            # that another stream would have nothing to do meanwhile. The host goes on at once.
+            event = torch.cuda.Event()
+            event.record()
+        return _Snapshot(path, content, config, event)
 
 
 class Saver:
-    """When this run saves, and what happens where it cannot; the same on every rank."""
+    """When this run saves, and what happens where it cannot; the same on every rank.
+
+    A thread writes while training goes on; the next snapshot is taken when it is done, so that
+    there is one copy on the host at most. On leaving, what is on its way is waited for.
+    """
 
     def __init__(
         self,
@@ -106,28 +149,52 @@ class Saver:
         self._step, self._config, self._world, self._data = step, config, world, data
         self._folder, self._per_epoch = Path(config.run.dir), per_epoch
         self._owed, self._saved_at = False, time.monotonic()
+        self._writing = False  # on every rank, until all know the outcome
+        self._thread: threading.Thread | None = None  # of the main rank
+        self._reason = ""
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # A second signal wants the end at once, though not in the middle of a file that is nearly
+        # there. What is left of one is swept by the next start.
+        at_once = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        if self._thread is not None:
+            self._thread.join(LAST_S if at_once else None)
 
     def overdue(self) -> bool:
         """Whether `run.checkpoint_minutes` have passed on this rank since the last checkpoint."""
         minutes = self._config.run.checkpoint_minutes
-        return minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+        passed = minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+        return passed and not self._writing
 
     def save_if_due(self, done: int, *, overdue: bool = False, end: bool = False) -> str:
         """Save after `done` steps where an epoch, some rank's clock or the end of the run asks.
 
-        A checkpoint that could not be written is due again at the next call; a sentence then, else
-        an empty text. Raises `NotSavedError` where that lasts for some seconds at the `end`.
+        Returns while the file is written, but at the `end`. A checkpoint that could not be written
+        is due again at the next call that knows; a sentence then, else an empty text. Raises
+        `NotSavedError` where that lasts for some seconds at the `end`.
         """
+        warning = self._outcome(wait=False)
         epoch, within = divmod(done, self._per_epoch)
         regular = not within and epoch % self._config.run.checkpoint_every == 0
         if not (regular or overdue or end or self._owed):
-            return ""
-        for pause in (0.0, *TRIES_S) if end else (0.0,):
-            time.sleep(pause)
-            if not (reason := self._save(done)):
-                return ""
+            return warning
+        warning = warning or self._outcome(wait=True)  # never two at once
         if not end:
-            return reason
+            self._begin(done)
+            return warning
+        for pause in (0.0, *TRIES_S):
+            time.sleep(pause)
+            self._begin(done)
+            if not (reason := self._outcome(wait=True)):
+                return ""
         older = files.checkpoints(self._folder)
         kept = f"the last checkpoint is {older[0].name}" if older else "there is no checkpoint yet"
         raise NotSavedError(
@@ -135,17 +202,36 @@ class Saver:
             f"writable, with enough space, and give the same command; {kept}."
         )
 
-    def _save(self, done: int) -> str:
-        reason = save(
-            self._folder,
-            self._step,
-            steps=done,
-            epoch=done // self._per_epoch,
-            config=self._config,
-            world=self._world,
-            data=self._data,
+    def _begin(self, done: int) -> None:
+        """Take a snapshot and let a thread write it."""
+        epoch = done // self._per_epoch
+        snapshot = _snapshot(
+            self._folder, self._step, done, epoch, self._config, self._world, self._data
         )
-        self._owed, self._saved_at = bool(reason), time.monotonic()
+        self._writing, self._owed, self._saved_at = True, False, time.monotonic()
+        if snapshot is not None:
+            self._reason = "the writing of the checkpoint ended without a word."
+            self._thread = threading.Thread(
+                target=self._write, args=(snapshot,), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        try:
+            self._reason = snapshot.write()
+        except Exception as error:  # in a thread nobody else would tell
+            self._reason = f"{snapshot.path.name}: {type(error).__name__}: {error}."
+
+    def _outcome(self, *, wait: bool) -> str:
+        """Why the last write failed, on every rank; empty also while it goes on."""
+        if not self._writing:
+            return ""
+        if wait and self._thread is not None:
+            self._thread.join()
+        ended = self._thread is None or not self._thread.is_alive()
+        ended, reason = gather_objects((ended, self._reason if ended else ""), self._world)[0]
+        if ended:
+            self._writing, self._owed, self._thread = False, bool(reason), None
         return reason
 
 

@@ -56,8 +56,8 @@ def resolved(config: Config) -> tuple[Config, Source | None]:
         begun = _written_by_us(written)
     elif named.is_file():
         with contextlib.suppress(ConfigError):  # resuming has the reason
-            ours = files.load(files.locate(named)).get("fastmoco", {})
-            begun = parse_text(ours["config"]) if "config" in ours else None
+            text = files.configuration_in(named)
+            begun = None if text is None else parse_text(text)
     source = None if config.data.source == "synthetic" else open_source(config)
     return resolve_pixels(config, source, begun), source
 

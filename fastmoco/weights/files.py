@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastmoco.config import ConfigError
 from fastmoco.machine import durable
-from fastmoco.weights.checksums import damage
+from fastmoco.weights.checksums import OURS, damage
 
 LATEST = "latest.pth.tar"
 """Of a run directory: a link to its newest checkpoint, or a text with its name."""
@@ -120,6 +120,19 @@ def load(path: Path) -> dict[str, Any]:
     if damaged:
         raise ConfigError(f"{path} is damaged: {damaged}.")
     return dict(content)
+
+
+def configuration_in(path: Path) -> str | None:
+    """The configuration that a checkpoint of ours was written with; None in any other file.
+
+    Its tensors stay on the disk, and nothing is verified: `load` does both.
+    """
+    try:
+        content = torch.load(locate(path), map_location="cpu", weights_only=True, mmap=True)
+        text = content[OURS]["config"]
+    except Exception:  # damaged, or another format; `load` has the reason
+        return None
+    return text if isinstance(text, str) else None
 
 
 def write(path: Path, put: Callable[[Path], object]) -> None:

@@ -33,9 +33,13 @@ def official_state_dict(step: Step) -> dict[str, Tensor]:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, contiguous: training may go on while it is written."""
-    layout = torch.contiguous_format
-    return torch.empty_like(tensor, device="cpu", memory_format=layout).copy_(tensor.detach())
+    """A copy on the CPU, contiguous: training may go on while it is written.
+
+    From a GPU into pinned memory, complete when the current stream has come that far.
+    """
+    source, gpu, layout = tensor.detach(), tensor.is_cuda, torch.contiguous_format
+    host = torch.empty_like(source, device="cpu", memory_format=layout, pin_memory=gpu)
+    return host.copy_(source, non_blocking=gpu)
 
 
 def load_model(step: Step, state: Mapping[str, Tensor], place: str) -> None:

@@ -35,7 +35,7 @@ SMALL = [
     *("--augment.image_size=32", "--model.arch=resnet18", "--model.width=0.25", "--model.dim=8"),
     *("--moco.queue_size=16", "--moco.bn_group_size=4", "--optim.global_batch_size=8"),
     *("--optim.epochs=5", "--run.device=cpu", "--run.precision=fp32", "--run.log_every=1"),
-    *("--data.workers=1", "--data.max_bad_share=0.1", "--run.timeout_s=60"),
+    *("--data.workers=1", "--data.max_bad_share=0.1", "--run.timeout_s=600"),
     *("--knn.every=2", "--knn.k=3", "--knn.resize=32"),
     "--run.checkpoint_minutes=0.004",  # so that checkpoints fall on any step
 ]
@@ -224,8 +224,12 @@ def shared_memory() -> set[str]:
     return {name for name in names if f"/dev/shm/{name}" not in text}
 
 
-def settled(before: set[str], patience_s: float = 10.0) -> set[str]:
-    """What is left in shared memory beyond `before`, after a while."""
+def settled(before: set[str], patience_s: float = 60.0) -> set[str]:
+    """What is left in shared memory beyond `before`, after a while.
+
+    Others on this machine have names there too; and after a kill a process that has to be
+    scheduled first cleans up.
+    """
     limit = time.monotonic() + patience_s
     while (left := shared_memory() - before) and time.monotonic() < limit:
         time.sleep(0.5)

@@ -193,3 +193,9 @@ def test_what_is_no_list_or_no_file_is_named_with_its_line(images: Path) -> None
     for place in (images, images / "pipe"):
         with pytest.raises(ConfigError, match="cannot be read as a list"):
             open_list(str(place), LIMIT)
+
+
+def test_the_index_column_of_pandas_is_no_path_where_names_have_no_suffix(tmp_path: Path) -> None:
+    rows = read_list(write(tmp_path / "list.csv", ",0\n\n0,a/one\n1,a/two\n2,a/three\n"))
+    assert rows.paths == ["a/one", "a/two", "a/three"]
+    assert rows.lines == [3, 4, 5]  # an empty line counts

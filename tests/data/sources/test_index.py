@@ -16,7 +16,7 @@ from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.sources import folder as folder_module
 from fastmoco.data.sources import index as index_module
 from fastmoco.data.sources import listing
-from fastmoco.data.sources.folder import FolderSource, open_folder
+from fastmoco.data.sources.folder import FolderSource, open_folder, with_stamps
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.index import Index, load_index, save_index
 from fastmoco.data.sources.source import Source
@@ -232,3 +232,15 @@ def test_no_damaged_index_is_believed(tmp_path: Path) -> None:
         path.write_bytes(magic + sums + head + bytes(200))
         with pytest.raises(ValueError, match=r"index|holds no numbers"):
             load_index(str(path))
+
+
+def test_a_bad_file_that_changed_during_its_scan_is_looked_at_again(
+    tmp_path: Path, jpeg: bytes
+) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg)
+    (tmp_path / "1.jpg").write_bytes(b"")
+    index = open_folder(str(tmp_path), LIMIT).index
+    changed = (tmp_path / "1.jpg").stat().st_mtime_ns
+    for began, stamp in ((changed + 1, [0, changed]), (changed, [])):
+        stamps = with_stamps(str(tmp_path), index, began).facts["stamps"]
+        assert list(stamps.values()) == [stamp]
