@@ -10,6 +10,7 @@ mixes. The same command goes on after an interruption, to the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.image_list import read_list
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.tables.labels import is_table, labelled_table
 from fastmoco.machine import durable
 
 NOTE = "pack.json"
@@ -139,6 +141,10 @@ def _describer(config: Config, source: Source) -> Callable[[int], Line]:
     root = Path(config.data.root).resolve()
     listed = root.is_file() and config.data.source == "list"
     labels = read_list(root).labels if listed else None
+    if config.data.source in ("parquet", "arrow") and is_table(config.data.root):
+        with contextlib.suppress(ConfigError):  # no column of labels
+            _, numbers, names = labelled_table(config.data.root, config.data.max_pixels)
+            labels = [names[number] for number in numbers]
     inside = root if root.is_dir() else root.parent
 
     def describe(sample: int) -> Line:

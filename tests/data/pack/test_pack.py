@@ -243,3 +243,17 @@ def test_what_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     shutil.copy(images / "dog" / "bad.jpg", only_bad / "bad.jpg")
     assert run(only_bad, tmp_path / "none") == 2
     assert "none can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_rows_of_a_table_keep_their_labels(tmp_path: Path, labelled: bool) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra parquet is not installed")
+    names = ["cat", "dog", "dog", "cat", "owl"]
+    columns = {"image": [encoded("RGB", (40 + n, 40)) for n in range(5)]}
+    table = pa.table({**columns, "label": names} if labelled else columns)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    out = tmp_path / "pack"
+    assert run(tmp_path / "a.parquet", out, "--data.source", "parquet") == 0
+    found = {line["source"]: line.get("label") for line in lines(out)}
+    assert found == {f"a.parquet:row {n}": names[n] if labelled else None for n in range(5)}
