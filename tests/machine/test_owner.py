@@ -116,7 +116,11 @@ def test_an_owner_on_another_host_is_believed_by_its_signs_of_life(
 NUMBER = json.dumps(asdict(mine()) | {"host": 7, "started": 7})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "[" * 100_000, NUMBER])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"host": 1}', "[" * 100_000, NUMBER],
+    ids=["empty", "cut", "a list", "no process", "deep", "numbers for names"],
+)
 def test_a_damaged_mark_binds_nobody(tmp_path: Path, content: str) -> None:
     (tmp_path / owner.NAME).write_text(content)
     with Owner(tmp_path) as now:
