@@ -38,7 +38,7 @@ from fastmoco.data.sources.image_list import read_list
 from fastmoco.data.sources.listing import read_file
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
-from fastmoco.data.sources.tables.labels import is_table, labelled_table
+from fastmoco.data.sources.tables.labels import is_table, labels_in
 from fastmoco.machine import durable
 
 NOTE = "pack.json"
@@ -157,7 +157,7 @@ def _describer(config: Config, source: Source) -> Callable[[int], Line]:
     labels = read_list(root).labels if listed else None
     if config.data.source in ("parquet", "arrow") and is_table(config.data.root):
         with contextlib.suppress(ConfigError):  # no column of labels
-            _, numbers, names = labelled_table(config.data.root, config.data.max_pixels)
+            numbers, names = labels_in(config.data.root, len(source.sizes))
             labels = [names[number] for number in numbers]
     inside = root if root.is_dir() else root.parent
 
