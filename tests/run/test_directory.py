@@ -40,9 +40,10 @@ def test_what_a_failing_disk_keeps_of_the_first_write_goes_at_the_next_start(
         raise OSError(errno.EIO, "Input/output error")
 
     config = Config(run=RunConfig(dir=str(tmp_path)))
-    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="cannot be written"):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", fails)
-        check_run_directory(config)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            check_run_directory(config)
     assert list(tmp_path.iterdir())
     monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
     check_run_directory(config)
