@@ -37,6 +37,12 @@ VERBS = {
     "preview": Verb(
         "fastmoco.data.preview", "draw the views that a run would see", True, ("--out", "--samples")
     ),
+    "inspect": Verb(
+        "fastmoco.data.inspect.__main__",
+        "what is in a data set, and the settings to train on it",
+        True,
+        ("--html", "--samples"),
+    ),
     "prepare": Verb(
         "fastmoco.data.download",
         "download a public data set as folders of images",
