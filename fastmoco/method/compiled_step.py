@@ -56,13 +56,19 @@ class WholeStep(Step):
 
     def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> StepResult:
         """The step on images and shuffle indices that are on the device."""
-        optimizer = cast(SGDWithEMA, self.optimizer)
+        self.set_rate()
+        return self.launch(im_q, im_k, order)
+
+    def set_rate(self) -> None:
+        """Bring the optimizer's learning rate to the device."""
         # A tensor, because a new number would be a new graph; filling it does not stall the host.
-        self._lr.fill_(optimizer.param_groups[0]["lr"])
+        self._lr.fill_(self.optimizer.param_groups[0]["lr"])
+
+    def launch(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> StepResult:
+        """Everything of the step that the device does by itself, at the rate that was set."""
+        buffers = cast(SGDWithEMA, self.optimizer).momentum_buffers()
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            result: StepResult = self._graph(
-                im_q, im_k, order, self._lr, optimizer.momentum_buffers()
-            )
+            result: StepResult = self._graph(im_q, im_k, order, self._lr, buffers)
         return result
 
     def _whole(
