@@ -49,6 +49,9 @@ class RunConfig:
     """torch.compile of the whole step; of the encoders alone where the step cannot be one graph
     (micro-batches, the symmetric loss, fp16, optimizers other than `sgd_ema`). `auto` is on for
     CUDA with triton and off elsewhere."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether the whole compiled step is a CUDA graph, which spares the host a thousand launches;
+    the third step captures it and compares a replay. `auto`: on one GPU, up to 128 images."""
     log_every: int = 50
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
@@ -315,7 +318,7 @@ class Config:
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.resume_changes", "run.device", "run.compile", "run.log_every"),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
-    *("run.max_steps", "run.timeout_s", "run.tracker"),
+    *("run.cuda_graph", "run.max_steps", "run.timeout_s", "run.tracker"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),
