@@ -45,6 +45,7 @@ def check_content(content: Any, file: Path, parts: Parts) -> Row:
     for number, one in enumerate(content["annotations"], start=1):
         _check_annotation(one, images, categories, points, file, parts)
         one["id"] = number
+        one.pop("difficult", None)  # VOC's flag: pycocotools would score such an object
     return content
 
 
