@@ -12,7 +12,7 @@ import contextlib
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         picture: Callable[[int], Tensor],
         *,
         parts: Parts = Parts(),  # noqa: B008  (a tuple: nobody can change it)
-        style: str = "coco",
+        style: Literal["coco", "voc"] = "coco",
     ) -> None:
         """content: COCO's dictionary, which `check_content` has passed. picture: image of item i.
 
@@ -99,7 +99,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         # dictionaries of its own, gigabytes of COCO. They read these bytes instead.
         records = [self._record(image_id) for image_id in self.image_ids]
         self._ends = np.cumsum([0, *map(len, records)])
-        self._records = np.frombuffer(b"".join(records), np.uint8)
+        self._records = b"".join(records)
 
     def __len__(self) -> int:
         return len(self.image_ids)
