@@ -131,8 +131,7 @@ class Run:
             asked = self.shared.poll(2 if self.request.asked() else int(self.saver.overdue()))
             self.stopping = asked == 2
             if progress.due(done) or asked:
-                bad = self.loader.bad_samples
-                progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
+                progress.flush(done, lr, self.loader)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
                 end = self.stopping or done == stop
                 if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):
