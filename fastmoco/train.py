@@ -20,6 +20,7 @@ from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import INTERRUPTED, StopRequest
+from fastmoco.machine.watchdog import Watchdog
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.memory_bank import allocate_bank
@@ -85,6 +86,7 @@ class Run:
         main, self.request.patient = self.world.is_main, True
         with (
             collectives.naming_failures(self.world, lambda: self.done),
+            Watchdog(self.world, lambda: self.done),
             directory.claimed(self.config, main),
             self.saver,  # what it writes is waited for while the folder is ours
             self.loader,

@@ -54,7 +54,8 @@ class RunConfig:
     checkpoint_every: int = 1
     """Epochs between two checkpoints. The last epoch is always saved."""
     checkpoint_minutes: float = 0.0
-    """Save also when so many minutes have passed since the last checkpoint; 0 does not."""
+    """Save also when so many minutes have passed since the last checkpoint, at most once for every
+    log line; 0 does not."""
     keep_checkpoints: int = 3
     """Number of most recent checkpoints kept; 0 keeps all of them."""
     keep_every: int = 0
