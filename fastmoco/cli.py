@@ -35,7 +35,10 @@ VERBS = {
         "fastmoco.doctor.__main__", "what this machine has and what limits a run on it", True
     ),
     "preview": Verb(
-        "fastmoco.data.preview", "draw the views that a run would see", True, ("--out", "--samples")
+        "fastmoco.data.preview",
+        "draw the views that a run would see",
+        True,
+        ("--out", "--samples", "--replay"),
     ),
     "inspect": Verb(
         "fastmoco.data.inspect.__main__",
