@@ -8,7 +8,9 @@ sample, which is read and decoded once.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from fastmoco.data.inspect.contents import contents_of, duplicates_of
 from fastmoco.data.inspect.findings import Findings
 from fastmoco.data.inspect.html import page_of
 from fastmoco.data.inspect.kinds import channels_for
-from fastmoco.data.inspect.look import kinds_of, look_at, sample_of
+from fastmoco.data.inspect.look import evenly_spaced, kinds_of, look_at
 from fastmoco.data.inspect.rate import loader_rate
 from fastmoco.data.inspect.terminal import terminal_width, text_of
 from fastmoco.data.page import write_page
@@ -48,7 +50,7 @@ def inspect(config: Config, samples: int = SAMPLES) -> Findings:
     except ConfigError as error:
         wrong = str(error)
     rule, notes = PixelRule.of(config.data), source.warnings + source.notes
-    looks = look_at(source, sample_of(len(source.sizes), samples), rule, "look")
+    looks = look_at(source, evenly_spaced(len(source.sizes), samples), rule, "look")
     contents = contents_of(source, looks)
     advice, rate, loader = Advice([], [wrong]), 0.0, "Not measured."
     if not wrong:
@@ -64,7 +66,7 @@ def inspect(config: Config, samples: int = SAMPLES) -> Findings:
         notes.append(f"The kNN test set cannot be opened: {error}")
     tested = []
     if test is not None:
-        tested = look_at(test, sample_of(len(test.sizes), samples), rule, "look at test")
+        tested = look_at(test, evenly_spaced(len(test.sizes), samples), rule, "look at test")
     duplicates = duplicates_of(contents.good, [look for look in tested if not look.bad])
     return Findings(config, source, contents, test, duplicates, advice, rate, loader, notes)
 
@@ -74,7 +76,7 @@ def _with_channels(config: Config, source: Source) -> Config:
     if config.data.channels != 3:
         return without_colour(config)
     bad = source.bad
-    numbers = [n for n in sample_of(len(source.sizes), _FIRST) if n not in bad]
+    numbers = [n for n in evenly_spaced(len(source.sizes), _FIRST) if n not in bad]
     colours = Counter(kind.colours for kind in kinds_of(source, numbers))
     if not colours:
         return config
@@ -128,6 +130,8 @@ def _without_root(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one sentence for what cannot be inspected."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes end before we do
     parser = _parser()
     roots, words = _without_root(sys.argv[1:] if arguments is None else arguments)
     own, rest = parser.parse_known_args(words)

@@ -57,7 +57,8 @@ class Findings:
 
     def _below(self, name: str) -> str:
         roots = [self.root, *([self.config.knn.test_root] if self.test else [])]
-        above = os.path.commonpath([os.path.abspath(root) for root in roots])
+        folders = [root if os.path.isdir(root) else os.path.dirname(root) for root in roots]
+        above = os.path.commonpath([os.path.abspath(folder) for folder in folders])
         return os.path.relpath(name, above) if name.startswith(f"{above}/") else name
 
 
@@ -166,11 +167,14 @@ def _across(found: Findings) -> Section:
     duplicates = found.duplicates
     assert found.test is not None
     told = []
-    for what, pairs in (("the same bytes", duplicates.exact), ("nearly the look", duplicates.near)):
+    for what, pairs in (
+        ("the same bytes as", duplicates.exact),
+        ("nearly the look of", duplicates.near),
+    ):
         examples = [f"{found.name_at(b)} = {found.name_at(a)}" for a, b in pairs[:_GROUPS_SHOWN]]
         named = f": {'; '.join(examples)}" if pairs else ""
         told.append(
-            f"{len(pairs):,} of {duplicates.tested:,} test pictures have {what} of a training "
+            f"{len(pairs):,} of {duplicates.tested:,} test pictures have {what} a training "
             f"picture{named}."
         )
     looked = len(found.contents.looks), len(found.test.sizes)

@@ -10,11 +10,12 @@ from pathlib import Path
 from PIL import Image
 
 from fastmoco.data.inspect.findings import Findings, Section, examples, sections
-from fastmoco.data.inspect.look import picture_of, sample_of
+from fastmoco.data.inspect.look import evenly_spaced, picture_of
 from fastmoco.data.page import document, embedded, words
 from fastmoco.data.pixels.deep import Deep, visible
 from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.reader import read_sample
+from fastmoco.data.sources.measure import progress
 from fastmoco.data.sources.source import Source
 
 CONTACTS = 60
@@ -102,8 +103,9 @@ def _of(found: Findings, place: int) -> tuple[Source, int]:
 def _sheet(found: Findings, rule: PixelRule) -> str:
     """Good pictures, evenly spaced."""
     good = found.contents.good
-    chosen = (good[at].sample for at in sample_of(len(good), CONTACTS))
-    images = "".join(_thumbnail(found.source, sample, rule) for sample in chosen)
+    chosen = [good[at].sample for at in evenly_spaced(len(good), CONTACTS)]
+    drawn = progress(chosen, lambda _: 1, "contact sheet", len(chosen))
+    images = "".join(_thumbnail(found.source, sample, rule) for sample in drawn)
     return f'<h2>Contact sheet</h2><div class="sheet">{images}</div>' if images else ""
 
 

@@ -44,7 +44,7 @@ class Look(NamedTuple):
     """See `perceptual_hash`."""
 
 
-def sample_of(total: int, count: int) -> Sequence[int]:
+def evenly_spaced(total: int, count: int) -> Sequence[int]:
     """Numbers of at most `count` pictures of `total`, evenly spaced; of all where count is 0."""
     if not count or total <= count:
         return range(total)
@@ -72,7 +72,12 @@ def look_at(source: Source, samples: Sequence[int], rule: PixelRule, label: str)
     work = partial(_look_at, source=source, rule=rule)
     with in_parallel(many=len(samples) >= _PROCESSES_FROM) as pool:
         seen = progress(in_order(pool, work, chunks), len, label, len(samples))
-        return [look for part in seen for look in part]
+        kinds: dict[Kind | None, Kind | None] = {}  # few: one object for all pictures of a kind
+        return [
+            look._replace(kind=kinds.setdefault(look.kind, look.kind))
+            for part in seen
+            for look in part
+        ]
 
 
 def _look_at(samples: Sequence[tuple[int, str]], source: Source, rule: PixelRule) -> list[Look]:

@@ -6,11 +6,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fastmoco.config import Config
 from fastmoco.data.loader import Loader, build_loader
+from fastmoco.data.sources.measure import progress
 from fastmoco.data.sources.source import Source
 
 FOREVER = 10**9
@@ -70,4 +72,5 @@ def loader_rate(config: Config, source: Source) -> tuple[float, str]:
             optim=replace(config.optim, global_batch_size=batch, accumulate=1),
         )
         with build_loader(small, source, device=device) as loader:
-            return rate(puller(loader), batch, device), loader.description
+            batches = progress(loader.batches(0, FOREVER), lambda _: batch, "loader")
+            return rate(partial(next, batches), batch, device), loader.description

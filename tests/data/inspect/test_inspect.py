@@ -75,7 +75,7 @@ def looked(root: Path, *options: str, samples: int = 0) -> Findings:
 def test_printed_lines_start_a_run_unchanged(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make(tmp_path / "a folder", kind, COUNT)
+    root = make(tmp_path / "a: folder #1", kind, COUNT)
     assert cli.main(["inspect", str(root)]) == 0
     printed = capsys.readouterr().out
     yaml, rest = printed.split("for --config:\n\n")[1].split("\n\nThe same as options:\n\n")
