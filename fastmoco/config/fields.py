@@ -90,7 +90,8 @@ class DataConfig:
     """Whether files of a folder, and members of shards, count as images by their content too,
     whatever their names."""
     backend: Literal["auto", "dali", "array", "pil"] = "auto"
-    """Who augments: `dali`; worker processes with `array` operations or `pil`, the reference.
+    """Who decodes and crops: `dali`; worker processes with `array` operations or `pil`, the
+    reference. Colours and blur of `dali` and `array` are the GPU's where there is one.
     `auto` takes DALI on a GPU where it is installed, else array operations."""
     workers: int = 0
     """Processes per rank that read (`dali`) or read, decode and augment (`array`, `pil`); 0
