@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,11 @@ def build_detector(
     Raises `ConfigError` for a task that the architecture does not have, and as `tuned_trunk` does.
     """
     if arch == "c4" and task != "boxes":
-        raise ConfigError(f"--arch c4 detects boxes only; for {task} choose --arch fpn.")
+        raise ConfigError(f"C4 detects boxes only; for {task} choose the architecture fpn.")
     if classes < 1:
         raise ConfigError(f"A detector of {classes} classes has nothing to find; give 1 or more.")
     mean, std = pixel_statistics(weights.pixels)
-    options = {
+    options: dict[str, Any] = {
         "min_size": min_size,
         "max_size": max_size,
         "image_mean": list(mean),
@@ -130,7 +130,7 @@ def build_detector(
         return _fpn(weights, world, task, classes, keypoints, options)
 
 
-def _c4(weights: Weights, world: World, classes: int, options: dict[str, object]) -> FasterRCNN:
+def _c4(weights: Weights, world: World, classes: int, options: dict[str, Any]) -> FasterRCNN:
     """With the anchors and numbers of proposals of Detectron2's Base-RCNN-C4.yaml."""
     network, width = tuned_trunk(weights, world), weights.features
     return FasterRCNN(
@@ -151,7 +151,7 @@ def _fpn(
     task: Task,
     classes: int,
     keypoints: int,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> FasterRCNN:
     network, width = tuned_trunk(weights, world), weights.features
     norm = partial(SyncBatchNorm2d, world=world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def pictures() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 def test_all_of_it_is_tuned_and_the_trunk_that_was_given_stays(arch: Arch, task: Task) -> None:
     weights = small()
     before = {name: x.clone() for name, x in weights.trunk.items()}
-    model = build_detector(
+    model: Any = build_detector(
         weights, ALONE, arch=arch, task=task, classes=3, keypoints=2, min_size=SIDE
     )
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 16
@@ -78,7 +78,7 @@ def test_all_of_it_is_tuned_and_the_trunk_that_was_given_stays(arch: Arch, task:
 @pytest.mark.parametrize("width", [1.0, 0.25], ids=["torchvision's", "a width of ours"])
 def test_c4_is_the_network_of_the_file_cut_behind_layer3(width: float) -> None:
     weights = small(width)
-    model = build_detector(weights, ALONE, arch="c4", task="boxes", classes=3).eval()
+    model: Any = build_detector(weights, ALONE, arch="c4", task="boxes", classes=3).eval()
     whole = weights.architecture.build(weights.trunk)
     images = pictures()[0][0][None]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_supervised_file_of_torchvision_is_a_trunk(tmp_path: Path) -> None:
     network = resnet18()
     torch.save(network.state_dict(), tmp_path / "supervised.pth")
     weights = read(tmp_path / "supervised.pth")
-    model = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1)
+    model: Any = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1)
     state = model.backbone.body.state_dict()
     assert len(state) == len(network.state_dict()) - 2
     assert all(torch.equal(x, network.state_dict()[name]) for name, x in state.items())
@@ -101,7 +101,7 @@ def test_a_supervised_file_of_torchvision_is_a_trunk(tmp_path: Path) -> None:
 
 def test_pictures_are_normalized_as_the_file_says() -> None:
     weights = small()
-    model = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1, min_size=64)
+    model: Any = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1, min_size=64)
     images, _ = model.transform([torch.full((3, 64, 64), 0.5)])
     wanted = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(images.tensors[0, :, 30, 30], wanted)
@@ -127,7 +127,9 @@ def test_new_layers_and_random_trunks_come_from_their_seed_alone() -> None:
 
 @pytest.mark.parametrize("task", [task for task in get_args(Task) if task != "boxes"])
 def test_c4_refuses_what_it_does_not_have(task: Task) -> None:
-    with pytest.raises(ConfigError, match=rf"c4 detects boxes only; for {task} choose --arch fpn"):
+    with pytest.raises(
+        ConfigError, match=rf"C4 detects boxes only; for {task} choose the architecture fpn"
+    ):
         build_detector(small(), ALONE, arch="c4", task=task, classes=1)
 
 
