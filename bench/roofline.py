@@ -95,9 +95,9 @@ def counts(runs: Sequence[Sequence[Row]]) -> Made:
 
 
 def times(runs: Sequence[Sequence[Row]]) -> Made:
-    """Modelled times: a line per case and GPU."""
+    """Modelled times of the step as it was counted last: a line per batch and GPU."""
     body = []
-    for (row,) in runs:
+    for row in {about(row): row for (row,) in runs}.values():
         for gpu in GPUS:
             parts = by_part(kernels_of(row), gpu)
             total = sum(parts.values())

@@ -11,7 +11,7 @@ import torch
 from fastmoco.config import Config, validated
 from fastmoco.machine import ranks
 from fastmoco.machine.stopping import StopRequest
-from fastmoco.run.record import read_metrics
+from fastmoco.run.record import METRICS, read_metrics
 from fastmoco.train import Run, join_world
 
 UNGUARDED = 'call fastmoco.train below `if __name__ == "__main__":` in a script.'
@@ -53,7 +53,7 @@ def train(config: Config) -> Trained:
     finally:
         ranks.stop()
         torch.set_num_threads(threads)
-    metrics = last_metrics(run.folder / "metrics.jsonl") if main else {}
+    metrics = last_metrics(run.folder / METRICS) if main else {}
     return Trained(run.folder, metrics, run.finished)
 
 

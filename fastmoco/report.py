@@ -15,7 +15,7 @@ from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.page.html_report import NAME, Picture, write_report
-from fastmoco.run.record import knn_summary, train_summary
+from fastmoco.run.record import METRICS, knn_summary, train_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or folders[0] / NAME
     try:
         for folder in folders:
-            metrics = folder / "metrics.jsonl"
+            metrics = folder / METRICS
             draw_curves(metrics, folder / "curves.png")
             name = f"{folder}: " if len(folders) > 1 else ""
             print(name + train_summary(metrics), knn_summary(metrics), sep="\n")

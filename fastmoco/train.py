@@ -31,7 +31,7 @@ from fastmoco.run.choices import start_lines, start_warnings
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
 from fastmoco.run.progress import DivergedError, Progress
-from fastmoco.run.record import knn_summary
+from fastmoco.run.record import METRICS, knn_summary
 from fastmoco.run.tracker import tracked
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
@@ -99,7 +99,7 @@ class Run:
                 draw_views(self.config, self.folder / "views.png")
             self._loop(log)
             if main:
-                metrics = self.folder / "metrics.jsonl"
+                metrics = self.folder / METRICS
                 draw_curves(metrics, self.folder / "curves.png")
                 log.say(knn_summary(metrics))
             self.finished = self.done == self.stop_at

@@ -149,6 +149,7 @@ def loader(runs: Sequence[Run]) -> Made:
     """Rates of the pipelines."""
     body = [
         [
+            f"{row['case'].get('megapixels', 0.2)} megapixels, {row['environment']['extension']}",
             row["contestant"],
             cell(_spread(row), row["n"]),
             cell(row["ratios"], row["n"]) if "ratios" in row else "-",
@@ -157,7 +158,7 @@ def loader(runs: Sequence[Run]) -> Made:
         for row in run
         if row["case"]["part"] == "pipeline"
     ]
-    return ["", "images/s", "times torchvision"], body
+    return ["images, processor", "", "images/s", "times torchvision"], body
 
 
 def kernels(runs: Sequence[Run]) -> Made:

@@ -14,7 +14,7 @@ import torch
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, KnnConfig, parse_text
 from fastmoco.config.command import CommandParser
 from fastmoco.data.pixels.rule import PixelRule
-from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.data.sources.choose import OPEN, resolve_folders
 from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, ranks
 from fastmoco.machine.precision import choose_precision
@@ -37,7 +37,7 @@ def evaluation_parser(prog: str, description: str, *, positional: bool = False) 
         "--data.source",
         dest="source",
         default="folder",
-        choices=("folder", "list", "shards", "demo"),
+        choices=(*OPEN, "demo"),
     )
     view_options(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows of a forward pass")

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.experiments.grid import Grid, Options, merged
 from fastmoco.experiments.runs import Run, run_all
-from fastmoco.run.record import read_metrics
+from fastmoco.run.record import METRICS, read_metrics
 
 PLAN = "budget.json"
 TRIAL_STEPS = 12
@@ -96,7 +96,7 @@ def measured(run: Run) -> Cost:
     result = run.ended() or {}
     if result.get("code") != 0:
         raise ConfigError(f"the trial in {run.folder} failed: {result.get('sentence')}")
-    records = read_metrics(run.folder / "metrics.jsonl")
+    records = read_metrics(run.folder / METRICS)
     last = [r for r in records if r.kind == "train" and not r.warmup][-1]
     step = last.values["step_ms_p50"] / 1000
     start = max(0.0, float(result["seconds"]) - TRIAL_STEPS * step)

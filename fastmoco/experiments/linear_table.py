@@ -31,6 +31,7 @@ from fastmoco.evaluate.options import View, command
 from fastmoco.experiments.runs import environment
 from fastmoco.machine.cache import cache_folder
 from fastmoco.machine.ranks import World
+from fastmoco.run.record import METRICS
 
 ENCODERS = ("raw pixels", "untrained", "trained")
 
@@ -98,7 +99,7 @@ def measured(
     yield {"kind": "knn", **knn(given, trunk, world)}
     protocol = {"cached": False, "crops": 0, "lr": cached["lr_without_decay"], "out": beside}
     best = linear.full(argparse.Namespace(**common | protocol), trunk, world)
-    last = json.loads((beside / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((beside / METRICS).read_text().splitlines()[-1])
     shares = {"val_top1": last["val_top1"], "val_top5": last["val_top5"]}
     yield {**best, **shares, "best_top1": best["val_top1"]}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.experiments.grid import Grid, Point
 from fastmoco.experiments.runs import Plan, Run
-from fastmoco.run.record import Record, read_metrics, series
+from fastmoco.run.record import METRICS, Record, read_metrics, series
 
 PER_CENT = ("knn_top1", "pretext_top1", "pretext_top5")
 
@@ -57,7 +57,7 @@ def results(grid: Grid, plan: Plan) -> list[Result]:
             code, told = (ended or {}).get("code", 0), (ended or {}).get("sentence", "")
             failure = (str(told) or f"exit code {code}") if code else ""
             try:
-                records = read_metrics(run.folder / "metrics.jsonl")
+                records = read_metrics(run.folder / METRICS)
             except ConfigError:
                 records = []
             found.append(Result(point, seed, run, ended is not None, failure, records))

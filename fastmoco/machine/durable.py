@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_TO_READ = os.O_RDONLY
+for _name in ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK"):  # a FIFO would wait
+    _TO_READ |= getattr(os, _name, 0)
 
 
 def replace(path: Path, put: Callable[[Path], object]) -> None:
@@ -38,16 +50,32 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: str | Path) -> bytes:
-    """All of a regular file.
+def what_it_is(mode: int) -> str:
+    """The kind of something that is no regular file, from its `st_mode`."""
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def open_regular(path: str | Path) -> tuple[int, os.stat_result]:
+    """Descriptor and status of a regular file.
 
     Raises `OSError`, also for what has its name and would wait for ever or never end: a pipe, a
     device.
     """
-    descriptor = os.open(
-        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
+    descriptor = os.open(path, _TO_READ)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, f"{what_it_is(status.st_mode)}, not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor, status
+
+
+def read_regular(path: str | Path) -> bytes:
+    """All of a regular file. Raises `OSError` as `open_regular` does."""
+    descriptor, _ = open_regular(path)
     with os.fdopen(descriptor, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
         return opened.read()

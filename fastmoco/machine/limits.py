@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from fastmoco.machine.host import local_ranks
@@ -33,10 +32,10 @@ def files_left(needed: int) -> int | None:
 
     A limit that a process may raise by itself is raised first, as far as `needed` asks for.
     """
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return None
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _open_files() + needed + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

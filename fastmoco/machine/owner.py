@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from fastmoco.machine import durable
 
@@ -137,12 +136,7 @@ class Owner:
         threading.Thread(target=self._beat, name="owner", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._enabled and self.holds():
             with contextlib.suppress(OSError):

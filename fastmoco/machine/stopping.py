@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 REQUEUE = 75
@@ -56,12 +56,7 @@ class StopRequest:
                 signal.signal(number, self._ask)
         return self.made
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             # None: it was installed by something that is not Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

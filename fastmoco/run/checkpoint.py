@@ -15,7 +15,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -49,32 +48,8 @@ class NotSavedError(OSError):
     """The end of the run could not be written. The message is one sentence for the user."""
 
 
-def save(
-    folder: Path,
-    step: Step,
-    *,
-    steps: int,
-    epoch: int,
-    config: Config,
-    world: World,
-    data: Fingerprint | None = None,
-) -> str:
-    """Write a checkpoint after `steps` steps and point `latest.pth.tar` at it; call on every rank.
-
-    The weights in the file have the BN running statistics that are the mean over ranks; those of
-    each rank are beside them, so that a resumed run goes on exactly as this one does. The file
-    appears under its name only when it is complete and on the disk. `epoch` counts completed
-    epochs.
-
-    Returns, on every rank, an empty text, or why nothing was written: a full disk is no reason to
-    end a run, which may try again later. What older checkpoints hold is untouched then.
-    """
-    snapshot = _snapshot(folder, step, steps, epoch, config, world, data)
-    return gather_objects(snapshot.write() if snapshot else "", world)[0]
-
-
 @dataclass(frozen=True)
-class _Snapshot:
+class Snapshot:
     """A copy on the host of all that a checkpoint holds."""
 
     path: Path
@@ -83,23 +58,37 @@ class _Snapshot:
     copied: torch.cuda.Event | None
     """Copies from a GPU have arrived after it."""
 
+    records: int
+    """Bytes of metrics.jsonl then: what comes after them belongs to later steps."""
+
     def write(self) -> str:
-        """Why it could not be written, or an empty text."""
+        """Write it and point `latest.pth.tar` at it: an empty text, or why nothing was written.
+
+        The file appears under its name only when it is complete and on the disk. A full disk is no
+        reason to end a run, which may try again later; older checkpoints are untouched then.
+        """
         if self.copied is not None:
             self.copied.synchronize()
+        self.content[OURS][RECORDS] = _records(self.path.parent, self.records)
         return _write(self.path, self.content, self.config)
 
 
-def _snapshot(
+def snapshot(
     folder: Path,
     step: Step,
+    *,
     steps: int,
     epoch: int,
     config: Config,
     world: World,
-    data: Fingerprint | None,
-) -> _Snapshot | None:
-    """What `save` writes, on the main rank; call it on every one."""
+    data: Fingerprint | None = None,
+) -> Snapshot | None:
+    """A checkpoint after `steps` steps, on the main rank; call it on every one.
+
+    The weights in it have the BN running statistics that are the mean over ranks; those of each
+    rank are beside them, so that a resumed run goes on exactly as this one does. `epoch` counts
+    completed epochs.
+    """
     running = step.moco.running_statistics()
     of_ranks = all_gather(torch.cat([b.reshape(-1) for b in running])[None], world)
     with averaged(running, world):
@@ -117,7 +106,6 @@ def _snapshot(
                 "precision": step.precision.name,
                 "config": dump(config),
                 "running_statistics": copied(of_ranks),
-                RECORDS: _records_so_far(folder),
                 DATA: {name: torch.from_numpy(a) for name, a in vars(data).items()} if data else {},
             },
         }
@@ -128,7 +116,7 @@ def _snapshot(
             # that another stream would have nothing to do meanwhile. The host goes on at once.
             event = torch.cuda.Event()
             event.record()
-        return _Snapshot(path, content, config, event)
+        return Snapshot(path, content, config, event, _size(folder / METRICS))
 
 
 class Saver:
@@ -156,12 +144,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # A second signal wants the end at once, though not in the middle of a file that is nearly
         # there. What is left of one is swept by the next start.
         at_once = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
@@ -204,23 +187,28 @@ class Saver:
 
     def _begin(self, done: int) -> None:
         """Take a snapshot and let a thread write it."""
-        epoch = done // self._per_epoch
-        snapshot = _snapshot(
-            self._folder, self._step, done, epoch, self._config, self._world, self._data
+        found = snapshot(
+            self._folder,
+            self._step,
+            steps=done,
+            epoch=done // self._per_epoch,
+            config=self._config,
+            world=self._world,
+            data=self._data,
         )
         self._writing, self._owed, self._saved_at = True, False, time.monotonic()
-        if snapshot is not None:
+        if found is not None:
             self._reason = "the writing of the checkpoint ended without a word."
             self._thread = threading.Thread(
-                target=self._write, args=(snapshot,), name="checkpoint", daemon=True
+                target=self._write, args=(found,), name="checkpoint", daemon=True
             )
             self._thread.start()
 
-    def _write(self, snapshot: _Snapshot) -> None:
+    def _write(self, one: Snapshot) -> None:
         try:
-            self._reason = snapshot.write()
+            self._reason = one.write()
         except Exception as error:  # in a thread nobody else would tell
-            self._reason = f"{snapshot.path.name}: {type(error).__name__}: {error}."
+            self._reason = f"{one.path.name}: {type(error).__name__}: {error}."
 
     def _outcome(self, *, wait: bool) -> str:
         """Why the last write failed, on every rank; empty also while it goes on."""
@@ -256,9 +244,15 @@ def _write(path: Path, content: dict[str, Any], config: Config) -> str:
     return ""
 
 
-def _records_so_far(folder: Path) -> str:
+def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
-        return digest(folder / METRICS)
+        return path.stat().st_size
+    return 0
+
+
+def _records(folder: Path, size: int) -> str:
+    with contextlib.suppress(OSError):
+        return digest(folder / METRICS, size)
     return ""
 
 

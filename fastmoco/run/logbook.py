@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
@@ -20,7 +19,7 @@ from tensorboard.summary.writer.record_writer import (  # type: ignore[import-un
 from tqdm import tqdm
 
 from fastmoco.machine import durable
-from fastmoco.run.record import Record, read_records
+from fastmoco.run.record import METRICS, Record, read_records
 from fastmoco.weights import files
 
 
@@ -39,7 +38,7 @@ class Logbook:
         """Where records go besides the run directory, see `tracker.tracked`."""
         if not enabled:
             return
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         kept = _records_until(self._path, done)
         self._written = {(record.kind, record.step) for record in kept}
         self._unwritten: list[Record] = []
@@ -58,12 +57,7 @@ class Logbook:
     def __enter__(self) -> Logbook:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._write()
             self._bar.close()

@@ -17,7 +17,7 @@ from fastmoco.run.alarms import Watch
 from fastmoco.run.logbook import Logbook, train_line
 from fastmoco.run.metrics import Clock, Metrics, QueueChange, peak_memory_gib
 from fastmoco.run.page.html_report import NAME, write_report
-from fastmoco.run.record import WARMUP_STEPS, Record, read_metrics
+from fastmoco.run.record import METRICS, WARMUP_STEPS, Record, read_metrics
 
 # A demo that takes longer than this has gone wrong, and its user should not wait to find out.
 LONG_DEMO_S = 30 * 60
@@ -54,7 +54,7 @@ class Progress:
         keys_per_step = views * config.optim.global_batch_size
         self._queue_change = QueueChange(queue, keys_per_step, steps.start)
         self._watch, self._told = Watch(config), set[str]()
-        for record in _earlier(Path(config.run.dir) / "metrics.jsonl", steps.start):
+        for record in _earlier(Path(config.run.dir) / METRICS, steps.start):
             self._watch.see(record)
         self._clock = Clock(world.device)
         self._waited = 0.0

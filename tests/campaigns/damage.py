@@ -9,7 +9,6 @@ the weights of an undisturbed run; or the same run in every respect, as where a 
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -159,11 +158,7 @@ def plan(seed: int, cases: int) -> list[tuple[Target, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 if any damage did harm."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=-1, help="number of one case to repeat")
-    parser.add_argument("--keep", action="store_true", help="print what failed")
+    parser = runs.parser(__doc__, "--cases", 200)
     options = parser.parse_args(arguments)
     place = runs.begin(sys.argv)
     from tests.campaigns.campaign import Campaign
@@ -178,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = [f"{kind}: {text}" for text in wrong]
         table.add(target.name, wrong, again=f"--only {number}", outcome=outcome)
         if options.keep and (wrong or options.only == number):
-            print((place / f"case{number}" / "run.txt").read_text(errors="replace")[-6000:])
+            runs.show(place / f"case{number}" / "run.txt")
         runs.forget(place / f"case{number}")
     return table.close()
 

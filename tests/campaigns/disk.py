@@ -10,7 +10,6 @@ may be lost; the next life, on a good disk, ends as an undisturbed run.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import random
 import shutil
@@ -107,11 +106,7 @@ def suffer(campaign: Campaign, number: int, seed: int) -> tuple[str, str, list[s
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 if any run was not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=-1, help="number of one case to repeat")
-    parser.add_argument("--keep", action="store_true", help="print what failed")
+    parser = runs.parser(__doc__, "--cases", 50)
     options = parser.parse_args(arguments)
     place = runs.begin(sys.argv)
     from tests.campaigns.campaign import Campaign
@@ -124,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind, outcome, wrong = suffer(campaign, number, options.seed)
         table.add(kind, wrong, again=f"--only {number}", outcome=outcome)
         if wrong and options.keep:
-            print((place / f"run{number}.txt").read_text(errors="replace")[-6000:])
+            runs.show(place / f"run{number}.txt")
         campaign.forget(f"run{number}")
     return table.close()
 

@@ -8,7 +8,6 @@ or of the cache: before it opens, writes, flushes or renames something.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -72,12 +71,8 @@ def live(campaign: Campaign, plan: Plan, seconds: float) -> tuple[int, list[str]
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 if any run was not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="at least")
+    parser = runs.parser(__doc__, "--kills", 50)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=-1, help="number of one run to repeat")
-    parser.add_argument("--keep", action="store_true", help="print what failed")
     options = parser.parse_args(arguments)
     place = runs.begin(sys.argv)
     from tests.campaigns.campaign import Campaign
@@ -95,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         delivered += kills
         table.add(", ".join(how for how, _, _ in plan.kills), wrong, again=f"--only {plan.number}")
         if wrong and options.keep:
-            print((place / f"run{plan.number}.txt").read_text(errors="replace")[-6000:])
+            runs.show(place / f"run{plan.number}.txt")
         campaign.forget(f"run{plan.number}")
     print(f"{delivered} kills were delivered on {options.ranks} rank(s)")
     return table.close()

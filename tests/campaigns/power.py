@@ -9,7 +9,6 @@ second run is recorded again after that, and loses power a second time.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -64,10 +63,7 @@ def lose(campaign: Campaign, number: int, seed: int) -> tuple[str, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 if any run was not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moments", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=-1, help="number of one run to repeat")
+    parser = runs.parser(__doc__, "--moments", 50)
     options = parser.parse_args(arguments)
     place = runs.begin(sys.argv)
     from tests.campaigns.campaign import Campaign
@@ -78,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in range(options.moments) if options.only < 0 else [options.only]:
         how, wrong = lose(campaign, number, options.seed)
         table.add(f"of what was not flushed: {how}", wrong, again=f"--only {number}")
+        if wrong and options.keep:
+            runs.show(place / f"run{number}.txt")
         campaign.forget(f"run{number}")
     return table.close()
 

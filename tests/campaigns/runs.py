@@ -6,6 +6,7 @@ itself anew with `disk_faults.c` below it, which is off until a run asks for it.
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import ctypes
 import os
@@ -239,3 +240,18 @@ def settled(before: set[str], patience_s: float = 60.0) -> set[str]:
 def forget(folder: Path) -> None:
     """Delete a run directory: a campaign makes many."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def parser(description: str | None, number: str, default: int) -> argparse.ArgumentParser:
+    """The command line of a campaign; `number`: the option that says how many."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument(number, type=int, default=default, help="how many, at least")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--only", type=int, default=-1, help="number of one to repeat")
+    made.add_argument("--keep", action="store_true", help="print what a failed one has printed")
+    return made
+
+
+def show(output: Path) -> None:
+    """The last lines of what a run has printed."""
+    print(output.read_text(errors="replace")[-6000:])

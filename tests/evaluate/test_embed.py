@@ -93,7 +93,7 @@ def test_features_are_those_of_knn_and_linear_bit_for_bit(
     assert np.array_equal(linear[0, good].numpy(), features)
 
 
-def test_list_and_shards_give_the_same_features(
+def test_lists_shards_and_tables_give_the_same_features(
     checkpoint: Path, images: Path, tmp_path: Path
 ) -> None:
     listed = tmp_path / "list.txt"
@@ -111,6 +111,15 @@ def test_list_and_shards_give_the_same_features(
     names, sharded = table(tmp_path / "t.npz")
     assert names == [f"0.tar:{name}" for name in NAMES]
     assert np.array_equal(sharded, features)
+    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra parquet is not installed")
+    data = {"image": [(images / name).read_bytes() for name in NAMES]}
+    parquet.write_table(pa.table(data), tmp_path / "0.parquet")
+    asked = ("--data.source", "parquet")
+    assert run(checkpoint, tmp_path / "0.parquet", tmp_path / "p.npz", *asked) == 0
+    names, columnar = table(tmp_path / "p.npz")
+    assert names == [f"0.parquet:row {row}" for row in range(len(NAMES))]
+    assert np.array_equal(columnar, features)
 
 
 def test_csv_and_parquet_hold_the_same_numbers(

@@ -15,9 +15,10 @@ from fastmoco.method.agreement import require_one_precision
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
-from fastmoco.run import checkpoint, resuming
+from fastmoco.run import resuming
 from fastmoco_kernels import processor
 from tests.support.ranks import Ranks
+from tests.support.saved import save
 from tests.support.tiny import ONE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -131,7 +132,7 @@ def test_auto_that_means_another_type_on_resume_goes_on_with_a_warning(
     auto = config(tmp_path, "auto")
     saved = build(auto, ZEN5, monkeypatch)
     assert saved.precision.name == "bf16"
-    checkpoint.save(tmp_path, saved, steps=3, epoch=0, config=auto, world=start("cpu", 60))
+    save(tmp_path, saved, steps=3, epoch=0, config=auto, world=start("cpu", 60))
     found = resuming.read(tmp_path / "latest.pth.tar")
     same = resuming.resume(found, build(auto, ZEN5, monkeypatch), auto, 10, ONE)
     assert same == resuming.Resumed(3)

@@ -18,7 +18,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
-from fastmoco.run import checkpoint
+from tests.support import saved
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -85,7 +85,7 @@ def save() -> Callable[[Path, Step, int], Path]:
     """Writes a checkpoint of a step into a folder; its path."""
 
     def write(folder: Path, step: Step, epoch: int) -> Path:
-        checkpoint.save(folder, step, steps=6 * epoch, epoch=epoch, config=CONFIG, world=ONE)
+        saved.save(folder, step, steps=6 * epoch, epoch=epoch, config=CONFIG, world=ONE)
         return (folder / "latest.pth.tar").resolve()
 
     return write

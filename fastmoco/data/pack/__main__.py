@@ -35,9 +35,10 @@ from fastmoco.data.pixels.rule import BadImage, PixelRule
 from fastmoco.data.reader import read_sample
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.image_list import read_list
+from fastmoco.data.sources.listing import read_file
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
-from fastmoco.data.sources.tables.labels import is_table, labelled_table
+from fastmoco.data.sources.tables.labels import is_table, labels_in
 from fastmoco.machine import durable
 
 NOTE = "pack.json"
@@ -60,6 +61,19 @@ def _packed(source: Source, sample: int, size: Size, rule: PixelRule) -> Packed:
     except BadImage as bad:
         return Packed(b"", "", 0, 0, (0, 0), False, str(bad))
     return shrink(data, size, rule)
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a pack that was begun says of itself. Raises `ConfigError` where it says nothing."""
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(read_file(str(note)))
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{note} is damaged, so that nobody knows which pack was begun there: choose another "
+            "folder for --out, or delete this one."
+        )
+    return found
 
 
 class Pack:
@@ -88,7 +102,7 @@ class Pack:
         }
         note = self.out / NOTE
         if note.exists():
-            found = json.loads(note.read_text())
+            found = _noted(note)
             other = [name for name in mine if found.get(name) != mine[name]]
             if other:
                 told = ", ".join(f"{n} {found.get(n)} there, {mine[n]} here" for n in other)
@@ -143,7 +157,7 @@ def _describer(config: Config, source: Source) -> Callable[[int], Line]:
     labels = read_list(root).labels if listed else None
     if config.data.source in ("parquet", "arrow") and is_table(config.data.root):
         with contextlib.suppress(ConfigError):  # no column of labels
-            _, numbers, names = labelled_table(config.data.root, config.data.max_pixels)
+            numbers, names = labels_in(config.data.root, len(source.sizes))
             labels = [names[number] for number in numbers]
     inside = root if root.is_dir() else root.parent
 

@@ -51,6 +51,8 @@ RGB8 = PixelRule()
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises `BadImage` for an image of more than max_pixels pixels."""
+    """Raises `BadImage` for an image without pixels or of more than max_pixels."""
+    if min(size) < 1:  # as tifffile reads a TIFF that has no tags
+        raise BadImage(f"{size[0]} x {size[1]} pixels")
     if size[0] * size[1] > max_pixels:
         raise BadImage(f"{size[0]} x {size[1]} pixels exceed data.max_pixels {max_pixels}")

@@ -27,9 +27,10 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as bound
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ class Index:
         where = {int(sample): f"{line}: " for sample, line in self.facts.get("where", {}).items()}
         reasons = {int(sample): reason for sample, reason in self.facts.get("bad", {}).items()}
         return {sample: where.get(sample, "") + why for sample, why in reasons.items()}
+
+
+def starts_of(counts: Sequence[int]) -> list[int]:
+    """Number of the first sample of each part, when parts of these sizes follow each other."""
+    return [0, *accumulate(counts)][: len(counts)]
+
+
+def bad_of(starts: Sequence[int], bad: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """The bad samples of parts that begin at these numbers, under their numbers in the whole."""
+    return {
+        start + sample: why
+        for start, part in zip(starts, bad, strict=True)
+        for sample, why in part.items()
+    }
 
 
 class Indexed:

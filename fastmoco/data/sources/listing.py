@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 
 from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.machine import durable
 
 # Of macOS, Windows, Synology and QNAP, Linux; in lower case.
 _LEFT_BEHIND = frozenset(
@@ -38,13 +38,6 @@ _SPARSE_FROM, _SPARSE_SHARE = 1 << 24, 64
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,7}$|\.[0-9][a-z0-9]{0,3}$")
 # Kernels stamp files with the time of the last clock tick, of which there are 100 or more a second.
 _TICK_S = 0.02
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 def is_hidden(name: str) -> bool:
@@ -73,11 +66,6 @@ def starts_like_image(head: bytes) -> bool:
     return avif or head.startswith(_STARTS) or _NETPBM.match(head) is not None
 
 
-def what_it_is(mode: int) -> str:
-    """The kind of something that is no regular file, from its `st_mode`."""
-    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
-
-
 def suffix_of(name: str) -> str:
     """How a name ends, in lower case; `none` where nothing like a suffix does."""
     found = _SUFFIX.search(name.lower())
@@ -101,21 +89,13 @@ def first_names(names: Iterable[str], most: int = 3) -> str:
 
 def open_regular(path: str) -> FileIO:
     """The file, unbuffered. Raises `OSError` for what would wait for ever or never end."""
-    file = _open(path)
-    try:
-        _require_regular(os.fstat(file))
-    except OSError:
-        os.close(file)
-        raise
-    return FileIO(file, "rb")
+    return FileIO(_open(path)[0], "rb")
 
 
 def read_file(path: str) -> bytes:
     """All bytes of a regular file. Raises `OSError` as `open_regular` does."""
-    file = _open(path)
+    file, status = _open(path)
     try:
-        status = os.fstat(file)
-        _require_regular(status)
         # One read of the known size: `FileIO.read` asks twice more, a quarter of the time.
         data = os.read(file, status.st_size)
         while len(data) < status.st_size and (more := os.read(file, status.st_size - len(data))):
@@ -125,18 +105,13 @@ def read_file(path: str) -> bytes:
         os.close(file)
 
 
-def _open(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait
-
-
-def _require_regular(status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "Is a directory")
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, f"{what_it_is(status.st_mode)}, not a regular file")
+def _open(path: str) -> tuple[int, os.stat_result]:
+    file, status = durable.open_regular(path)
     size, on_disk = status.st_size, status.st_blocks * 512
     if size >= _SPARSE_FROM and on_disk * _SPARSE_SHARE < size:
+        os.close(file)
         raise OSError(errno.EFBIG, f"sparse: {on_disk:,} of its {size:,} bytes are on the disk")
+    return file, status
 
 
 def is_image_file(path: str) -> bool:
@@ -280,7 +255,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_file():  # without a system call, except for links
             return "file"
-        return "folder" if entry.is_dir() else what_it_is(entry.stat().st_mode)
+        return "folder" if entry.is_dir() else durable.what_it_is(entry.stat().st_mode)
     except OSError:
         return "lost"
 

@@ -119,7 +119,27 @@ def in_parallel(*, many: bool) -> Iterator[Executor]:
 
 def _processes(workers: int) -> Executor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, _ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, context, _ignore_interrupts)
+    with _interrupts_held():  # started here, all processes hold them from their first moment
+        for _ in range(workers):
+            pool.submit(int)
+    return pool
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; for processes that are started in it, for ever.
+
+    Their imports take seconds on a busy machine, and would end in a traceback each.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cores() -> int:

@@ -27,10 +27,12 @@ from fastmoco.data.decode import BadImage, image_size
 from fastmoco.data.sources.index import (
     Index,
     Indexed,
+    bad_of,
     kept_index,
     load_index,
     require_readable,
     save_index,
+    starts_of,
 )
 from fastmoco.data.sources.listing import (
     Passed,
@@ -215,12 +217,6 @@ def _join(shards: Sequence[Path], max_pixels: int, *, any_name: bool, rescan: bo
 def joined(shards: Sequence[str], parts: Sequence[Index], *, any_name: bool) -> Index:
     """One index of all shards from the index of each."""
     counts = [len(part.sizes) for part in parts]
-    first = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist()
-    bad = {
-        start + sample: why
-        for start, part in zip(first, parts, strict=True)
-        for sample, why in part.bad.items()
-    }
     arrays = {
         name: np.concatenate([part.arrays[name] for part in parts])
         for name in ("sizes", "offsets", "lengths")
@@ -229,7 +225,7 @@ def joined(shards: Sequence[str], parts: Sequence[Index], *, any_name: bool) -> 
     facts = {
         "shards": list(shards),
         "counts": counts,
-        "bad": bad,
+        "bad": bad_of(starts_of(counts), [part.bad for part in parts]),
         "any_name": any_name,
         "notes": _notes(parts),
         "warnings": [part.facts["end"] for part in parts if part.facts.get("end")],

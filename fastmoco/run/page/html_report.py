@@ -17,6 +17,7 @@ from fastmoco.machine import durable
 from fastmoco.run.alarms import Alarm, Watch
 from fastmoco.run.page.svg_plot import Level, Line, level_swatch, number, plot, swatch
 from fastmoco.run.record import (
+    METRICS,
     WARMUP_STEPS,
     Record,
     knn_summary,
@@ -170,7 +171,7 @@ class RunRecords:
 
 def read_run(folder: Path, name: str = "") -> RunRecords:
     """Raises `ConfigError` where the folder holds no run."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / METRICS)
     return RunRecords(folder, name or folder.resolve().name, records)
 
 
@@ -240,7 +241,7 @@ def _pictures(pictures: Sequence[Picture]) -> str:
 
 
 def _sentences(run: RunRecords, index: int, several: bool) -> str:
-    metrics = run.folder / "metrics.jsonl"
+    metrics = run.folder / METRICS
     look = f"{swatch(index)} <b>{escape(run.name)}</b><br>" if several else ""
     lines = [train_summary(metrics), knn_summary(metrics)]
     return f'<p class="summary">{look}{"<br>".join(map(_words, lines))}</p>'

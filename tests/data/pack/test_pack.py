@@ -245,6 +245,25 @@ def test_what_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "none can be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, None],
+    ids=["empty", "cut", "a list", "no text", "deep", "a folder"],
+)
+def test_a_damaged_note_of_a_pack_is_a_sentence(
+    content: bytes | None, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = tmp_path / "pack" / pack.NOTE
+    note.parent.mkdir()
+    if content is None:
+        note.mkdir()
+    else:
+        note.write_bytes(content)
+    assert run(images, note.parent) == 2
+    assert f"{note} is damaged" in capsys.readouterr().err
+    assert list(note.parent.iterdir()) == [note]
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_rows_of_a_table_keep_their_labels(tmp_path: Path, labelled: bool) -> None:
     pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")

@@ -203,3 +203,14 @@ def test_without_tifffile_the_command_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadImage, match=r"pip install 'fastmoco\[tiff\]'"):
         decode_deep(tiff(drawn(np.uint16, H, W)), replace(GRAY, intensity=(0.0, 1.0)))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tifffile") is None, reason="the extra tiff is not installed"
+)
+def test_a_tiff_without_tags_has_no_pixels_and_is_bad() -> None:
+    data = b"II*\0\x08\0\0\0" + bytes(8)
+    with pytest.raises(BadImage):
+        image_size(data, 10**8)
+    with pytest.raises(BadImage):
+        decode_deep(data, PixelRule(channels=1))

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import BadImage
 from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.shards import ShardSource, joined, stamp
 from fastmoco.data.sources.tables.columns import (
+    Measured,
     encoded,
     image_column,
-    measured,
     pyarrow,
+    reason,
     table_files,
 )
 
@@ -77,8 +77,7 @@ def arrow_batches(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _damaged(path: Path, error: BaseException) -> ConfigError:
-    why = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")[:200]
-    return ConfigError(f"{path} cannot be read as Arrow ({why}): fetch it again.")
+    return ConfigError(f"{path} cannot be read as Arrow ({reason(error)}): fetch it again.")
 
 
 def _scan(files: list[Path], max_pixels: int) -> Index:
@@ -95,28 +94,21 @@ def scan_arrow(path: Path, max_pixels: int) -> Index:
     whole, schema, batches = arrow_batches(path)
     column = image_column(schema, path)
     places: list[NDArray[np.int64]] = [np.zeros((0, 2), np.int64)]
-    sizes: list[tuple[int, int]] = []
-    bad: dict[int, str] = {}
+    measured = Measured(max_pixels)
     try:
         for batch in batches:
             values = encoded(batch.column(column.name), column)
             places.append(_places(values, whole.address, whole.size, path))
-            for value in values:
-                data = memoryview(value.as_buffer()) if value.is_valid else None
-                try:
-                    sizes.append(measured(data, max_pixels))
-                except BadImage as error:
-                    bad[len(sizes)] = str(error)
-                    sizes.append((0, 0))
+            measured.add(values)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
     found = np.concatenate(places)
     arrays: dict[str, NDArray[Any]] = {
-        "sizes": np.array(sizes, np.int32).reshape(-1, 2),
+        "sizes": measured.sizes,
         "offsets": found[:, 0],
         "lengths": found[:, 1].astype(np.uint32),
     }
-    return Index(arrays, {"bad": bad})
+    return Index(arrays, {"bad": measured.bad})
 
 
 def _places(values: Any, start: int, size: int, path: Path) -> NDArray[np.int64]:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastmoco.config import ConfigError
 from fastmoco.config.paths import matching
 from fastmoco.data.decode import BadImage, image_size
@@ -153,7 +156,32 @@ def labels_of(
     return numbered([str(value) for value in values])
 
 
-def measured(data: memoryview | None, max_pixels: int) -> tuple[int, int]:
+class Measured:
+    """What the bytes of images say, a value of a column after the other."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels, self._found = max_pixels, list[tuple[int, int]]()
+        self.lengths: list[int] = []
+        self.bad: dict[int, str] = {}
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(n, 2): width and height; 0 where an image is bad."""
+        return np.array(self._found, np.int32).reshape(-1, 2)
+
+    def add(self, values: Any) -> None:
+        """Measure an array of encoded images."""
+        for value in values:
+            data = memoryview(value.as_buffer()) if value.is_valid else None
+            self.lengths.append(len(data or b""))
+            try:
+                size = _size_of(data, self._max_pixels)
+            except BadImage as error:
+                self.bad[len(self._found)], size = str(error), (0, 0)
+            self._found.append(size)
+
+
+def _size_of(data: memoryview | None, max_pixels: int) -> tuple[int, int]:
     """Width and height of encoded bytes. Raises `BadImage`."""
     if data is None:
         raise BadImage(NULL)
@@ -164,6 +192,11 @@ def measured(data: memoryview | None, max_pixels: int) -> tuple[int, int]:
         if len(data) <= HEAD or not starts_like_image(head):
             raise
         return image_size(bytes(data), max_pixels)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what pyarrow or the system says."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")[:200]
 
 
 def encoded(array: Any, column: Column) -> Any:

@@ -39,13 +39,18 @@ def _suffix(root: str) -> str:
 
 def labelled_table(root: str, max_pixels: int) -> tuple[Source, list[int], list[str]]:
     """The images, the label of each row, and the class names. Raises `ConfigError`."""
-    suffix = _suffix(root)
-    parquet = suffix == ".parquet"
+    parquet = _suffix(root) == ".parquet"
     source = open_parquet(root, max_pixels) if parquet else open_arrow(root, max_pixels)
+    return source, *labels_in(root, len(source.sizes))
+
+
+def labels_in(root: str, images: int) -> tuple[list[int], list[str]]:
+    """The label of each of so many rows, and the class names. Raises `ConfigError`."""
+    suffix = _suffix(root)
     values: list[object] = []
     names: list[str] = []
     for file in table_files(root, suffix):
-        if parquet:
+        if suffix == ".parquet":
             table = parquet_file(file)
             column, names = label_column(table.schema_arrow, file)
             values += table.read(columns=[column]).column(0).to_pylist()
@@ -54,6 +59,6 @@ def labelled_table(root: str, max_pixels: int) -> tuple[Source, list[int], list[
             column, names = label_column(schema, file)
             for batch in batches:
                 values += batch.column(column).to_pylist()
-    if len(values) != len(source.sizes):
-        raise ConfigError(f"{root} has {len(values)} labels for {len(source.sizes)} images.")
-    return source, *labels_of(values, names, Path(root))
+    if len(values) != images:
+        raise ConfigError(f"{root} has {len(values)} labels for {images} images.")
+    return labels_of(values, names, Path(root))

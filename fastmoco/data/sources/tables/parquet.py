@@ -23,18 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
-from fastmoco.data.decode import BadImage
-from fastmoco.data.sources.index import Index, Indexed, kept_index, require_readable
+from fastmoco.data.sources.index import (
+    Index,
+    Indexed,
+    bad_of,
+    kept_index,
+    require_readable,
+    starts_of,
+)
 from fastmoco.data.sources.listing import stamp_of
 from fastmoco.data.sources.measure import CHUNK, in_order, in_parallel, progress
 from fastmoco.data.sources.shards import stamp
 from fastmoco.data.sources.tables.columns import (
     NULL,
     Column,
+    Measured,
     encoded,
     image_column,
-    measured,
     pyarrow,
+    reason,
     table_files,
 )
 
@@ -95,7 +102,7 @@ class ParquetSource(Indexed):
                 self._files[path] = pyarrow("parquet").ParquetFile(path)
             return _values(self._files[path], number, column)
         except (pyarrow("").ArrowException, IndexError) as error:
-            raise OSError(errno.EIO, f"row group {number} is damaged: {_first(error)}") from error
+            raise OSError(errno.EIO, f"row group {number} is damaged: {reason(error)}") from error
 
     def _path(self, file: int) -> str:
         """The local file of a number."""
@@ -160,12 +167,8 @@ def parquet_file(path: Path) -> Any:
         return pyarrow("parquet").ParquetFile(str(path))
     except (pyarrow("").ArrowException, OSError) as error:
         raise ConfigError(
-            f"{path} cannot be read as Parquet ({_first(error)}): fetch it again."
+            f"{path} cannot be read as Parquet ({reason(error)}): fetch it again."
         ) from error
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")[:200]
 
 
 def _values(file: Any, group: int, column: Column) -> Any:
@@ -201,12 +204,7 @@ def scan_parquet(files: list[Path], max_pixels: int) -> Index:
     with in_parallel(many=size > _PROCESSES_FROM) as pool:
         work = in_order(pool, partial(_measure, max_pixels=max_pixels), tasks)
         parts = list(progress(work, lambda part: len(part[0]), "index", sum(counts)))
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist() if counts else []
-    bad = {
-        start + row: why
-        for start, (_, _, found_bad) in zip(starts, parts, strict=True)
-        for row, why in found_bad.items()
-    }
+    bad = bad_of(starts_of(counts), [part[2] for part in parts])
     arrays: dict[str, NDArray[Any]] = {
         "sizes": np.concatenate([np.zeros((0, 2), np.int32), *(part[0] for part in parts)]),
         "lengths": np.concatenate([np.zeros(0, np.uint32), *(part[1] for part in parts)]),
@@ -220,16 +218,14 @@ def joined(files: Sequence[str], parts: Sequence[Index]) -> Index:
     """One index of files from the index of each. Raises `ConfigError` for different columns."""
     if len({tuple(part.facts["column"]) for part in parts}) > 1:
         raise ConfigError(f"{files[0]} and others have other columns of images: name one set.")
-    first = np.concatenate(([0], np.cumsum([len(part.sizes) for part in parts])[:-1])).tolist()
+    first = starts_of([len(part.sizes) for part in parts])
     numbered = enumerate(parts)
     facts = {
         "files": list(files),
         "first": first,
         "groups": [(n, group) for n, part in numbered for _, group in part.facts["groups"]],
         "counts": [count for part in parts for count in part.facts["counts"]],
-        "bad": {
-            at + n: why for at, p in zip(first, parts, strict=True) for n, why in p.bad.items()
-        },
+        "bad": bad_of(first, [part.bad for part in parts]),
         "column": parts[0].facts["column"],
         "largest": max(part.facts["largest"] for part in parts),
     }
@@ -246,21 +242,14 @@ def _measure(
 ) -> tuple[NDArray[np.int32], NDArray[np.uint32], dict[int, str]]:
     """Sizes, lengths and reasons of the bad ones of a row group, in batches of a few rows."""
     path, group, column = task
-    sizes, lengths, bad = list[tuple[int, int]](), list[int](), dict[int, str]()
+    values = Measured(max_pixels)
     try:
         file = pyarrow("parquet").ParquetFile(path)
         batches = file.iter_batches(CHUNK, [group], columns=[column.path], use_threads=False)
         for batch in batches:
-            for value in encoded(batch.column(0), column):
-                data = memoryview(value.as_buffer()) if value.is_valid else None
-                lengths.append(len(data or b""))
-                try:
-                    sizes.append(measured(data, max_pixels))
-                except BadImage as error:
-                    bad[len(sizes)] = str(error)
-                    sizes.append((0, 0))
+            values.add(encoded(batch.column(0), column))
     except (pyarrow("").ArrowException, OSError) as error:
         raise ConfigError(
-            f"{path} is damaged in row group {group} ({_first(error)}): fetch it again."
+            f"{path} is damaged in row group {group} ({reason(error)}): fetch it again."
         ) from error
-    return np.array(sizes, np.int32).reshape(-1, 2), np.array(lengths, np.uint32), bad
+    return values.sizes, np.array(values.lengths, np.uint32), values.bad
