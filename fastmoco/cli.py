@@ -42,6 +42,11 @@ VERBS = {
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
     ),
+    "shapes": Verb(
+        "fastmoco.transfer.datasets.write_shapes",
+        "draw a set to try detection and segmentation on",
+        words=("--out", "--photographs", "--pretrain"),
+    ),
     "pack": Verb(
         "fastmoco.data.pack.__main__",
         "lay images into tar shards, no larger than training needs",

@@ -194,7 +194,7 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_refused() -> None:
         evaluate_boxes([nothing] * len(data), empty)
 
 
-def one_class(boxes: list[list[float]], difficult: list[int], *, style: str = "voc") -> Detections:
+def one_class(boxes: list[list[float]], difficult: list[int]) -> Detections:
     """A picture for each object, with a box x y width height."""
     sides = {"width": 1000, "height": 1000}
     content = {
@@ -208,7 +208,7 @@ def one_class(boxes: list[list[float]], difficult: list[int], *, style: str = "v
             for i, (box, hard) in enumerate(zip(boxes, difficult, strict=True))
         ],
     }
-    return Detections("v", content, lambda _: torch.zeros(0), style=style)
+    return Detections("v", content, lambda _: torch.zeros(0), style="voc")
 
 
 def found(*rows: tuple[list[float], float]) -> dict[str, torch.Tensor]:

@@ -127,6 +127,16 @@ def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path: Path) -> None:
     assert detection_set(write(tmp_path, what), "val").with_objects() == []
 
 
+def test_targets_need_none_of_the_dictionaries_that_processes_would_copy(tmp_path: Path) -> None:
+    data = detection_set(write(tmp_path, content()), "val", masks=True, keypoints=True)
+    whole = [data.target(i) for i in range(3)]
+    data.coco = None
+    for target, again in zip(whole, map(data.target, range(3)), strict=True):
+        assert target.keys() == again.keys()
+        names = [name for name in target if name != "image_id"]
+        assert all(torch.equal(target[name], again[name]) for name in names)
+
+
 def test_defaults_are_those_of_the_box(tmp_path: Path) -> None:
     what = content()
     del what["annotations"][0]["area"], what["annotations"][0]["iscrowd"]

@@ -203,7 +203,7 @@ def test_broken_labels_are_refused_by_name(tmp_path: Path) -> None:
         segmentation_set(str(tmp_path), "train")[0]
     Image.new("RGB", (40, 30)).save(path)
     with pytest.raises(ConfigError, match=r"a\.png is of the mode RGB"):
-        segmentation_set(str(tmp_path), "train")
+        segmentation_set(str(tmp_path), "train")[0]
     path.unlink()
     with pytest.raises(ConfigError, match=r"has no a\.png, which the list train names"):
         segmentation_set(str(tmp_path), "train")

@@ -45,7 +45,7 @@ def read_coco(root: Path, split: str, parts: Parts = Parts()) -> Detections:  # 
     paths = [folder / image["file_name"] for image in content["images"]]
     _check_pictures(paths, file)
     sizes = [(image["width"], image["height"]) for image in content["images"]]
-    return Detections(f"COCO {name}", content, PictureFiles(paths, sizes), parts=parts)
+    return Detections(f"COCO {name}", content, PictureFiles(paths, sizes.__getitem__), parts=parts)
 
 
 def load(file: Path) -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 from fastmoco.config import ConfigError
 from fastmoco.transfer.datasets.detection import Parts
 
@@ -42,9 +44,11 @@ def check_content(content: Any, file: Path, parts: Parts) -> Row:
     for image in images.values():
         _check_image(image, file)
     points = _check_categories(categories.values(), file, parts)
-    for number, one in enumerate(content["annotations"], start=1):
+    rows = tqdm(content["annotations"], f"check {file.name}", leave=False, disable=None)
+    for number, one in enumerate(rows, start=1):
         _check_annotation(one, images, categories, points, file, parts)
         one["id"] = number
+        one.pop("difficult", None)  # VOC's flag: pycocotools would score such an object
     return content
 
 
@@ -148,6 +152,14 @@ def _finite(values: Any, count: int = 0) -> bool:
     )
 
 
+def _numbers(values: Any) -> bool:
+    """Whether it is a list of numbers without NaN: quick, as COCO has 30 million of polygons."""
+    try:
+        return isinstance(values, list) and abs(sum(values)) < 1e12
+    except (TypeError, ArithmeticError):
+        return False
+
+
 def _check_box(one: Row, image: Row, refuse: Refuse) -> None:
     box: Any = one.get("bbox")
     if not _finite(box, 4):
@@ -180,7 +192,7 @@ def _check_mask(segmentation: Any, image: Row, refuse: Refuse) -> None:
     if not isinstance(segmentation, list) or not segmentation:
         refuse(f"has the segmentation {segmentation!r}: give polygons or run lengths for masks")
     for polygon in segmentation:
-        if not _finite(polygon) or len(polygon) < 6 or len(polygon) % 2:
+        if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
             refuse("has a polygon that is no list of three or more pairs of numbers: remove it")
         for values, side in ((polygon[::2], width), (polygon[1::2], height)):
             if min(values) < -side or max(values) > 2 * side:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         picture: Callable[[int], Tensor],
         *,
         parts: Parts = Parts(),  # noqa: B008  (a tuple: nobody can change it)
-        style: str = "coco",
+        style: Literal["coco", "voc"] = "coco",
     ) -> None:
         """content: COCO's dictionary, which `check_content` has passed. picture: image of item i.
 
@@ -94,6 +95,11 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         )
         self._picture = picture
         self._label = {category: i + 1 for i, category in enumerate(self.category_ids)}
+        # Reader processes share memory until they count a reference: each of them would end with
+        # dictionaries of its own, gigabytes of COCO. They read these bytes instead.
+        records = [self._record(image_id) for image_id in self.image_ids]
+        self._ends = np.cumsum([0, *map(len, records)])
+        self._records = b"".join(records)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -111,41 +117,49 @@ class Detections(Dataset[tuple[Tensor, Target]]):
 
     def with_objects(self) -> list[int]:
         """Numbers of the pictures that a detector can learn objects from."""
-        return [i for i in range(len(self)) if any(not o["iscrowd"] for o, _ in self._kept(i))]
+        objects = (self._read(i)[2] for i in range(len(self)))
+        return [i for i, some in enumerate(objects) if any(not one["iscrowd"] for one in some)]
 
     def target(self, number: int) -> Target:
         """The target of item `number`, without its picture."""
-        kept = self._kept(number)
-        objects = [one for one, _ in kept]
+        width, height, objects = self._read(number)
+        boxes = [one["bbox"] for one in objects]
         target: Target = {
-            "boxes": torch.tensor([box for _, box in kept], dtype=torch.float32).reshape(-1, 4),
+            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": _integers(self._label[one["category_id"]] for one in objects),
             "image_id": self.image_ids[number],
             "area": torch.tensor([one["area"] for one in objects], dtype=torch.float32),
             "iscrowd": _integers(one["iscrowd"] for one in objects),
-            "difficult": torch.tensor(
-                [bool(one.get("difficult")) for one in objects], dtype=torch.bool
-            ),
+            "difficult": torch.tensor([one["difficult"] for one in objects], dtype=torch.bool),
         }
         if self.parts.masks:
-            image = self.coco.imgs[self.image_ids[number]]
-            masks = np.zeros((len(objects), image["height"], image["width"]), np.uint8)
+            masks = np.zeros((len(objects), height, width), np.uint8)
             for mask, one in zip(masks, objects, strict=True):
-                mask[:] = self.coco.annToMask(one)
+                mask[:] = drawn_mask(one["segmentation"], width, height)
             target["masks"] = torch.from_numpy(masks)
         if self.parts.keypoints:
-            unknown = [0.0] * (3 * len(self.keypoint_names))
-            points = [one.get("keypoints") or unknown for one in objects]
+            points = [one["keypoints"] for one in objects]
             shape = (len(objects), len(self.keypoint_names), 3)
             target["keypoints"] = torch.tensor(points, dtype=torch.float32).reshape(shape)
         return target
 
-    def _kept(self, number: int) -> list[tuple[dict[str, Any], list[float]]]:
-        """Objects of a picture with their clipped boxes, without those that are empty then."""
-        image = self.coco.imgs[self.image_ids[number]]
-        found = self.coco.imgToAnns.get(self.image_ids[number], [])
-        boxes = [clipped(one["bbox"], image["width"], image["height"]) for one in found]
-        return [pair for pair in zip(found, boxes, strict=True) if not is_empty(pair[1])]
+    def _record(self, image_id: int) -> bytes:
+        """Width and height of a picture, and its objects as targets need them."""
+        image = self.coco.imgs[image_id]
+        names = ["category_id", "area", "iscrowd", *("segmentation",) * self.parts.masks]
+        names += ["keypoints"] * self.parts.keypoints
+        objects = []
+        for one in self.coco.imgToAnns.get(image_id, []):
+            box = clipped(one["bbox"], image["width"], image["height"])
+            if not is_empty(box):
+                flags = {"difficult": bool(one.get("difficult")), "bbox": box}
+                objects.append({name: one[name] for name in names} | flags)
+        return pickle.dumps((image["width"], image["height"], objects))
+
+    def _read(self, number: int) -> tuple[int, int, list[dict[str, Any]]]:
+        start, end = self._ends[number : number + 2]
+        record: tuple[int, int, list[dict[str, Any]]] = pickle.loads(self._records[start:end])
+        return record
 
 
 def clipped(box: Sequence[float], width: int, height: int) -> list[float]:
@@ -167,6 +181,16 @@ def indexed(content: dict[str, Any]) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def drawn_mask(segmentation: Any, width: int, height: int) -> np.ndarray:
+    """Polygons, or run lengths, as uint8 (H, W) of 0 and 1; `COCO.annToMask` does the same."""
+    api = pycocotools().mask
+    if isinstance(segmentation, list):
+        segmentation = api.merge(api.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = api.frPyObjects(segmentation, height, width)
+    return np.asarray(api.decode(segmentation))
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

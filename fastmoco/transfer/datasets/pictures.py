@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +37,16 @@ def picture_of(stem: str, names: set[str], folder: Path) -> Path:
 class PictureFiles:
     """Calls with a number give the picture as uint8 (3, H, W).
 
-    paths: where each picture is. sizes: (width, height) that the annotations are about.
+    paths: where each picture is. size: (width, height) that the annotations of one are about.
 
     EXIF orientations are not applied: annotations are about the stored pixels, as torchvision and
-    pycocotools read them. A picture whose size differs from `sizes` is refused, which also finds
-    those whose annotations are about the turned picture. Raises `ConfigError` for such a picture,
+    pycocotools read them. A picture of another size is refused, which also finds those whose
+    annotations are about the turned picture. Raises `ConfigError` for such a picture,
     and for one that cannot be read or decoded.
     """
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:
-        self.paths, self.sizes = list(paths), list(sizes)
+    def __init__(self, paths: Sequence[Path], size: Callable[[int], tuple[int, int]]) -> None:
+        self.paths, self._size = list(paths), size
 
     def __call__(self, number: int) -> Tensor:
         path = self.paths[number]
@@ -60,11 +60,12 @@ class PictureFiles:
                 f"The picture {path} cannot be decoded ({error}): repair it, or remove it together "
                 "with its annotations."
             ) from error
-        if image.size != self.sizes[number]:
-            turned = image.size == self.sizes[number][::-1]
+        expected = self._size(number)
+        if image.size != expected:
+            turned = image.size == expected[::-1]
             raise ConfigError(
-                f"The picture {path} is {_size(image.size)}, its annotations are about "
-                f"{_size(self.sizes[number])}: "
+                f"The picture {path} is {_pixels(image.size)}, its annotations are about "
+                f"{_pixels(expected)}: "
                 + (
                     "if EXIF turns it, store it turned (exiftran -ai), or annotate it as stored."
                     if turned
@@ -74,5 +75,5 @@ class PictureFiles:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _size(size: tuple[int, int]) -> str:
+def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]} pixels"

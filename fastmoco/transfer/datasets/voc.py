@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fastmoco.config import ConfigError
 from fastmoco.machine import durable
@@ -66,7 +67,7 @@ def read_voc(root: Path, split: str) -> Detections:
         _add(content, paths, folders[year], part, labels)
     sizes = [(image["width"], image["height"]) for image in content["images"]]
     title = f"VOC {'+'.join(names)}"
-    return Detections(title, content, PictureFiles(paths, sizes), style="voc")
+    return Detections(title, content, PictureFiles(paths, sizes.__getitem__), style="voc")
 
 
 def read_voc_segmentation(root: Path, split: str) -> Segmentations:
@@ -94,8 +95,8 @@ def read_voc_segmentation(root: Path, split: str) -> Segmentations:
     paths = [picture_of(one, pictures, folder / "JPEGImages") for one in ids]
     classes = ["background", *class_names(root)]
     maps = LabelFiles([labels / f"{one}.png" for one in ids], len(classes))
-    sizes = [maps.size(i) for i in range(len(ids))]
-    return Segmentations(f"VOC {year}_{part}", classes, PictureFiles(paths, sizes), maps, len(ids))
+    pictures_of = PictureFiles(paths, maps.size)
+    return Segmentations(f"VOC {year}_{part}", classes, pictures_of, maps, len(ids))
 
 
 class LabelFiles:
@@ -183,7 +184,7 @@ def _add(content: Row, paths: list[Path], year: Path, part: str, labels: dict[st
     ids = _ids(_list_file(year, "Main", part))
     folder = year / "JPEGImages"
     pictures = names_in(folder)
-    for one in ids:
+    for one in tqdm(ids, f"read {year.name} {part}", leave=False, disable=None):
         path = picture_of(one, pictures, folder)
         image_id = len(content["images"]) + 1
         width, height, objects = parse(year / "Annotations" / f"{one}.xml", labels)
