@@ -17,8 +17,8 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.memory_bank import MemoryBankStep, allocate_bank
 from fastmoco.method.nonfinite import any_not_finite
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.step import Step
-from fastmoco.method.update import set_lr
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, SAMPLES, build_tiny, images
 
