@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -54,9 +55,10 @@ def silent_step(config: str) -> Bench:
 
 def ways(config: Config, device: torch.device) -> list[Contestant]:
     """The step that the host launches, and on CUDA the one that is a CUDA graph."""
-    modes = {"step": "off", "captured step": "on"} if device.type == "cuda" else {"step": "off"}
+    names = ("step", "captured step") if device.type == "cuda" else ("step",)
     made = []
-    for name, mode in modes.items():
+    for name in names:
+        mode: Literal["on", "off"] = "on" if name == "captured step" else "off"
         text = dump(replace(config, run=replace(config.run, cuda_graph=mode)))
         made.append(Contestant(name, "bench.on_gpu.silent_step:silent_step", {"config": text}))
     return made

@@ -17,6 +17,7 @@ from fastmoco.method.cuda_graph import CapturedStep
 from fastmoco.method.end_to_end import EndToEndStep
 from fastmoco.method.memory_bank import MemoryBankStep
 from fastmoco.method.moco import MoCo
+from fastmoco.method.nonfinite import Guard
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.method.update import build_ema, build_optimizer
@@ -99,6 +100,15 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
     embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype, statistics)
     optimizer = build_optimizer(config, moco)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
+    views = 2 if config.moco.symmetric else 1
+    guard = Guard(
+        moco,
+        optimizer,
+        scaler,
+        world,
+        keys=views * config.optim.global_batch_size,
+        skip=config.run.nonfinite == "skip",
+    )
     mechanisms: dict[str, Callable[..., Step]] = {
         "queue": Step,
         "end_to_end": partial(EndToEndStep, world=world),
@@ -132,6 +142,7 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
         optimizer=optimizer,
         ema=build_ema(config, moco, optimizer),
         scaler=scaler,
+        guard=guard,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,
         precision=precision,

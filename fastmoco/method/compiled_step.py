@@ -16,6 +16,7 @@ from torch.func import functional_call
 from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import buckets, sum_over_ranks
 from fastmoco.machine.ranks import World
+from fastmoco.method.nonfinite import any_not_finite, telling
 from fastmoco.method.step import Step, StepResult
 from fastmoco.method.update import SGDWithEMA
 from fastmoco_kernels import info_nce_enqueue
@@ -107,6 +108,7 @@ class WholeStep(Step):
         self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
     ) -> StepResult:
         params: list[Tensor] = list(self.moco.encoder_q.parameters())
+        kept = self.guard.keep()
         sent = self.shuffle.send(im_k, order)
         q = functional_call(self.embed_q, self._cast(self.embed_q), (im_q,))
         with torch.no_grad():
@@ -117,10 +119,14 @@ class WholeStep(Step):
         result = info_nce_enqueue(
             q, k.local, k.gathered, self.moco.queue, self.moco.queue_ptr, self.temperature
         )
-        grads = torch.autograd.grad(result.loss, params)
+        grads = torch.autograd.grad(telling(result.loss), params)
         with torch.no_grad():
             sums = sum_over_ranks(grads, self.world)
-            cast(SGDWithEMA, self.optimizer).update(params, sums, buffers, lr, self._ranks)
+            bad = any_not_finite(sums)
+            left_out = -bad.float() if self.guard.skip else None
+            update = cast(SGDWithEMA, self.optimizer).update
+            update(params, sums, buffers, lr, self._ranks, left_out)
+            self.guard.put_back(kept, bad)
         return StepResult(
-            result.loss.detach(), result.rank, result.losses, q.detach()[None], k.local[None]
+            result.loss.detach(), result.rank, result.losses, q.detach()[None], k.local[None], bad
         )
