@@ -94,8 +94,9 @@ def _by_dali(config: Config, work: Work) -> list[UInt8]:
     # Imported by name: only where DALI is installed.
     from fastmoco.data.backends import dali_graph
 
-    shape = dali_graph.Shape(config.augment.image_size, config.augment.recipe, "cpu", False)
-    return [batch.numpy() for batch in dali_graph.run_once(Delivery.pack(work), shape)]
+    shape = dali_graph.Shape(config.augment.image_size, "cpu", False)
+    delivery = Delivery.pack(work, config.augment.recipe)
+    return [batch.numpy() for batch in dali_graph.run_once(delivery, shape)]
 
 
 def _shown(image: Image.Image | Deep) -> Image.Image:

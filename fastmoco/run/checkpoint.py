@@ -29,7 +29,7 @@ from fastmoco.method.step import Step
 from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import CHECKSUMS, OURS, checksums, first, leaves, not_finite
-from fastmoco.weights.official import copied, official_optimizer, official_state_dict
+from fastmoco.weights.formats.official import copied, official_optimizer, official_state_dict
 
 # Seconds before each further try to write the last checkpoint of a run. Batch systems wait about
 # 30 s after the first signal.
