@@ -8,11 +8,12 @@ to stop is timed between two processes on this machine, with no step to hide beh
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,27 @@ WITHOUT = "nothing"  # as `bench.ablation` calls what the others are compared wi
 POLLS = 500
 
 
-def step(config: str, every: int = 0) -> Bench:
+@dataclass
+class Saving(Bench):
+    """A contestant whose checkpoints are waited for at its end."""
+
+    saver: Saver | None = None
+
+    def close(self) -> None:
+        """Wait, and end as the others do."""
+        if self.saver:
+            with self.saver:
+                pass
+            shutil.rmtree(self.saver.folder)
+        super().close()
+
+
+def step(config: str, every: int = 0) -> Saving:
     """A contestant whose run saves after every so many steps; 0 never."""
-    folder = tempfile.TemporaryDirectory()
     parsed = parse_text(config)
+    parsed = replace(parsed, run=replace(parsed.run, dir=tempfile.mkdtemp(prefix="saving-")))
     built, run, world = numbered_step(config)
-    saver = Saver(built, replace(parsed, run=replace(parsed.run, dir=folder.name)), world, 10**9)
+    saver = Saver(built, parsed, world, 10**9)
     done = 0
 
     def next_step() -> None:
@@ -49,12 +65,7 @@ def step(config: str, every: int = 0) -> Bench:
         if every and done % every == 0 and (sentence := saver.save_if_due(done, overdue=True)):
             raise RuntimeError(sentence)
 
-    def end() -> None:
-        with saver:  # waits
-            pass
-        folder.cleanup()
-
-    return Bench(world.device, next_step, after=end)
+    return Saving(world.device, next_step, saver=saver)
 
 
 def polls(rank: int, store: str, windows: int, told: str) -> None:
