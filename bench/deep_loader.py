@@ -142,7 +142,9 @@ def parts_of(config: Config) -> Parts:
     source = open_source(config)
     reader = Reader(source, config.run.seed, PixelRule.of(config.data))
     plan = make_plan(config, source, len(source.sizes))
-    return Parts(reader, plan, config.augment, 1, config.data.backend)
+    parts = Parts(reader, plan, config.augment, config.data.backend)
+    parts.slots = torch.empty(1, *parts.shape, dtype=parts.dtype)
+    return parts
 
 
 def look_s(root: str, channels: int, sample: int) -> float:
