@@ -23,6 +23,7 @@ from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.max_pool import max_pool_race
 from bench.races.norm import CASES, group_batch_norm_race
+from bench.races.photometric import photometric_race
 from bench.races.updates import ema_race, sgd_ema_race
 from fastmoco_kernels.launch import HAS_TRITON, triton
 
@@ -41,6 +42,12 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
         if on_cuda
         else [partial(batch_norm_race, *sizes, device) for sizes in norms],
         **({"max_pool": [partial(max_pool_race, 256, 64, 112, device)]} if on_cuda else {}),
+        # Two views of 256 images, or of 32. On the CPU both ways are the same code.
+        **(
+            {"photometric": [partial(photometric_race, n, 224, device) for n in (512, 64)]}
+            if on_cuda
+            else {}
+        ),
         **cpu_races(device),
     }
 

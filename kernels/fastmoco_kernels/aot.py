@@ -30,6 +30,7 @@ from fastmoco_kernels.network.max_pool import backward_launch, forward_launch
 from fastmoco_kernels.network.recipe_launches import layer_launches
 from fastmoco_kernels.sgd_ema import launch_configuration as sgd_configuration
 from fastmoco_kernels.sgd_ema import sgd_ema_launch
+from fastmoco_kernels.views.photometric import recipe_launches as view_launches
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may ask for; the compiler does not check it.
@@ -154,7 +155,7 @@ def recipe_cases(arch: int) -> list[Case]:
     """What the recipes launch: 256 images on one device, or 32 on each of eight."""
     f32, bf16 = torch.float32, torch.bfloat16
     cases = update_cases(arch) + max_pool_cases(256)
-    cases += [Case(*each) for each in layer_launches(arch)]
+    cases += [Case(*each) for each in (*layer_launches(arch), *view_launches(512, 224))]
     for n, dtype, queue_dtype in ((256, bf16, f32), (256, bf16, bf16), (32, bf16, f32)):
         cases += info_nce_cases(n, 128, 65536, dtype, queue_dtype, arch)
     return cases + info_nce_cases(256, 128, 65536, f32, f32, arch)
@@ -206,8 +207,7 @@ def compile_for(launch: Launch, arch: int) -> Compiled:
     """Compile one launch for sm_`arch`. Compiler errors are raised as they come."""
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(_source(launch), GPUTarget("cuda", arch, 32), launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

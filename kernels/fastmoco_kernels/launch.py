@@ -41,14 +41,21 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int = 1
+    fused_multiply_add: bool = True
+    """Whether the compiler may skip the rounding of a product that is added to something."""
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What the compiler is told beside the arguments."""
+        names = ("num_warps", "num_stages", "enable_fp_fusion")
+        values = (self.num_warps, self.num_stages, self.fused_multiply_add)
+        return dict(zip(names, values, strict=True))
 
     def run(self) -> None:
         """Enqueue the launch on the current stream of its tensors' device; asynchronous."""
         tensors = (value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(next(tensors)):  # Triton launches on the current device
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def architecture(device: torch.device) -> int:
@@ -59,7 +66,10 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-OPS = ("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_", "max_pool", "batch_norm")
+OPS = (
+    *("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_", "max_pool", "batch_norm"),
+    "photometric",
+)
 
 
 NO_TRITON = (

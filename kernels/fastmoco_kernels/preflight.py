@@ -27,6 +27,8 @@ from fastmoco_kernels.launch import HAS_TRITON
 from fastmoco_kernels.network.batch_norm import batch_norm_act
 from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
+from fastmoco_kernels.views import photometric_reference
+from fastmoco_kernels.views.photometric import photometric
 
 # Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.
 GRADIENT = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -144,6 +146,20 @@ def _check_max_pool(dtype: torch.dtype, device: torch.device) -> str:
     return _compare([out.detach(), dx], [y, want])
 
 
+def _check_photometric(device: torch.device) -> str:
+    """Two views through every operation, mirrored and blurred, against the reference: equal."""
+    generator = torch.Generator().manual_seed(4)
+    views = torch.randint(0, 256, (2, 37, 37, 3), dtype=torch.uint8, generator=generator)
+    # Boxes of radius 0.5 and 1.25; brightness, contrast, hue, saturation, gray. See the op's rows.
+    boxes = [[0.0, 2**23, 2**22, 1], [1.0, 4793490, 1198372, 1]]
+    slots = [[1, 1.3, 2, 0.7, 4, 200, 3, 1.4, 0, 0], [3, 0.8, 2, 1.2, 4, 20, 1, 0.9, 3, 0]]
+    rows = [[0.0] * 4 + [float(i), *boxes[i], *map(float, slots[i])] for i in (0, 1)]
+    want = photometric_reference.photometric(views, torch.tensor(rows))
+    got = photometric(views.to(device), torch.tensor(rows, device=device)).cpu()
+    wrong = int((got != want).sum())
+    return f"{'WRONG ' if wrong else ''}{wrong} of {want.numel()} values differ"
+
+
 def check(device: torch.device | str) -> list[Result]:
     """Run every op on the device. One that raises has failed, with the error as its detail."""
     device = torch.device(device)
@@ -161,6 +177,7 @@ def check(device: torch.device | str) -> list[Result]:
     cases.extend(
         ("max_pool", str(dtype)[6:], partial(_check_max_pool, dtype, device)) for dtype in GRADIENT
     )
+    cases.append(("photometric", "two views", partial(_check_photometric, device)))
     return [_run(*case) for case in cases]
 
 

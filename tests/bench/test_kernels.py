@@ -15,6 +15,7 @@ from bench.races.layers import PARTS, convolution_race, in_turns
 from bench.races.loss import enqueue_race
 from bench.races.max_pool import max_pool_race
 from bench.races.norm import CASES, group_batch_norm_race
+from bench.races.photometric import photometric_race
 from bench.races.updates import sgd_ema_race
 from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
@@ -76,6 +77,18 @@ def test_all_ways_of_max_pooling_are_those_of_float64_and_have_a_rate() -> None:
     assert all(way.error((y, dx.roll(1, 3))) > way.allowed for way in ways)
     assert traffic(200_000, 2.0, CPU) == {"gb_per_s": 0.1}
     assert "max_pool" in races(torch.device("cuda"))
+
+
+def test_both_ways_of_the_views_are_the_references() -> None:
+    with mock.patch("bench.races.layers.COLD_BYTES", 1):
+        _, case, ways = photometric_race(6, 16, CPU)
+    assert case["least_bytes"] == 2 * 6 * 16 * 16 * 3
+    assert list(race(ways, CPU, windows=1)) == ["eager", "fastmoco"]
+    views = ways[0].run()
+    assert all(way.error(views) == 0 for way in ways)
+    assert all(way.error(views + (views < 255)) > way.allowed for way in ways)
+    built = races(torch.device("cuda"))["photometric"]
+    assert [f.args[:2] for f in built if isinstance(f, partial)] == [(512, 224), (64, 224)]
 
 
 @needs(convolution_cpu.reason())

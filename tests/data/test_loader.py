@@ -17,11 +17,13 @@ import torch
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.backends import choose as loaders
+from fastmoco.data.backends import workers
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import build_loader
 from fastmoco.data.order import EpochOrder, permute
+from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import draw_uniforms, view_table
 from tests.support.images import open_rgb
 
@@ -79,6 +81,38 @@ def test_pil_batches_are_the_oracles(photos: Path, tmp_path: Path) -> None:
         assert batch.im_q.shape == (16, 32, 32, 3)
         assert torch.equal(batch.im_q, oracle(config, photos, step, 0))
         assert torch.equal(batch.im_k, oracle(config, photos, step, 1))
+
+
+@pytest.mark.parametrize("key_rows", [None, rolled])
+def test_views_whose_colours_a_device_makes_are_the_oracles_but_for_the_resize(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key_rows: object
+) -> None:
+    """Several parts of 6 samples, which arrive as crops and rows; 16 is no multiple of 6."""
+    monkeypatch.setattr(workers, "_PART", 6)
+    config = configuration(photos, tmp_path, "array")
+    finished = drawn(config, 0, 2, key_rows=key_rows)
+    monkeypatch.setattr(workers, "leaves_colours", lambda *_: True)
+    batches = drawn(config, 0, 2, key_rows=key_rows)
+    for step, batch in enumerate(batches):
+        assert batch.im_q.shape == batch.im_k.shape == (16, 32, 32, 3)
+        assert np.array_equal(batch.replaced, finished[step].replaced)
+        wrong = (batch.im_q.float() - oracle(config, photos, step, 0).float()).abs()
+        assert wrong.mean() < 0.25
+        assert wrong.mean(dim=(1, 2, 3)).max() < 1
+        wrong = (batch.im_k.float() - finished[step].im_k.float()).abs()
+        assert wrong.mean() < 0.1  # whose boxes have weights of 8 bits
+    one_view = drawn(config, 0, 1, labelled=True)[0]
+    assert torch.equal(one_view.im_q, batches[0].im_q)
+    assert one_view.im_k.shape == (0, 32, 32, 3)
+
+
+def test_only_array_on_a_gpu_leaves_the_colours_of_rgb_to_it() -> None:
+    cuda, deep = torch.device("cuda"), replace(RGB8, channels=4)
+    assert workers.leaves_colours("array", cuda, RGB8)
+    assert not workers.leaves_colours("array", CPU, RGB8)
+    assert not workers.leaves_colours("pil", cuda, RGB8)
+    assert deep.float_views
+    assert not workers.leaves_colours("array", cuda, deep)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

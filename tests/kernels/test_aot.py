@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastmoco_kernels import aot
 from fastmoco_kernels.info_nce_launch import exact_shift, launch_configuration, precision
+from fastmoco_kernels.launch import Launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [(arch, case) for arch in aot.ARCHITECTURES for case in aot.recipe_cases(arch)]
@@ -41,12 +43,26 @@ def test_recipes_compile_without_spills(arch: int, case: aot.Case) -> None:
         assert moves
         assert all(".128" in op or ".64" in op for op in moves), moves
 
+    if case.name.startswith("photometric"):
+        found = made.operations
+        if "columns" in case.name:  # 16 neighbouring bytes per thread; the rest are the row's
+            assert (found["LDG.E.128"], found["STG.E.128"]) == (15, 3), found
+            assert not any(".U8" in op for op in found), found
+        # A colour is three bytes, and a thread has four or eight colours in registers.
+        fused = made.operations["FFMA"]
+        assert fused == 0 or aot.compile_for(fusing(case.launch), arch).operations["FFMA"] > fused
+
     if case.name.startswith("batch norm") and "merge" not in case.name:
         accesses = Counter((op[:3], ".128" in op) for op in made.operations.elements())
         writes = "statistics" not in case.name and ("sums" not in case.name or "add" in case.name)
         assert accesses["LDG", True] >= 4, made.operations
         assert accesses["LDG", False] == 0, made.operations
         assert (accesses["STG", True] >= 2) == writes, made.operations
+
+
+def fusing(launch: Launch) -> Launch:
+    """The launch as it would be if products and sums might be fused."""
+    return replace(launch, fused_multiply_add=True)
 
 
 def test_narrow_loads_would_be_noticed() -> None:

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoco.config import AugmentConfig
+from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco_kernels import (
     batch_norm_act,
     ema_,
     info_nce_enqueue,
     max_pool,
+    photometric,
     preflight,
     reference,
     sgd_ema_,
@@ -21,6 +24,7 @@ from fastmoco_kernels import (
 from fastmoco_kernels.info_nce_launch import info_nce_triton
 from fastmoco_kernels.network.max_pool import Window
 from tests.kernels.oracle import features
+from tests.support.photometric import by_pil, small_views, table_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,6 +180,24 @@ def test_max_pool_is_that_of_float64_and_repeats_its_bits(
         torch.testing.assert_close(mine.double().cpu(), truth, rtol=0, atol=0, equal_nan=True)
         view = torch.int32 if dtype == torch.float32 else torch.int16
         assert torch.equal(mine.view(view), second.view(view))
+
+
+@pytest.mark.parametrize("side", [224, 97])
+def test_views_are_pils_pixels_and_cost_no_synchronization(side: int) -> None:
+    augment = AugmentConfig(hue=0.4, blur_max=3)
+    views = small_views(64, side)
+    table = table_for(views, augment)
+    rows = torch.from_numpy(photometric_rows(table, "v2")).cuda()
+    pixels = torch.from_numpy(views).cuda()
+    photometric(pixels, rows)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [photometric(pixels, rows) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = torch.from_numpy(by_pil(views, table, "v2"))
+    assert all(torch.equal(one.cpu(), want) for one in found)
 
 
 def test_max_pool_adds_gradients_as_near_to_float64_as_bfloat16_is() -> None:

@@ -204,6 +204,21 @@ class Canvas:
         np.right_shift(out, 8, out=flat[middle])
 
 
+class Cropper:
+    """Decodes and crops only: for runs whose GPU does the rest of the row."""
+
+    def __init__(self, side: int, recipe: str) -> None:
+        self.side = side
+
+    def decode(self, data: bytes, rule: PixelRule) -> Tensor:
+        """See `decode_tensor`."""
+        return decode_tensor(data, rule)
+
+    def execute(self, image: Tensor, table: ViewTable, row: int) -> UInt8:
+        """The crop of an RGB image, (3, H, W) uint8, as (S, S, 3) uint8."""
+        return crop(image, table, row, self.side).transpose(1, 2, 0)
+
+
 def decode_tensor(data: bytes, rule: PixelRule) -> Tensor:
     """(3, H, W) uint8 RGB, as PIL decodes it. Raises `BadImage` where PIL does not."""
     turned = rule.exif == "apply" and is_turned(data)

@@ -63,7 +63,7 @@ def missing_dali(config: Config, device: torch.device) -> str:
     served = data.backend != "auto" or data.source == "synthetic" or data.float_views
     if served or device.type != "cuda" or has_dali() or not (command := install_dali()):
         return ""
-    return f"DALI is not installed, so the CPU does what this GPU could: decode, augment; {command}"
+    return f"DALI is not installed, so the CPU does what this GPU could: decode and crop; {command}"
 
 
 def build_engine(config: Config, plan: Plan, reader: Reader | None, device: torch.device) -> Engine:

@@ -54,7 +54,6 @@ class DaliEngine:
         self._micro_step = micro_step
         shape = dali_graph.Shape(
             side=self.augment.image_size,
-            recipe=self.augment.recipe,
             device="cpu" if self._device_id is None else "gpu",
             two_decodes=self.plan.key_rows is not None,
             one_view=self.plan.views == 1,
@@ -90,9 +89,9 @@ class DaliEngine:
         # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         outputs = self._pipe.run(stream)
-        *views, replaced = dali_graph.to_torch(outputs, self.device)
-        im_k = views[1] if len(views) == 2 else views[0][:0]
-        return Batch(views[0], im_k, replaced.numpy())
+        views, replaced = dali_graph.to_torch(outputs, self.device)
+        n = self.plan.local_batch
+        return Batch(views[:n], views[n:], replaced.numpy())
 
     def _repair(self, error: RuntimeError) -> None:
         """Finds what made the pipeline fail; raises the error again if no image did."""

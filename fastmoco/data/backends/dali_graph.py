@@ -1,9 +1,7 @@
-"""DALI executes the table: one definition for the CPU and for the GPU. The only importer of DALI.
+"""DALI decodes and crops: one definition for the CPU and for the GPU. The only importer of DALI.
 
-Decoding, crop and flip are exact against PIL. Resize differs by rounding and blur by the shape of
-the kernel (PIL stacks box filters). Colour is composed from arithmetic, because DALI's own
-operators rotate hue linearly, blend contrast with a constant and fix the order of operations; see
-docs/augmentation.md for what each choice costs.
+Decoding is exact against PIL, the crop but for its resize, which differs by rounding. All else is
+`fastmoco_kernels.photometric`, whose rows pass through beside the crops.
 
 n local batch, S side of a view.
 """
@@ -21,16 +19,15 @@ from torch import Tensor
 
 try:
     from nvidia.dali import fn
-    from nvidia.dali import math as dali_math
     from nvidia.dali import types as dali_types
     from nvidia.dali.pipeline import Pipeline, pipeline_def
     from nvidia.dali.plugin import pytorch as dali_pytorch
 except ImportError:  # every module of fastmoco can be imported without DALI
-    fn = dali_math = dali_types = dali_pytorch = None  # type: ignore[assignment]
+    fn = dali_types = dali_pytorch = None  # type: ignore[assignment]
     pipeline_def = Pipeline = None  # type: ignore[assignment, misc]
 
-from fastmoco.data.backends import dali_rows as columns
-from fastmoco.data.backends.dali_rows import KINDS
+from fastmoco.data.photometric_rows import BOX
+from fastmoco_kernels import photometric
 
 Node = Any
 Delivery = tuple[list[NDArray[Any]], ...]
@@ -41,11 +38,6 @@ define: Any = pipeline_def
 # Torch's own subclasses of RuntimeError: no image causes them.
 NOT_DALI = (torch.OutOfMemoryError, torch.AcceleratorError)
 
-# PIL truncates a blend where DALI rounds: half a level less, and a little more, so that exact
-# integers stay what they are.
-_TRUNCATE = -0.499
-_CONTRAST, _SATURATION = KINDS[1], KINDS[2]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -53,8 +45,6 @@ class Shape:
 
     side: int
     """S."""
-    recipe: str
-    """`v1` turns gray before the jitter, `v2` after it."""
     device: str
     """`cpu` or `gpu`."""
     two_decodes: bool
@@ -76,104 +66,22 @@ def decode(data: Node, device: str) -> Node:
 
 def crop(image: Node, row: Node, side: int) -> Node:
     """The row's box, resized with antialiased bilinear interpolation."""
-    box = fn.cast(row[columns.BOX], dtype=types.INT32)
+    box = fn.cast(row[BOX], dtype=types.INT32)
     cut = fn.slice(image, start=box[0:2], shape=box[2:4], axes=(0, 1))
     return fn.resize(
         cut, size=[side, side], mag_filter=types.INTERP_LINEAR, min_filter=types.INTERP_TRIANGULAR
     )
 
 
-def gray_plane(view: Node) -> Node:
-    """Luminance as uint8 (S, S, 1), with PIL's weights."""
-    return fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
-
-
-def blend(view: Node, kind: Node, factor: Node, device: str) -> Node:
-    """y = f x + (1 - f) d in uint8; kind and factor: scalars of the sample."""
-    if kind == _SATURATION:
-        mixed = view * factor + gray_plane(view) * (1.0 - factor) + _TRUNCATE
-        view = fn.cast(mixed, dtype=types.UINT8)
-    else:
-        if kind == _CONTRAST:
-            mean = fn.reductions.mean(gray_plane(view), dtype=types.FLOAT)
-            center = dali_math.floor((mean.cpu() if device == "gpu" else mean) + 0.5)
-        else:
-            center = types.Constant(0.0, dtype=types.FLOAT, device="cpu")
-        view = fn.brightness_contrast(
-            view, contrast=factor, contrast_center=center, brightness_shift=_TRUNCATE / 255
-        )
-    return view
-
-
-def shift_hue(view: Node, amount: Node) -> Node:
-    """PIL's way through HSV, with its roundings: amount in 1/256 turn, a scalar of the sample."""
-    red, green, blue = (view[:, :, plane : plane + 1] * 1.0 for plane in range(3))
-    value = dali_math.max(dali_math.max(red, green), blue)
-    chroma = value - dali_math.min(dali_math.min(red, green), blue)
-    from_red, from_green = red == value, green == value
-    sextants = from_red * (green - blue) + (1.0 - from_red) * (
-        from_green * (2.0 * chroma + blue - red) + (1.0 - from_green) * (4.0 * chroma + red - green)
-    )
-    turns = sextants / (6.0 * dali_math.max(chroma, 1.0))
-    hue = dali_math.floor((turns - dali_math.floor(turns)) * 255.0) + amount
-    hue = hue - 256.0 * (hue >= 256.0)
-    saturation = dali_math.floor(chroma * 255.0 / dali_math.max(value, 1.0))
-    depth = value * saturation * (1.0 / 255.0)
-    planes = []
-    for offset in (5.0, 3.0, 1.0):
-        angle = hue * (6.0 / 255.0) + offset
-        angle = angle - 6.0 * (angle >= 6.0)
-        ramp = dali_math.clamp(dali_math.min(angle, 4.0 - angle), 0.0, 1.0)
-        planes.append(value - depth * ramp)
-    return fn.cast(fn.cat(*planes, axis=2), dtype=types.UINT8)
-
-
-def jitter(view: Node, row: Node, device: str) -> Node:
-    """The row's colour programme, if it has one."""
-    if row[columns.JITTER] > 0:
-        for first in (columns.BEFORE, columns.AFTER):
-            for slot in range(first, first + 2 * columns.SLOTS, 2):
-                if row[slot] > 0:
-                    view = blend(view, row[slot], row[slot + 1], device)
-            # Two ifs: Python decides the outer one, DALI the inner one per sample.
-            if first == columns.BEFORE:  # noqa: SIM102
-                if row[columns.SHIFTS] > 0:
-                    view = shift_hue(view, row[columns.SHIFT])
-    return view
-
-
-def turn_gray(view: Node, row: Node) -> Node:
-    """Three equal channels, if the row says so."""
-    if row[columns.GRAY] > 0:
-        view = fn.color_space_conversion(
-            gray_plane(view), image_type=types.GRAY, output_type=types.RGB
-        )
-    return view
-
-
-def blur(view: Node, row: Node) -> Node:
-    """Gaussian blur with the row's sigma in a window as wide as PIL's, none at 0."""
-    if row[columns.SIGMA] > 0:
-        window = fn.cast(row[columns.WINDOW], dtype=types.INT32)
-        view = fn.gaussian_blur(view, sigma=row[columns.SIGMA], window_size=window)
-    return view
-
-
-def execute(image: Node, row: Node, shape: Shape) -> Node:
-    """One view of an image: uint8 (S, S, 3)."""
-    view = crop(image, row, shape.side)
-    if shape.recipe == "v1":
-        view = jitter(turn_gray(view, row), row, shape.device)
-    else:
-        view = turn_gray(jitter(view, row, shape.device), row)
-    view = blur(view, row)
-    return fn.flip(view, horizontal=fn.cast(row[columns.FLIP], dtype=types.INT32))
+def view_of(image: Node, row: Node, shape: Shape) -> tuple[Node, Node]:
+    """The crop of an image, uint8 (S, S, 3), and its row, both where the views are finished."""
+    return crop(image, row, shape.side), row.gpu() if shape.device == "gpu" else row
 
 
 def two_views(
     source: Callable[[Any], Delivery], shape: Shape, prefetch: int, parallel: bool
 ) -> Any:
-    """im_q, im_k (unless `one_view`) and `replaced` of the micro-batches of the source."""
+    """Crops and rows of the queries, and of the keys unless `one_view`, and `replaced`."""
     kinds = [types.UINT8, types.FLOAT, types.FLOAT, types.INT64]
     if shape.two_decodes:
         kinds.append(types.UINT8)
@@ -190,11 +98,11 @@ def two_views(
     )
     if shape.one_view:
         data, row_q, replaced = inputs
-        return execute(decode(data, shape.device), row_q, shape), replaced
+        return *view_of(decode(data, shape.device), row_q, shape), replaced
     data, row_q, row_k, replaced = inputs[:4]
     image_q = decode(data, shape.device)
     image_k = decode(inputs[4], shape.device) if shape.two_decodes else image_q
-    return execute(image_q, row_q, shape), execute(image_k, row_k, shape), replaced
+    return *view_of(image_q, row_q, shape), *view_of(image_k, row_k, shape), replaced
 
 
 def only_decode(data: list[NDArray[np.uint8]], device: str) -> Any:
@@ -248,16 +156,23 @@ def refused_by_decoder(data: list[bytes], device_id: int | None) -> list[int]:
     return refused
 
 
-def to_torch(outputs: Any, device: torch.device) -> list[Tensor]:
-    """Copies of DALI's outputs, which it reuses; on a GPU ordered with the current stream."""
-    copies = []
-    for dense in (output.as_tensor() for output in outputs):
-        dtype = torch.uint8 if dense.dtype == types.UINT8 else torch.int64
-        on_device = device.type == "cuda" and "GPU" in type(dense).__name__
-        copy = torch.empty(dense.shape(), dtype=dtype, device=device if on_device else "cpu")
-        stream = torch.cuda.current_stream(device) if on_device else None
-        copies.append(plugin.feed_ndarray(dense, copy, cuda_stream=stream))
-    return copies
+def to_torch(outputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The finished views, queries before keys, uint8 (n or 2n, S, S, 3), and `replaced`."""
+    *views, replaced = outputs
+    crops, rows = (_copied(views[k::2], device) for k in (0, 1))
+    return photometric(crops, rows), _copied([replaced], torch.device("cpu"))
+
+
+def _copied(outputs: list[Any], device: torch.device) -> Tensor:
+    """One copy of DALI's outputs, which it reuses; on a GPU ordered with the current stream."""
+    dense = [output.as_tensor() for output in outputs]
+    dtype = {types.UINT8: torch.uint8, types.FLOAT: torch.float32, types.INT64: torch.int64}
+    rows, *sizes = dense[0].shape()
+    copy = torch.empty(len(dense) * rows, *sizes, dtype=dtype[dense[0].dtype], device=device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    for part, target in zip(dense, copy.split(rows), strict=True):
+        plugin.feed_ndarray(part, target, cuda_stream=stream)
+    return copy
 
 
 def build(
@@ -271,7 +186,7 @@ def build(
     device_id: int | None,
 ) -> Pipeline:
     """The pipeline, not yet started. device_id None places it on no GPU."""
-    pipe: Pipeline = define(two_views, enable_conditionals=True)(
+    pipe: Pipeline = define(two_views)(
         source,
         shape,
         prefetch,
@@ -289,7 +204,7 @@ def build(
 
 def run_once(delivery: Delivery, shape: Shape, threads: int = 1) -> tuple[Tensor, Tensor]:
     """Both views of one delivery, without reader processes: for pictures and tests, on the CPU."""
-    pipe = define(two_views, enable_conditionals=True)(
+    pipe = define(two_views)(
         lambda _: delivery,
         shape,
         1,
@@ -300,5 +215,5 @@ def run_once(delivery: Delivery, shape: Shape, threads: int = 1) -> tuple[Tensor
         prefetch_queue_depth=1,
         seed=0,
     )
-    im_q, im_k, _ = to_torch(pipe.run(), torch.device("cpu"))
+    im_q, im_k = to_torch(pipe.run(), torch.device("cpu"))[0].chunk(2)
     return im_q, im_k

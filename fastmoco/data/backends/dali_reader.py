@@ -1,4 +1,4 @@
-"""What a DALI reader process runs: encoded images and programme rows of one micro-batch.
+"""What a DALI reader process runs: encoded images and photometric rows of one micro-batch.
 
 Imported by those processes, so neither torch nor DALI is imported here.
 """
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.backends.dali_rows import programme
 from fastmoco.data.backends.lifetime import outlast_the_trainer
+from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
 from fastmoco.data.table import ViewTable
@@ -35,13 +35,14 @@ class Delivery:
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         work = read_work(self.reader, self.plan, self.augment, self.first + iteration)
-        return self.pack(work)
+        return self.pack(work, self.augment.recipe)
 
     @staticmethod
-    def pack(work: Work) -> tuple[list[NDArray[Any]], ...]:
+    def pack(work: Work, recipe: str) -> tuple[list[NDArray[Any]], ...]:
         """The five lists, four where queries and keys are the same images, three without keys."""
         rows_q, rows_k = (
-            list(programme(ViewTable.unpack(rows))) for rows in (work.rows_q, work.rows_k)
+            list(photometric_rows(ViewTable.unpack(rows), recipe))
+            for rows in (work.rows_q, work.rows_k)
         )
         if not work.keys:
             return _bytes(work.queries), rows_q, list(work.replaced)

@@ -1,8 +1,9 @@
 """The backends in worker processes, which read, decode and augment on the CPU.
 
-`array` executes the table with array operations, `pil` with the reference itself. A micro-batch is
-cut into parts so that all workers share its latency. Workers are forked and use neither CUDA nor
-the network. They end with their parent, which torch's loader watches.
+`array` executes the table with array operations, `pil` with the reference itself. For a GPU
+`array` decodes and crops only, and `fastmoco_kernels.photometric` does the rest there. A
+micro-batch is cut into parts so that all workers share its latency. Workers are forked and use
+neither CUDA nor the network. They end with their parent, which torch's loader watches.
 
 n local batch, S side of a view.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +23,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import AugmentConfig, Config, ConfigError
-from fastmoco.data.backends.array import Canvas
+from fastmoco.data.backends.array import Canvas, Cropper
 from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.data.backends.pil import PilExecutor
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage
+from fastmoco.data.photometric_rows import photometric_rows
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.plan import Plan
 from fastmoco.data.reader import Encoded, Reader, Work, read_work
-from fastmoco.data.table import Int64, ViewTable
+from fastmoco.data.table import Float32, Int64, ViewTable
 from fastmoco.machine import limits
 from fastmoco.machine.host import cores
+from fastmoco_kernels import photometric
 
 # Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
 # a copy; joining parts costs the main process 0.7 ms per sample of 224 pixels.
@@ -44,14 +48,30 @@ EXECUTORS: dict[str, Callable[[int, str], Executor]] = {"array": Canvas, "pil": 
 Float views are made by `FloatCanvas`."""
 
 
-class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
+class Part(NamedTuple):
+    """What a worker delivers of a micro-batch."""
+
+    im_q: Tensor
+    im_k: Tensor
+    rows: list[Float32]
+    """Of queries and keys, see `photometric_rows`; empty where the views are finished."""
+    replaced: Int64
+
+
+class Parts(Dataset[Part]):
     """Item i is part i % parts of micro-batch i // parts; there is no last one."""
 
     def __init__(
-        self, reader: Reader, plan: Plan, augment: AugmentConfig, parts: int, backend: str
+        self,
+        reader: Reader,
+        plan: Plan,
+        augment: AugmentConfig,
+        parts: int,
+        backend: str,
+        crops_only: bool = False,
     ) -> None:
         self.reader, self.plan, self.augment, self.parts = reader, plan, augment, parts
-        self.backend = backend
+        self.backend, self.crops_only = backend, crops_only
         self._executor: Executor | None = None
 
     @property
@@ -61,13 +81,17 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
         values = 2 * -(-self.plan.local_batch // self.parts) * side * side * rule.channels
         return values * (4 if rule.float_views else 1)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Int64]:
+    def __getitem__(self, item: int) -> Part:
         micro_step, part = divmod(item, self.parts)
         size = -(-self.plan.local_batch // self.parts)
         work, images = self._decoded(micro_step, slice(part * size, (part + 1) * size))
         im_q = self._views(work.queries, work.rows_q, images)
         im_k = self._views(work.keys, work.rows_k, images)
-        return torch.from_numpy(im_q), torch.from_numpy(im_k), work.replaced
+        rows: list[Float32] = []
+        if self.crops_only:
+            tables = [ViewTable.unpack(packed) for packed in (work.rows_q, work.rows_k)]
+            rows = [photometric_rows(table, self.augment.recipe) for table in tables]
+        return Part(torch.from_numpy(im_q), torch.from_numpy(im_k), rows, work.replaced)
 
     def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Any]]:
         """Reads and decodes; starts over without the samples that PIL does not decode."""
@@ -105,6 +129,8 @@ class Parts(Dataset[tuple[Tensor, Tensor, Int64]]):
             side, recipe, rule = self.augment.image_size, self.augment.recipe, self.reader.rule
             if rule.float_views:
                 self._executor = FloatCanvas(side, recipe, rule.channels, self.backend)
+            elif self.crops_only:
+                self._executor = Cropper(side, recipe)
             else:
                 self._executor = EXECUTORS[self.backend](side, recipe)
         return self._executor
@@ -118,6 +144,16 @@ class _From(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.start)
+
+
+def _as_it_is(part: Any) -> Any:
+    """Instead of torch's conversion, which makes a shared file of every small array."""
+    return part
+
+
+def leaves_colours(backend: str, device: torch.device, rule: PixelRule) -> bool:
+    """Whether the device does what comes after the crop."""
+    return backend == "array" and device.type == "cuda" and not rule.float_views
 
 
 def _in_worker(_: int) -> None:
@@ -174,7 +210,8 @@ class WorkerEngine:
         share = cores() if device.type == "cuda" else max(1, cores() // 2)
         wanted, prefetch = config.data.workers or share, config.data.prefetch
         self.parts = -(-plan.local_batch // _PART)
-        self.dataset = Parts(reader, plan, config.augment, self.parts, backend)
+        crops_only = leaves_colours(backend, device, reader.rule)
+        self.dataset = Parts(reader, plan, config.augment, self.parts, backend, crops_only)
         self.timeout_s = config.run.timeout_s
         # Parts in flight per worker, so that `prefetch` whole micro-batches are on their way.
         ahead = max(2, -(-prefetch * self.parts // wanted))
@@ -185,6 +222,8 @@ class WorkerEngine:
                 f"{backend}: {self.workers} worker processes with {self.ahead} parts of a batch in "
                 f"work each, not {wanted} with {ahead}: shared memory or open files are few here"
             )
+        if crops_only:
+            self.description += "; colours and blur on the GPU"
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)
@@ -200,6 +239,7 @@ class WorkerEngine:
             num_workers=self.workers,
             prefetch_factor=self.ahead,
             worker_init_fn=_in_worker,
+            collate_fn=_as_it_is,
             timeout=self.timeout_s,
             # Also in a process that was itself spawned, whose children would be spawned by default:
             # those import torch again, for seconds, and abort when they are told to end.
@@ -225,8 +265,14 @@ class WorkerEngine:
                 f"programs that fill {limits.SHARED_MEMORY}, and for a disk that does not answer; "
                 "the same command goes on."
             ) from error
-        im_q, im_k, replaced = zip(*parts, strict=True)
-        return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
+        im_q, im_k, rows, replaced = zip(*parts, strict=True)
+        if not self.dataset.crops_only:
+            return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
+        rows_q, rows_k = zip(*rows, strict=True)
+        programme = self._upload(tuple(map(torch.from_numpy, (*rows_q, *rows_k))))
+        views = photometric(self._upload((*im_q, *im_k)), programme)
+        n = sum(map(len, im_q))
+        return Batch(views[:n], views[n:], np.concatenate(replaced))
 
     def _upload(self, parts: tuple[Tensor, ...]) -> Tensor:
         """One tensor on the device; the copy overlaps with the work of the current stream."""

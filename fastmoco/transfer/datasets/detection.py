@@ -78,7 +78,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         parts: Parts = Parts(),  # noqa: B008  (a tuple: nobody can change it)
         style: Literal["coco", "voc"] = "coco",
     ) -> None:
-        """content: COCO's dictionary, which `check_content` has passed. picture: image of item i.
+        """content: COCO's dictionary, without what `check_content` refuses. picture: of item i.
 
         style: `voc` where VOC's own metrics are computed as well.
         """

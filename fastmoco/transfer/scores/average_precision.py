@@ -28,15 +28,17 @@ Prediction = Mapping[str, Any]
 
 
 def compact(prediction: Prediction) -> dict[str, Any]:
-    """The same on the CPU, with masks above 0.5 as run lengths: 100 of them take 10 KB, not 100 MB.
+    """The same on the CPU, with masks above 0.5 as run lengths: COCO's do not fit into memory else.
 
     Prepares predictions for keeping until all pictures are done, or for sending to another rank.
     """
-    small = {name: x.detach().cpu() for name, x in prediction.items() if name != "masks"}
-    if "masks" in prediction:
-        masks = (prediction["masks"] > 0.5).to(torch.uint8).cpu().numpy()
-        masks = masks.reshape(-1, *masks.shape[-2:])
-        small["masks"] = [run_lengths(mask) for mask in masks]
+    small: dict[str, Any] = {}
+    for name, x in prediction.items():
+        if name == "masks" and torch.is_tensor(x):
+            masks = (x > 0.5).to(torch.uint8).cpu().numpy()
+            small[name] = [run_lengths(mask) for mask in masks.reshape(-1, *masks.shape[-2:])]
+        else:
+            small[name] = x.detach().cpu() if torch.is_tensor(x) else x
     return small
 
 
@@ -55,20 +57,21 @@ def evaluate_boxes(predictions: Sequence[Prediction], dataset: Detections) -> di
     Raises `ConfigError` for a data set without objects, `ValueError` for predictions that are not
     of this data set.
     """
-    result = _evaluate(predictions, dataset, "bbox")
+    small = [compact(one) for one in predictions]
+    result = _evaluate(small, dataset, "bbox")
     if dataset.style == "voc":
-        result |= voc_precision(predictions, dataset)
+        result |= voc_precision(small, dataset)
     return result
 
 
 def evaluate_masks(predictions: Sequence[Prediction], dataset: Detections) -> dict[str, float]:
     """The same of masks, which `compact` has made run lengths of or not. See `evaluate_boxes`."""
-    return _evaluate(predictions, dataset, "segm")
+    return _evaluate([compact(one) for one in predictions], dataset, "segm")
 
 
 def evaluate_keypoints(predictions: Sequence[Prediction], dataset: Detections) -> dict[str, float]:
     """The same of keypoints by their similarity (OKS), of at most 20 detections per picture."""
-    return _evaluate(predictions, dataset, "keypoints")
+    return _evaluate([compact(one) for one in predictions], dataset, "keypoints")
 
 
 def _evaluation(dataset: Detections, found: Any, kind: str) -> Any:
@@ -122,8 +125,7 @@ def _rows(
     if len(predictions) != len(dataset):
         raise ValueError(f"{len(predictions)} predictions for {len(dataset)} pictures")
     rows: list[dict[str, Any]] = []
-    for image_id, prediction in zip(dataset.image_ids, predictions, strict=True):
-        small = compact(prediction) if torch.is_tensor(prediction.get("masks")) else prediction
+    for image_id, small in zip(dataset.image_ids, predictions, strict=True):
         boxes = small["boxes"].double().reshape(-1, 4)
         sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
         for i, (start, side) in enumerate(zip(boxes[:, :2].tolist(), sides, strict=True)):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fastmoco.config import AugmentConfig
-from fastmoco.data.backends.dali_rows import programme
 from fastmoco.data.backends.pil import execute
+from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
 from tests.support.images import open_rgb
 
@@ -22,11 +22,12 @@ backend = pytest.importorskip("nvidia.dali.backend")
 
 SIDE = 96
 NOTHING = AugmentConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
-STILL = replace(NOTHING, jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0)
 
 
-def deliver(data: list[bytes], tables: list[ViewTable]) -> tuple[list[np.ndarray], ...]:
-    rows = [list(programme(table)) for table in tables]
+def deliver(
+    data: list[bytes], tables: list[ViewTable], recipe: str
+) -> tuple[list[np.ndarray], ...]:
+    rows = [list(photometric_rows(table, recipe)) for table in tables]
     images = [np.frombuffer(one, np.uint8) for one in data]
     return images, *rows, [np.zeros(2, np.int64) for _ in data]
 
@@ -45,8 +46,8 @@ def both(
         for table in tables
         for row, image in enumerate(images)
     ]
-    shape = pipeline.Shape(side, config.recipe, "cpu", False)
-    by_dali = pipeline.run_once(deliver(data, tables), shape)
+    shape = pipeline.Shape(side, "cpu", False)
+    by_dali = pipeline.run_once(deliver(data, tables, config.recipe), shape)
     return np.stack(by_pil).astype(float), np.concatenate([x.numpy() for x in by_dali]).astype(
         float
     )
@@ -64,41 +65,22 @@ def encoded(photos: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "worst"),
+    "changed",
     [
-        ("crop", 0, 0),
-        ("flip_p", 0, 0),
-        ("brightness", 0.02, 1),
-        ("contrast", 0.02, 1),
-        ("saturation", 0.2, 1),
-        ("hue", 0.02, 40),  # a pixel between two sextants can round to the other one
-        ("grayscale_p", 0.02, 1),
+        {},
+        {"jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "flip_p": 0.5, "hue": 0.4},
+        {"recipe": "v1", "jitter_p": 1, "grayscale_p": 0.5},
     ],
 )
-def test_operations(encoded: list[bytes], name: str, limit: float, worst: float) -> None:
-    changed: dict[str, Any] = {name: 1.0 if name.endswith("_p") else 0.4}
-    base = NOTHING if name.endswith("_p") else STILL
-    config = NOTHING if name == "crop" else replace(base, **changed)
-    pil, dali = both(encoded, replace(config, image_size=40), without_resize)
-    wrong = np.abs(pil - dali)
-    assert wrong.mean() <= limit
-    assert wrong.max() <= worst
+def test_only_the_resize_differs(encoded: list[bytes], changed: dict[str, Any]) -> None:
+    pil, dali = both(encoded, replace(NOTHING, image_size=40, **changed), without_resize)
+    assert np.array_equal(pil, dali)
     assert pil.std() > 20
 
 
-def test_jitter_in_every_order(encoded: list[bytes]) -> None:
-    pil, dali = both(encoded, replace(NOTHING, jitter_p=1, hue=0.4, image_size=40), without_resize)
-    assert np.abs(pil - dali).mean() < 0.2
-
-
-def test_resize_and_blur(encoded: list[bytes]) -> None:
-    config = replace(NOTHING, image_size=SIDE)
-    pil, dali = both(encoded, config)
+def test_the_resize_is_within_half_a_level_on_average(encoded: list[bytes]) -> None:
+    pil, dali = both(encoded, replace(NOTHING, image_size=SIDE))
     assert np.abs(pil - dali).mean() < 0.5
-    pil, dali = both(encoded, replace(config, blur_p=1, image_size=40), without_resize)
-    wrong = np.abs(pil - dali).mean(axis=(1, 2, 3))
-    assert wrong.mean() < 1
-    assert wrong.max() < 2
 
 
 @pytest.mark.parametrize("recipe", ["v1", "v2"])
@@ -106,8 +88,8 @@ def test_whole_views(encoded: list[bytes], recipe: Any) -> None:
     config = AugmentConfig(recipe=recipe, image_size=SIDE, hue=0.4 if recipe == "v1" else 0.1)
     pil, dali = both(encoded, config)
     wrong = np.abs(pil - dali).mean(axis=(1, 2, 3))
-    assert wrong.mean() < 1
-    assert wrong.max() < 3
+    assert wrong.mean() < 0.5
+    assert wrong.max() < 1
 
 
 def spectrum(views: np.ndarray) -> np.ndarray:
@@ -143,17 +125,21 @@ class _NoSource:
         raise AssertionError("only the graph is built")
 
 
-@pytest.mark.parametrize("two_decodes", [False, True])
-@pytest.mark.parametrize("recipe", ["v1", "v2"])
-def test_the_gpu_graph_is_constructed(recipe: str, two_decodes: bool) -> None:
+@pytest.mark.parametrize(
+    ("one_view", "two_decodes"), [(False, False), (False, True), (True, False)]
+)
+def test_the_gpu_graph_is_constructed(one_view: bool, two_decodes: bool) -> None:
     """Operators, arguments and device placement, as far as a machine without a GPU can tell."""
-    shape = pipeline.Shape(224, recipe, "gpu", two_decodes)
+    shape = pipeline.Shape(224, "gpu", two_decodes, one_view)
     pipe = pipeline.build(
         _NoSource(), shape, batch=8, threads=1, readers=1, prefetch=2, device_id=None
     )
     graph = pipe.serialize()
     assert b"mixed" in graph
-    assert graph.count(b"gpu") > 100
+    for operator in (b"Slice", b"Resize"):  # one crop for each view, and nothing else is DALI's
+        assert graph.count(operator) >= (1 if one_view else 2)
+    for operator in (b"GaussianBlur", b"BrightnessContrast", b"ColorSpace", b"Flip"):
+        assert operator not in graph
     broken = pipeline.Pipeline(batch_size=1, num_threads=1, device_id=None)
     with broken:
         image = pipeline.decode(pipeline.fn.external_source(lambda: [], batch=True), "gpu")
@@ -171,14 +157,12 @@ def test_every_operator_exists_for_its_device() -> None:
     }
     cpu, gpu = set(backend.RegisteredCPUOps()), set(backend.RegisteredGPUOps())
     mixed = set(backend.RegisteredMixedOps())
-    assert used >= {"slice", "resize", "gaussian_blur", "brightness_contrast", "decoders.image"}
+    assert used == {"external_source", "cast", "slice", "resize", "decoders.image"}
     for name in used - {"external_source"}:
         *module, last = name.split(".")
         schema = "__".join([*module, "".join(part.title() for part in last.split("_"))])
         assert schema in cpu, schema
         assert schema in (mixed if last == "image" else gpu), schema
-    assert "_ArithmeticGenericOp" in gpu
-    assert "_ArithmeticGenericOp" in cpu
 
 
 def test_whole_views_of_photographs(photographs: list[bytes]) -> None:

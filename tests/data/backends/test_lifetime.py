@@ -82,7 +82,7 @@ def test_nothing_is_left(photos: Path, tmp_path: Path, backend: str, end: str) -
         text=True,
         start_new_session=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -149,7 +149,7 @@ def test_a_trainer_that_was_spawned_closes_its_readers(photos: Path, tmp_path: P
         [sys.executable, str(tmp_path / "start.py"), str(photos), str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         check=False,
     )
     assert done.returncode == 0, done.stderr

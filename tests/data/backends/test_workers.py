@@ -120,7 +120,8 @@ def test_a_part_takes_the_bytes_of_its_views(tmp_path: Path) -> None:
         folder = tmp_path / str(channels)
         folder.mkdir()
         engine = engine_of(folder, channels)
-        im_q, im_k, _ = engine.dataset[0]
+        im_q, im_k, rows, _ = engine.dataset[0]
+        assert not rows
         assert engine.parts == 2
         assert engine.dataset.part_bytes == im_q.nbytes + im_k.nbytes
         assert engine.dataset.part_bytes == 2 * 50 * 32 * 32 * channels * value

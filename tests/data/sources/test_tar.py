@@ -309,6 +309,20 @@ def test_global_headers_end_with_their_archive(tmp_path: Path) -> None:
     assert content(open_shards(str(joined), LIMIT))[1:] == truth(two)
 
 
+def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:
+    """Its offsets are those of other members; one that is open already stays what it was."""
+    for number in range(2):
+        write(tmp_path / f"{number}.tar", ["1.jpg"])
+    source = open_shards(str(tmp_path), LIMIT)
+    assert source.read(0) == jpeg(0)
+    for number in range(2):
+        (tmp_path / f"{number}.tar").unlink()
+        write(tmp_path / f"{number}.tar", ["0.jpg", "1.jpg"])
+    assert source.read(0) == jpeg(0)
+    with pytest.raises(OSError, match=r"1\.tar was changed after it was indexed"):
+        source.read(1)
+
+
 def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_OPEN_FILES", 3)
     for number in range(7):

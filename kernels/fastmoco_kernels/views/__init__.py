@@ -1,0 +1,1 @@
+"""Triton kernels for the views of the augmentation, on uint8 RGB pixels."""
