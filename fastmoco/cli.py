@@ -35,7 +35,7 @@ VERBS = {
         "fastmoco.doctor.__main__", "what this machine has and what limits a run on it", True
     ),
     "preview": Verb(
-        "fastmoco.data.preview",
+        "fastmoco.data.preview.__main__",
         "draw the views that a run would see",
         True,
         ("--out", "--samples", "--replay"),

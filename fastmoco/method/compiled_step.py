@@ -17,8 +17,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import buckets, sum_over_ranks
 from fastmoco.machine.ranks import World
 from fastmoco.method.nonfinite import any_not_finite, telling
+from fastmoco.method.optim.update import SGDWithEMA
 from fastmoco.method.step import Step, StepResult
-from fastmoco.method.update import SGDWithEMA
 from fastmoco_kernels import info_nce_enqueue
 
 

@@ -17,9 +17,9 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco.method.update import set_lr
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
 from tests.support.fake_cuda import Watch, cuda_without_device, printed_by
 from tests.support.ranks import Ranks

@@ -34,7 +34,7 @@ from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
-from fastmoco.method.update import set_lr
+from fastmoco.method.optim.update import set_lr
 from fastmoco.network.resnet import BACKBONES, BasicBlock, ResNet
 from fastmoco.run.metrics import Metrics
 from tests.support.fake_cuda import (
