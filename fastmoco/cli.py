@@ -82,6 +82,16 @@ VERBS = {
         "train the whole network on labels",
         words=("--checkpoint", "--data.root", "--labels", "--layer_decay", "--out"),
     ),
+    "detect": Verb(
+        "fastmoco.transfer.detect",
+        "train a detector on a trunk, and test it",
+        words=("--checkpoint", "--data.root", "--arch", "--task", "--config", "--out"),
+    ),
+    "segment": Verb(
+        "fastmoco.transfer.segment",
+        "train semantic segmentation on a trunk, and test it",
+        words=("--checkpoint", "--data.root", "--crop", "--config", "--out"),
+    ),
     "retrieval": Verb(
         "fastmoco.evaluate.retrieval",
         "mAP and a picture of nearest images",

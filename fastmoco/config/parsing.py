@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -59,10 +60,28 @@ def _without_removed(values: Any) -> Any:
 
 
 _NEVER = object()
+_MOST_LEAVES = 100_000
 
 
-def _read(text: Any) -> Any:
-    return _without_removed(yaml.load(text, Loader=_Words))
+def _read(text: Any, loader: type[yaml.SafeLoader] = _Words) -> Any:
+    values = yaml.load(text, Loader=loader)
+    if _leaves(values, {}) > _MOST_LEAVES:
+        raise yaml.YAMLError("its aliases stand for more values than a configuration has")
+    return _without_removed(values)
+
+
+def _leaves(value: Any, known: dict[int, float]) -> float:
+    """How many values it is written out, where aliases stand for them; infinite in a circle.
+
+    Ten lines of YAML can stand for ten million words, at which parsers work for minutes.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_leaves(one, known) for one in inner)
+    return known[id(value)]
 
 
 def _parser(prog: str = "fastmoco train") -> ArgumentParser:
@@ -149,4 +168,4 @@ def load(path: Path) -> Config:
 def parse_text(text: str) -> Config:
     """Configuration from the text that `dump` returned, as checkpoints carry it."""
     parser = _parser()
-    return _assemble(parser, parser.parse_object(_without_removed(yaml.safe_load(text))))
+    return _assemble(parser, parser.parse_object(_read(text, yaml.SafeLoader)))

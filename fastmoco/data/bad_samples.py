@@ -18,6 +18,8 @@ from fastmoco.machine import durable
 from fastmoco.machine.collectives import gather_objects
 from fastmoco.machine.ranks import World
 
+BAD_SAMPLES = "bad_samples.jsonl"
+
 
 class BadSamples:
     """The bad samples that this rank knows of, after `exchange` those of all ranks.
@@ -28,7 +30,7 @@ class BadSamples:
     def __init__(self, config: Config, source: Source | None, rank: int) -> None:
         self._source, self._rule = source, PixelRule.of(config.data)
         self._share = config.data.max_bad_share
-        self.path = Path(config.run.dir) / "bad_samples.jsonl"
+        self.path = Path(config.run.dir) / BAD_SAMPLES
         self.reasons: dict[int, str] = {}
         """Reason by sample number."""
         self._found: dict[int, str] = {}

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fastmoco.config import Config, ConfigError, dump, load, parse_text
+from fastmoco.data.bad_samples import BAD_SAMPLES
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.source import Source
@@ -38,8 +39,9 @@ def check_run_directory(config: Config) -> None:
     with _owner_as_config_error():
         owner.require_free(folder)
     written = folder / CONFIG
-    if written.exists() and not written.is_file():
-        raise ConfigError(f"{written} is no regular file: delete it, or choose another run.dir.")
+    for path in (written, folder / BAD_SAMPLES):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file: delete it, or choose another run.dir.")
     if written.exists():
         require_same_run(_written_by_us(written), config, str(folder))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
 from fastmoco.config import (
     Config,
@@ -199,6 +200,26 @@ def test_unknown_keys_and_wrong_types(arguments: list[str], mentions: list[str])
         parse(arguments)
     assert all(word in str(error.value) for word in mentions)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("last", ["run: *a7", "data: {root: *a7}", "circle: &c [*c, 1]"])
+def test_a_file_whose_aliases_stand_for_millions_of_words_is_refused(
+    tmp_path: Path, last: str
+) -> None:
+    lines = ["a0: &a0 [w]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8)]
+    text = "\n".join([*lines, last])
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="aliases stand for more"):
+        load(tmp_path / "bomb.yaml")
+    with pytest.raises(yaml.YAMLError, match="aliases stand for more"):
+        parse_text(text)
+
+
+def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("run: &run {seed: 3}\nmodel: {dim: &dim 64}\nmoco: {queue_size: *dim}\n")
+    assert load(path).moco.queue_size == 64
 
 
 def test_unknown_key_in_a_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import draw_uniforms, view_table
+from fastmoco_kernels import photometric
 from tests.support.images import open_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +94,9 @@ def test_views_whose_colours_a_device_makes_are_the_oracles_but_for_the_resize(
     config = configuration(photos, tmp_path, "array")
     finished = drawn(config, 0, 2, key_rows=key_rows)
     monkeypatch.setattr(workers, "leaves_colours", lambda *_: True)
-    batches = drawn(config, 0, 2, key_rows=key_rows)
+    with mock.patch.object(workers, "photometric", wraps=photometric) as op:
+        batches = drawn(config, 0, 2, key_rows=key_rows)
+    assert op.call_count == 2  # both views of a batch at once
     for step, batch in enumerate(batches):
         assert batch.im_q.shape == batch.im_k.shape == (16, 32, 32, 3)
         assert np.array_equal(batch.replaced, finished[step].replaced)
@@ -104,6 +108,20 @@ def test_views_whose_colours_a_device_makes_are_the_oracles_but_for_the_resize(
     one_view = drawn(config, 0, 1, labelled=True)[0]
     assert torch.equal(one_view.im_q, batches[0].im_q)
     assert one_view.im_k.shape == (0, 32, 32, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["array", pytest.param("dali", marks=needs_dali)])
+def test_batches_on_a_gpu_are_the_oracles_but_for_decoder_and_resize(
+    photos: Path, tmp_path: Path, backend: str
+) -> None:
+    config = configuration(photos, tmp_path, backend)
+    with build_loader(config, device=torch.device("cuda")) as loader:
+        for step, batch in enumerate(loader.batches(0, 4)):
+            assert batch.im_q.device.type == batch.im_k.device.type == "cuda"
+            for view, found in enumerate((batch.im_q, batch.im_k)):
+                wrong = (found.cpu().float() - oracle(config, photos, step, view).float()).abs()
+                assert wrong.mean() < (0.25 if backend == "array" else 2)
 
 
 def test_only_array_on_a_gpu_leaves_the_colours_of_rgb_to_it() -> None:

@@ -48,3 +48,10 @@ def test_what_a_failing_disk_keeps_of_the_first_write_goes_at_the_next_start(
     monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
     check_run_directory(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "bad_samples.jsonl"])
+def test_what_is_no_file_where_a_file_belongs_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+        check_run_directory(Config(run=RunConfig(dir=str(tmp_path))))

@@ -2,8 +2,9 @@
 
 `array` executes the table with array operations, `pil` with the reference itself. For a GPU
 `array` decodes and crops only, and `fastmoco_kernels.photometric` does the rest there. A
-micro-batch is cut into parts so that all workers share its latency. Workers are forked and use
-neither CUDA nor the network. They end with their parent, which torch's loader watches.
+micro-batch is cut into parts so that all workers share its latency, and they fill one ring of
+shared memory. Workers are forked and use neither CUDA nor the network. They end with their parent,
+which torch's loader watches.
 
 n local batch, S side of a view.
 """
@@ -11,13 +12,13 @@ n local batch, S side of a view.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -28,20 +29,20 @@ from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.data.backends.pil import PilExecutor
+from fastmoco.data.backends.ring import Ring, slot_of
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage
 from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.plan import Plan
-from fastmoco.data.reader import Encoded, Reader, Work, read_work
+from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.table import Float32, Int64, ViewTable
 from fastmoco.machine import limits
 from fastmoco.machine.host import cores
 from fastmoco_kernels import photometric
 
-# Samples that one worker makes at a time. A micro-batch of one part reaches the consumer without
-# a copy; joining parts costs the main process 0.7 ms per sample of 224 pixels.
 _PART = 64
+"""Samples that one worker makes at a time."""
 
 EXECUTORS: dict[str, Callable[[int, str], Executor]] = {"array": Canvas, "pil": PilExecutor}
 """Who makes the views, by `data.backend`; takes their side and the recipe.
@@ -49,49 +50,53 @@ Float views are made by `FloatCanvas`."""
 
 
 class Part(NamedTuple):
-    """What a worker delivers of a micro-batch."""
+    """What a worker says of the views that it has put into the ring."""
 
-    im_q: Tensor
-    im_k: Tensor
     rows: list[Float32]
     """Of queries and keys, see `photometric_rows`; empty where the views are finished."""
     replaced: Int64
 
 
 class Parts(Dataset[Part]):
-    """Item i is part i % parts of micro-batch i // parts; there is no last one."""
+    """Item i fills part i % parts of micro-batch i // parts; there is no last one."""
 
     def __init__(
         self,
         reader: Reader,
         plan: Plan,
         augment: AugmentConfig,
-        parts: int,
         backend: str,
         crops_only: bool = False,
     ) -> None:
-        self.reader, self.plan, self.augment, self.parts = reader, plan, augment, parts
-        self.backend, self.crops_only = backend, crops_only
+        self.reader, self.plan, self.augment, self.backend = reader, plan, augment, backend
+        self.parts = -(-plan.local_batch // _PART)
+        self.crops_only = crops_only
+        side, rule = augment.image_size, reader.rule
+        self.shape = (plan.views, plan.local_batch, side, side, rule.channels)
+        """Of a micro-batch."""
+        self.dtype = torch.float32 if rule.float_views else torch.uint8
+        self.slots: Tensor
+        """The ring's; set before workers start."""
         self._executor: Executor | None = None
 
     @property
-    def part_bytes(self) -> int:
-        """Bytes of the two views of all samples of a part."""
-        rule, side = self.reader.rule, self.augment.image_size
-        values = 2 * -(-self.plan.local_batch // self.parts) * side * side * rule.channels
-        return values * (4 if rule.float_views else 1)
+    def batch_bytes(self) -> int:
+        """Bytes of the views of a micro-batch."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, item: int) -> Part:
         micro_step, part = divmod(item, self.parts)
         size = -(-self.plan.local_batch // self.parts)
-        work, images = self._decoded(micro_step, slice(part * size, (part + 1) * size))
-        im_q = self._views(work.queries, work.rows_q, images)
-        im_k = self._views(work.keys, work.rows_k, images)
-        rows: list[Float32] = []
-        if self.crops_only:
-            tables = [ViewTable.unpack(packed) for packed in (work.rows_q, work.rows_k)]
-            rows = [photometric_rows(table, self.augment.recipe) for table in tables]
-        return Part(torch.from_numpy(im_q), torch.from_numpy(im_k), rows, work.replaced)
+        mine = slice(part * size, (part + 1) * size)
+        work, images = self._decoded(micro_step, mine)
+        room = slot_of(self.slots, micro_step)[:, mine].numpy()
+        tables = [ViewTable.unpack(packed) for packed in (work.rows_q, work.rows_k)]
+        for views, encoded, table in zip(room, (work.queries, work.keys), tables, strict=False):
+            for row, one in enumerate(encoded):
+                views[row] = self._own_executor().execute(images[one.sample], table, row)
+        if not self.crops_only:
+            return Part([], work.replaced)
+        return Part([photometric_rows(t, self.augment.recipe) for t in tables], work.replaced)
 
     def _decoded(self, micro_step: int, rows: slice) -> tuple[Work, dict[int, Any]]:
         """Reads and decodes; starts over without the samples that PIL does not decode."""
@@ -113,15 +118,6 @@ class Parts(Dataset[Part]):
             if not bad:
                 return work, images
             self.reader.quarantine(bad)
-
-    def _views(self, encoded: list[Encoded], rows: Any, images: dict[int, Any]) -> NDArray[Any]:
-        side, table, rule = self.augment.image_size, ViewTable.unpack(rows), self.reader.rule
-        kind = np.float32 if rule.float_views else np.uint8
-        views = np.empty((len(encoded), side, side, rule.channels), dtype=kind)
-        executor = self._own_executor()
-        for row, one in enumerate(encoded):
-            views[row] = executor.execute(images[one.sample], table, row)
-        return views
 
     def _own_executor(self) -> Executor:
         """Made in the worker, once: its scratch memory belongs to one process."""
@@ -162,21 +158,20 @@ def _in_worker(_: int) -> None:
     threadpool_limits(1, user_api="blas")
 
 
-def within_limits(workers: int, ahead: int, parts: int, part_bytes: int) -> tuple[int, int]:
+def within_limits(workers: int, ahead: int, parts: int, batch_bytes: int) -> tuple[int, int]:
     """Workers and parts in flight of each, as wanted or as few as this machine has room for.
 
-    parts: of a micro-batch, of which two may be in the trainer's hands beside those in flight.
-    part_bytes: of one, in shared memory. Raises `ConfigError` where even one worker is too many.
+    parts: of a micro-batch. batch_bytes: of one, in shared memory. Raises `ConfigError` where even
+    one worker is too many.
     """
     while True:
-        held = workers * ahead + 2 * parts
-        # Each tensor of a part is an open file of the trainer, and each worker has some pipes.
-        memory, files = held * part_bytes, 2 * held + 8 * workers
+        # Each worker has some pipes, the ring one file.
+        memory, files = slots(workers, ahead, parts) * batch_bytes, 8 * workers + 1
         free, left = limits.shared_memory(), limits.files_left(files)
         short = free is not None and memory > free
         if not short and (left is None or files <= left):
             return workers, ahead
-        if ahead > 1:
+        if short and ahead > 1:
             ahead -= 1
         elif workers > 1:
             workers -= 1
@@ -194,6 +189,14 @@ def within_limits(workers: int, ahead: int, parts: int, part_bytes: int) -> tupl
             )
 
 
+def slots(workers: int, ahead: int, parts: int) -> int:
+    """Micro-batches in the ring: those that workers may be at, and the one that is being taken.
+
+    With the last part of micro-batch m, the trainer asks for the part workers * ahead behind it.
+    """
+    return -(-workers * ahead // parts) + 1
+
+
 class WorkerEngine:
     """Micro-batches from worker processes, in order, starting anywhere."""
 
@@ -209,13 +212,15 @@ class WorkerEngine:
         # On the CPU the encoders need the cores as well.
         share = cores() if device.type == "cuda" else max(1, cores() // 2)
         wanted, prefetch = config.data.workers or share, config.data.prefetch
-        self.parts = -(-plan.local_batch // _PART)
         crops_only = leaves_colours(backend, device, reader.rule)
-        self.dataset = Parts(reader, plan, config.augment, self.parts, backend, crops_only)
+        self.dataset = Parts(reader, plan, config.augment, backend, crops_only)
+        self.parts = self.dataset.parts
         self.timeout_s = config.run.timeout_s
         # Parts in flight per worker, so that `prefetch` whole micro-batches are on their way.
         ahead = max(2, -(-prefetch * self.parts // wanted))
-        self.workers, self.ahead = within_limits(wanted, ahead, self.parts, self.dataset.part_bytes)
+        self.workers, self.ahead = within_limits(
+            wanted, ahead, self.parts, self.dataset.batch_bytes
+        )
         self.description = f"{backend}: {self.workers} worker processes, {prefetch} batches ahead"
         if (self.workers, self.ahead) != (wanted, ahead):
             self.description = (
@@ -224,14 +229,20 @@ class WorkerEngine:
             )
         if crops_only:
             self.description += "; colours and blur on the GPU"
-        self.copies: torch.cuda.Stream | None = None
+        self.ring = Ring(
+            slots(self.workers, self.ahead, self.parts), self.dataset.shape, self.dataset.dtype
+        )
+        self.dataset.slots = self.ring.slots
         if device.type == "cuda":
-            self.copies = torch.cuda.Stream(device)
+            self.ring.pin(device)
         self._items: Any = None
+        self._micro_step = 0
 
     def start(self, micro_step: int) -> None:
         """Begin at this micro-batch."""
         self.close()
+        self.ring.settle()
+        self._micro_step = micro_step
         loader = DataLoader(
             self.dataset,
             batch_size=None,
@@ -253,6 +264,7 @@ class WorkerEngine:
         Raises `BadImage` where no sample can replace a bad one, `ConfigError` where storage keeps
         failing, and `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
         """
+        self.ring.settle()
         try:
             parts = [next(self._items) for _ in range(self.parts)]
         except ConfigError as error:  # PyTorch puts the worker's traceback before it
@@ -265,31 +277,24 @@ class WorkerEngine:
                 f"programs that fill {limits.SHARED_MEMORY}, and for a disk that does not answer; "
                 "the same command goes on."
             ) from error
-        im_q, im_k, rows, replaced = zip(*parts, strict=True)
-        if not self.dataset.crops_only:
-            return Batch(self._upload(im_q), self._upload(im_k), np.concatenate(replaced))
-        rows_q, rows_k = zip(*rows, strict=True)
-        programme = self._upload(tuple(map(torch.from_numpy, (*rows_q, *rows_k))))
-        views = photometric(self._upload((*im_q, *im_k)), programme)
-        n = sum(map(len, im_q))
-        return Batch(views[:n], views[n:], np.concatenate(replaced))
+        views = self.ring.taken(self._micro_step, self.device)
+        self._micro_step += 1
+        if self.dataset.crops_only:
+            which = range(len(views))
+            rows = np.concatenate([part.rows[view] for view in which for part in parts])
+            views = photometric(views.flatten(0, 1), self._uploaded(rows)).view_as(views)
+        im_k = views[1] if len(views) == 2 else views[0, :0]
+        return Batch(views[0], im_k, np.concatenate([part.replaced for part in parts]))
 
-    def _upload(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """One tensor on the device; the copy overlaps with the work of the current stream."""
-        if self.copies is None:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        rows = sum(len(part) for part in parts)
-        pinned = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=True)
-        torch.cat(parts, out=pinned)
-        with torch.cuda.stream(self.copies):
-            views = pinned.to(self.device, non_blocking=True)
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.copies)
-        views.record_stream(current)
-        return views
+    def _uploaded(self, rows: Float32) -> Tensor:
+        """On the device; a copy from other than pinned memory would wait for it."""
+        found = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            found = found.pin_memory().to(self.device, non_blocking=True)
+        return found
 
     def close(self) -> None:
-        """Ends the workers and frees their shared memory."""
+        """Ends the workers."""
         items, self._items = self._items, None
         if items is not None and hasattr(items, "_shutdown_workers"):
             items._shutdown_workers()

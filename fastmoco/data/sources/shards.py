@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from fastmoco.data.sources.listing import (
 )
 from fastmoco.data.sources.measure import CHUNK, HEAD, in_order, in_parallel, progress
 from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
+from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder
 
 SUFFIX = ".fastmoco-index"
@@ -203,11 +205,17 @@ def came_with(index: Index, head: list[Any], max_pixels: int) -> bool:
 
 
 def stamp(shard: Path) -> list[Any]:
-    """Place, size and modification time of a shard. Raises `ConfigError` without them."""
+    """Place, size and modification time of a shard.
+
+    Raises `ConfigError` without them, and for a pipe, which reading would wait for.
+    """
     try:
         status = shard.stat()
     except OSError as error:
         raise ConfigError(f"The shard {shard} cannot be read: {error.strerror}.") from error
+    if not S_ISREG(status.st_mode):
+        kind = durable.what_it_is(status.st_mode)
+        raise ConfigError(f"The shard {shard} is {kind}, not a regular file.")
     return [str(shard.resolve()), status.st_size, status.st_mtime_ns]
 
 

@@ -23,7 +23,8 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
-from fastmoco.data.backends.workers import WorkerEngine, _in_worker, within_limits
+from fastmoco.data.backends.ring import Ring, slot_of
+from fastmoco.data.backends.workers import WorkerEngine, _in_worker, slots, within_limits
 from fastmoco.data.loader import make_plan
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader
@@ -61,13 +62,12 @@ def test_a_worker_multiplies_on_one_thread_and_the_trainer_on_all() -> None:
     ("free", "files", "found"),
     [
         (None, None, (4, 3)),  # as wanted
-        (20 * 10, None, (4, 3)),  # 4 x 3 parts in work and 2 x 4 of two batches: to the byte
-        (20 * 10 - 1, None, (4, 2)),
-        (9 * 10, None, (1, 1)),
-        (None, 72, (4, 3)),  # two files of each of 20 parts, and 8 of each worker
-        (None, 71, (4, 2)),
-        (12 * 10, 56, (4, 1)),  # 4 + 8 parts and 4 workers: 24 + 32 files
-        (12 * 10, 55, (3, 1)),
+        (4 * 10, None, (4, 3)),  # 4 x 3 parts are of 3 batches, and one is taken: to the byte
+        (4 * 10 - 1, None, (4, 2)),
+        (2 * 10, None, (4, 1)),
+        (None, 33, (4, 3)),  # the ring is a file, and a worker has 8
+        (None, 32, (3, 3)),
+        (3 * 10, 24, (2, 2)),  # for memory 4 x 2 parts, of 2 batches
     ],
 )
 def test_as_many_workers_as_there_is_room_for(
@@ -81,14 +81,63 @@ def test_as_many_workers_as_there_is_room_for(
 def test_room_for_no_worker_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "files_left", lambda needed: None)
     monkeypatch.setattr(limits, "shared_memory", lambda: 64_000_000)
-    with pytest.raises(ConfigError, match=r"needs 173 MB .* has 64 MB .*--shm-size"):
-        within_limits(4, 3, 4, 2 * 64 * 224 * 224 * 3)
+    with pytest.raises(ConfigError, match=r"needs 154 MB .* has 64 MB .*--shm-size"):
+        within_limits(4, 3, 4, 2 * 256 * 224 * 224 * 3)
     monkeypatch.setattr(limits, "shared_memory", lambda: None)
     monkeypatch.setattr(limits, "files_left", lambda needed: 5)
     with pytest.raises(
-        ConfigError, match=r"26 more open files, and this process may open 5: .*ulimit"
+        ConfigError, match=r"9 more open files, and this process may open 5: .*ulimit"
     ):
         within_limits(1, 1, 4, 10)
+
+
+class Numbered(Dataset[int]):
+    """Fills its slot with the number of the micro-batch, and counts."""
+
+    def __init__(self, ring: torch.Tensor, parts: int) -> None:
+        self.slots, self.parts = ring, parts
+        self.done = torch.zeros(64, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, item: int) -> int:
+        micro_step, part = divmod(item, self.parts)
+        slot_of(self.slots, micro_step)[0, part] = micro_step
+        self.done[item] = 1
+        return item
+
+
+@pytest.mark.parametrize(
+    ("count", "ahead", "parts"), [(1, 2, 1), (2, 2, 3), (2, 3, 4), (2, 3, 2), (1, 2, 5)]
+)
+def test_workers_that_are_as_far_ahead_as_they_may_overwrite_nothing(
+    count: int, ahead: int, parts: int
+) -> None:
+    ring = Ring(slots(count, ahead, parts), (1, parts), torch.int64)
+    numbered = Numbered(ring.slots, parts)
+    loader = DataLoader(
+        numbered,
+        batch_size=None,
+        sampler=range(64),
+        num_workers=count,
+        prefetch_factor=ahead,
+        multiprocessing_context="fork",
+    )
+    items = iter(loader)
+    for micro_step in range(4):
+        for part in range(parts):
+            assert next(items) == micro_step * parts + part
+            asked_for = micro_step * parts + part + 1 + count * ahead
+            while not bool(numbered.done[:asked_for].all()):  # the loader ends if a worker dies
+                time.sleep(0.001)
+        taken = ring.taken(micro_step, torch.device("cpu"))
+        assert taken.tolist() == [[micro_step] * parts]
+
+
+def test_a_batch_is_the_trainers_own_memory() -> None:
+    ring = Ring(2, (1, 3), torch.uint8)
+    slot_of(ring.slots, 5).fill_(5)
+    taken = ring.taken(5, torch.device("cpu"))
+    ring.slots.zero_()
+    assert taken.tolist() == [[5, 5, 5]]
 
 
 def engine_of(folder: Path, channels: int = 3, timeout_s: float = 600) -> WorkerEngine:
@@ -115,16 +164,18 @@ def engine_of(folder: Path, channels: int = 3, timeout_s: float = 600) -> Worker
     )
 
 
-def test_a_part_takes_the_bytes_of_its_views(tmp_path: Path) -> None:
+def test_the_ring_takes_the_bytes_of_its_batches(tmp_path: Path) -> None:
     for channels, value in ((3, 1), (13, 4)):
         folder = tmp_path / str(channels)
         folder.mkdir()
         engine = engine_of(folder, channels)
-        im_q, im_k, rows, _ = engine.dataset[0]
-        assert not rows
         assert engine.parts == 2
-        assert engine.dataset.part_bytes == im_q.nbytes + im_k.nbytes
-        assert engine.dataset.part_bytes == 2 * 50 * 32 * 32 * channels * value
+        assert (engine.workers, engine.ahead) == (1, 4)  # of 2 batches, and one is taken
+        assert engine.ring.slots.nbytes == 3 * engine.dataset.batch_bytes
+        assert engine.dataset.batch_bytes == 2 * 100 * 32 * 32 * channels * value
+        rows, replaced = engine.dataset[1]
+        assert not rows
+        assert len(replaced) == 50
 
 
 class Dies(Dataset[int]):

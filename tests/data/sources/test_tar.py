@@ -309,6 +309,20 @@ def test_global_headers_end_with_their_archive(tmp_path: Path) -> None:
     assert content(open_shards(str(joined), LIMIT))[1:] == truth(two)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_shard_that_would_never_end_is_refused(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    """Also where the index of the shard that was there lies beside it."""
+    shard = write(tmp_path / "0.tar", ["1.jpg"])
+    open_shards(str(tmp_path), LIMIT)
+    shard.unlink()
+    make(shard)
+    for root in (shard, tmp_path):
+        with pytest.raises(ConfigError, match=r"is a (FIFO|device), not a regular|holds no \.tar"):
+            open_shards(str(root), LIMIT)
+
+
 def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:
     """Its offsets are those of other members; one that is open already stays what it was."""
     for number in range(2):

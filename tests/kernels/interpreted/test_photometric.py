@@ -38,6 +38,26 @@ def test_factors_that_overshoot_are_clipped_and_truncated_as_pils() -> None:
     check(replace(ALWAYS, brightness=1.5, contrast=1.5, saturation=3, blur_p=0, hue=0), 8, 12)
 
 
+def test_colours_whose_hue_float32_alone_gets_wrong() -> None:
+    """Of every third level in all combinations those that a sum in float32 turns elsewhere."""
+    levels = np.arange(0, 256, 3, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    value, low = (pick(cube, axis=1).astype(np.float32) for pick in (np.max, np.min))
+    rest = (value[:, None] - cube) / np.maximum(value - low, 1)[:, None]
+    from_green = (cube[:, 1] == value) & (cube[:, 0] != value)
+    single = 2 + rest[:, 0] - rest[:, 2]
+    double = (2 + rest[:, 0].astype(np.float64) - rest[:, 2]).astype(np.float32)
+    hard = cube[from_green & (np.floor(single / 6 * 255) != np.floor(double / 6 * 255))]
+    assert len(hard) > 300
+    views = hard[:256].reshape(1, 16, 16, 3)
+    table = table_for(views, replace(ALWAYS, blur_p=0, flip_p=0, grayscale_p=0))
+    table = replace(table, order=np.array([[HUE, CONTRAST, 0, 2]]))
+    table.factors[:] = [[1, 1, 1, 0.3]]
+    rows = torch.from_numpy(photometric_rows(table, "v2"))
+    got = photometric_triton(torch.from_numpy(views), rows).numpy()
+    assert np.array_equal(got, by_pil(views, table, "v2"))
+
+
 def test_boxes_wider_than_the_view_and_narrower_than_a_pixel() -> None:
     check(replace(ALWAYS, jitter_p=0, blur_p=1, blur_min=5, blur_max=16), 2, 9)
     check(replace(ALWAYS, jitter_p=0, blur_p=1, blur_min=0.05, blur_max=0.3), 2, 9)
