@@ -6,6 +6,8 @@ READY  := $(VENV)/.installed
 
 # Tests run in so many processes side by side, each of which computes with one thread.
 WORKERS ?= 2
+# A file of versions to install, as continuous integration has; without one the newest that fit.
+CONSTRAINTS ?=
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-avx2 test-slow lint type bench-report clean
@@ -38,7 +40,7 @@ bench-report: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable '.[dev]'
 	touch $(READY)
 
 clean:

@@ -1,10 +1,13 @@
 """Start, memory and first batch of every source as the number of images grows.
 
     python -m bench.data_scale --scratch FOLDER [--samples 10000,100000,1000000] [--only shards]
+        [--inspect 3]
 
 Pictures are 64 JPEGs of 32 pixels (1 kB) again and again, as hard links, list, shards of 10,000,
 Parquet (row groups of 1,000) and Arrow. Each start is a process of its own; `second` finds the
 index of the first. Memory is what opening and the first batch of 256 add to the main process.
+With --inspect so many turns of the first index and of the whole command `fastmoco inspect`, imports
+and page included, each without an index; `ratios` are those of a turn.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from bench.measure.program import Options, chosen, command, parser
-from bench.measure.rows import Row
+from bench.measure.rows import Row, quantiles
 
 START = """
 import json, os, sys, time
@@ -103,27 +108,54 @@ def _table(source: str, path: Path, images: list[bytes]) -> None:
 PARSER = parser("data_scale", __doc__, windows=False, steps=False)
 PARSER.add_argument("--scratch", type=Path, required=True, help="up to 5 GB; emptied afterwards")
 PARSER.add_argument("--samples", default="10000,100000,1000000")
+PARSER.add_argument("--inspect", type=int, default=0, metavar="TURNS")
+
+
+def _inspected(own: Options, source: str, root: Path, started: Callable[[], Row]) -> Row:
+    """The first index and `fastmoco inspect` in turns, in seconds."""
+    page = str(own.scratch / "page.html")
+    command = ["-m", "fastmoco", "inspect", str(root), "--data.source", source, "--html", page]
+    index_s, inspect_s = [], []
+    for _ in range(own.inspect):
+        shutil.rmtree(own.scratch / "cache", ignore_errors=True)
+        index_s.append(float(started()["start_s"]))
+        shutil.rmtree(own.scratch / "cache", ignore_errors=True)
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+        inspect_s.append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(inspect_s, index_s, strict=True)]
+    return {
+        "contestant": "inspect",
+        "index_s": quantiles(index_s, 2),
+        "inspect_s": quantiles(inspect_s, 2),
+        "ratios": quantiles(ratios, 3),
+        "n": own.inspect,
+    }
 
 
 @command(PARSER, trains=False)
 def main(own: Options) -> Iterator[list[Row]]:
-    """Two rows per source and number of samples: first and second start."""
+    """Two rows per source and number of samples, first and second start, and one of inspect."""
+    os.environ["FASTMOCO_CACHE"] = str(own.scratch / "cache")
     for samples in map(int, own.samples.split(",")):
         for source in chosen(own.only, ("folder", "list", "shards", "parquet", "arrow")):
-            place = own.scratch / "set"
-            root = write(source, samples, place)
-            environment = {**os.environ, "FASTMOCO_CACHE": str(own.scratch / "cache")}
-            command = [sys.executable, "-c", START, source, str(root), str(own.scratch / "run")]
-            rows: list[Row] = []
-            for which in ("first", "second"):
-                said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-                found = json.loads(said.stdout.splitlines()[-1])
-                case = {"source": source, "samples": samples, "image_size": 32}
-                found = {name: round(value, 3) for name, value in found.items()}
-                rows.append({"benchmark": "data_scale", "case": case, "contestant": which, **found})
-            yield rows
-            for folder in (place, own.scratch / "cache", own.scratch / "run"):
-                shutil.rmtree(folder, ignore_errors=True)
+            root = write(source, samples, own.scratch / "set")
+            started = partial(_started, [source, str(root), str(own.scratch / "run")])
+            found = [{"contestant": which, **started()} for which in ("first", "second")]
+            if own.inspect:
+                found.append(_inspected(own, source, root, started))
+            case = {"source": source, "samples": samples, "image_size": 32}
+            yield [{"benchmark": "data_scale", "case": case, **row} for row in found]
+            for folder in ("set", "cache", "run"):
+                shutil.rmtree(own.scratch / folder, ignore_errors=True)
+
+
+def _started(arguments: list[str]) -> Row:
+    """What `START` says, in a process of its own."""
+    command = [sys.executable, "-c", START, *arguments]
+    said = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found = json.loads(said.stdout.splitlines()[-1])
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -35,12 +35,26 @@ VERBS = {
         "fastmoco.doctor.__main__", "what this machine has and what limits a run on it", True
     ),
     "preview": Verb(
-        "fastmoco.data.preview", "draw the views that a run would see", True, ("--out", "--samples")
+        "fastmoco.data.preview",
+        "draw the views that a run would see",
+        True,
+        ("--out", "--samples", "--replay"),
+    ),
+    "inspect": Verb(
+        "fastmoco.data.inspect.__main__",
+        "what is in a data set, and the settings to train on it",
+        True,
+        ("--html", "--samples"),
     ),
     "prepare": Verb(
         "fastmoco.data.download",
         "download a public data set as folders of images",
         words=("cifar10", "imagenette", "stl10", "--out"),
+    ),
+    "shapes": Verb(
+        "fastmoco.transfer.datasets.write_shapes",
+        "draw a set to try detection and segmentation on",
+        words=("--out", "--photographs", "--pretrain"),
     ),
     "pack": Verb(
         "fastmoco.data.pack.__main__",

@@ -20,6 +20,7 @@ from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import INTERRUPTED, StopRequest
+from fastmoco.machine.watchdog import Watchdog
 from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.memory_bank import allocate_bank
@@ -85,6 +86,7 @@ class Run:
         main, self.request.patient = self.world.is_main, True
         with (
             collectives.naming_failures(self.world, lambda: self.done),
+            Watchdog(self.world, lambda: self.done),
             directory.claimed(self.config, main),
             self.saver,  # what it writes is waited for while the folder is ours
             self.loader,
@@ -131,8 +133,7 @@ class Run:
             asked = self.shared.poll(2 if self.request.asked() else int(self.saver.overdue()))
             self.stopping = asked == 2
             if progress.due(done) or asked:
-                bad = self.loader.bad_samples
-                progress.flush(done, lr, self.loader.wait_s, bad)  # the one host synchronization
+                progress.flush(done, lr, self.loader)  # the one host synchronization
                 agreement.require_agreement(step.moco, self.world, done)
                 end = self.stopping or done == stop
                 if warning := self.saver.save_if_due(done, overdue=asked == 1, end=end):

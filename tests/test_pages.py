@@ -15,7 +15,7 @@ PAGES = [
     *DOCS,
     *sorted((ROOT / "docs" / "experiments").glob("*.md")),
 ]
-MOST_WORDS = 8_600  # 7,000, and the pages reliability, clusters, transfer, data_scale
+MOST_WORDS = 8_930  # 7,000, and the pages reliability, clusters, transfer, data_scale; tables count
 MOST_LINES = 149
 MOST_LINES_OF_README = 119
 MOST_CHARACTERS = 119

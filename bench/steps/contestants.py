@@ -6,18 +6,17 @@ N local batch, S image side.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import count, cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.contest import synchronize
@@ -37,6 +36,7 @@ from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.train import join_world
 
 FOREVER = 10**9
+_STORE: Any = dist.HashStore  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -49,8 +49,6 @@ class Bench:
     known: dict[str, Any] = field(default_factory=dict)
     """Facts from the beginning."""
     compiled: bool = False
-    after: Callable[[], None] = lambda: None
-    """What is left to do at the end."""
 
     @property
     def wait_s(self) -> float:
@@ -78,12 +76,11 @@ class Bench:
         return round(float(counter.get_total_flops()) / 1e9, 3)
 
     def close(self) -> None:
-        """End the loader's processes and the process group; then what was left to do."""
+        """End the loader's processes and the process group."""
         if self.loader:
             self.loader.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.after()
 
 
 def _built(config: str, settled: bool = True) -> tuple[Config, World]:
@@ -226,28 +223,34 @@ def official_step(config: str, kept_memory: bool = False) -> Bench:
     `kept_memory` gives it our step's allocator setting, which the published code does not make.
     """
     parsed, world = _built(config, settled=kept_memory)
-    folder = tempfile.TemporaryDirectory()
-    if world.size == 1:
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        store = f"file://{Path(folder.name) / 'store'}"
-        dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     torch.manual_seed(parsed.run.seed)
-    encoder = as_published(build_encoder(parsed.model))
+    encoder = build_encoder(parsed.model).to(world.device)
     queue = F.normalize(torch.randn(parsed.model.dim, parsed.moco.queue_size), dim=0)
-    moco = OfficialMoCo(
-        encoder, queue, momentum=parsed.moco.momentum, temperature=parsed.moco.temperature
-    )
-    optim = parsed.optim
-    step = OfficialStep(
-        moco.to(world.device).train(),
-        lr=parsed.resolved_lr(),
-        momentum=optim.momentum,
-        decay=optim.weight_decay,
-    )
+    step = published_step(parsed, encoder, queue)
     normalize_pixels = NormalizePixels(world.device)
     pool = [
         [normalize_pixels(images).contiguous() for images in (batch.im_q, batch.im_k)]
         for batch in islice(_synthetic(parsed, world), 2)
     ]
     turns = cycle(pool)
-    return Bench(world.device, lambda: step(*next(turns)), after=folder.cleanup)
+    return Bench(world.device, lambda: step(*next(turns)))
+
+
+def published_step(config: Config, encoder: nn.Module, queue: Tensor) -> OfficialStep:
+    """The published step from a copy of the encoder and of the queue (C, K), in a process group."""
+    if not dist.is_initialized():
+        backend = "nccl" if next(encoder.parameters()).is_cuda else "gloo"
+        dist.init_process_group(backend, store=_STORE(), rank=0, world_size=1)
+    moco, optim = config.moco, config.optim
+    model = OfficialMoCo(
+        as_published(deepcopy(encoder)),
+        queue,
+        momentum=moco.momentum,
+        temperature=moco.temperature,
+    )
+    return OfficialStep(
+        model.to(next(encoder.parameters()).device).train(),
+        lr=config.resolved_lr(),
+        momentum=optim.momentum,
+        decay=optim.weight_decay,
+    )

@@ -49,12 +49,16 @@ class RunConfig:
     """torch.compile of the whole step; of the encoders alone where the step cannot be one graph
     (micro-batches, the symmetric loss, fp16, optimizers other than `sgd_ema`). `auto` is on for
     CUDA with triton and off elsewhere."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether the whole compiled step is a CUDA graph, which spares the host a thousand launches;
+    the third step captures it and compares a replay. `auto`: on one GPU, up to 128 images."""
     log_every: int = 50
     """Steps between two log lines, which are the only host synchronizations of the loop."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints. The last epoch is always saved."""
     checkpoint_minutes: float = 0.0
-    """Save also when so many minutes have passed since the last checkpoint; 0 does not."""
+    """Save also when so many minutes have passed since the last checkpoint, at most once for every
+    log line; 0 does not."""
     keep_checkpoints: int = 3
     """Number of most recent checkpoints kept; 0 keeps all of them."""
     keep_every: int = 0
@@ -63,6 +67,9 @@ class RunConfig:
     """Sends the records of metrics.jsonl to Weights & Biases, MLflow or trackio as well."""
     max_steps: int = 0
     """Stop, with a checkpoint, after this many steps in all; 0 runs all epochs."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """After a loss or gradient that is not finite: `stop` ends the run; `skip` leaves out the step,
+    of which nothing stays in weights, momentum, queue and BN statistics."""
     timeout_s: float = 600.0
     """Seconds after which a collective that a lost rank never joins fails."""
 
@@ -316,7 +323,7 @@ class Config:
 _NOT_IDENTITY = {
     *("run.dir", "run.resume", "run.resume_changes", "run.device", "run.compile", "run.log_every"),
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every"),
-    *("run.max_steps", "run.timeout_s", "run.tracker"),
+    *("run.cuda_graph", "run.max_steps", "run.timeout_s", "run.tracker", "run.nonfinite"),
     *("data.root", "data.backend", "data.workers", "data.threads", "data.prefetch"),
     *("data.verify", "data.rescan", "data.max_bad_share"),
     *(f"knn.{field.name}" for field in fields(KnnConfig)),

@@ -59,6 +59,7 @@ class BadSamples:
         for found in gather_objects(self._found, world):
             new |= found
         self._found = {}
+        self._list_if_possible()
         if not new:
             return ""
         self.add(new, write=False)
@@ -82,8 +83,7 @@ class BadSamples:
         self.reasons.update(reasons)
         if write and reasons:
             self._unlisted.update(reasons)
-            with contextlib.suppress(OSError):  # a full disk: listed with the next one
-                self._list()
+            self._list_if_possible()
         total = len(self._source.sizes)
         if len(self.reasons) > self._share * total:
             raise ConfigError(
@@ -91,6 +91,12 @@ class BadSamples:
                 f"{self._share:g}; the latest is {self._source.name(max(reasons))}, all are in "
                 f"{self.path}."
             )
+
+    def _list_if_possible(self) -> None:
+        """A disk that is full ends no run: its lines are written at the next exchange."""
+        if self._unlisted:
+            with contextlib.suppress(OSError):
+                self._list()
 
     def _list(self) -> None:
         """Append a line for each that has none yet. Earlier starts and other ranks have theirs."""

@@ -66,6 +66,8 @@ class JpegHeader:
     width: int
     height: int
     plain: bool
+    end: int
+    """Where the frame's segment ends: the scans come behind it, a thumbnail mostly before it."""
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
@@ -84,15 +86,18 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         if marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe" and length >= 14:
             adobe = data[at + 15]
         if marker in _FRAMES:
-            frame = data[at + 4 : at + 2 + length]
-            return _frame(frame, adobe, marker in _HUFFMAN_8_BIT) if len(frame) >= 9 else None
+            end = at + 2 + length
+            frame = data[at + 4 : end]
+            if len(frame) < 9:
+                return None
+            return _frame(frame, adobe, marker in _HUFFMAN_8_BIT, end)
         if marker == _SCAN[1] or length < 2:
             return None
         at += 2 + length
     return None
 
 
-def _frame(frame: bytes, adobe: int, common_process: bool) -> JpegHeader:
+def _frame(frame: bytes, adobe: int, common_process: bool, end: int) -> JpegHeader:
     """Reads the payload of a start-of-frame segment."""
     components = frame[5]
     identifiers = frame[6::3][:components]
@@ -103,13 +108,15 @@ def _frame(frame: bytes, adobe: int, common_process: bool) -> JpegHeader:
         and (components == 1 or (components == 3 and luminance_chrominance))
     )
     width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
-    return JpegHeader(width, height, plain and width > 0 and height > 0)
+    return JpegHeader(width, height, plain and width > 0 and height > 0, end)
 
 
-def is_complete_jpeg(data: bytes) -> bool:
+def is_complete_jpeg(data: bytes, header: JpegHeader) -> bool:
     """Whether an end marker follows the last scan: neither occurs inside entropy-coded data."""
+    if data.find(_SCAN, header.end) < 0:  # the scan and the end of a thumbnail are not its own
+        return False
     # Most files end with the marker; searching a whole file for its last scan takes 30 us.
-    return data.endswith(_END) or data.rfind(_END) > data.rfind(_SCAN) > 0
+    return data.endswith(_END) or data.rfind(_END) > data.rfind(_SCAN)
 
 
 def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:

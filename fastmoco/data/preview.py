@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastmoco.config import Config, ConfigError, check_pixel_options, parse
 from fastmoco.config.command import CommandParser
+from fastmoco.data import replay
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali_reader import Delivery
 from fastmoco.data.backends.float_views import FloatCanvas
@@ -71,6 +72,24 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     sheet(columns, side).save(path)
 
 
+def draw_replay(step: replay.SavedStep, path: Path, *, samples: int = 8) -> int:
+    """Writes a PNG of the views that a step got; how many samples its batch has.
+
+    Raises `ConfigError` and `OSError` as `draw_views` does, also where the images have changed.
+    """
+    config = step.config
+    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    parts = replay.batches(step, torch.device("cuda" if cuda else "cpu"))
+    numbers = [number for part in step.samples for number in part]
+    columns = []
+    for name in ("im_q", "im_k"):
+        views = torch.cat([getattr(part, name) for part in parts])[:samples].cpu().numpy()
+        pictures = [visible(view) for view in views]
+        columns.append(Column(name, pictures, [[f"sample {number}"] for number in numbers]))
+    sheet(columns, config.augment.image_size).save(path)
+    return len(numbers)
+
+
 def _by_dali(config: Config, work: Work) -> list[UInt8]:
     # Imported by name: only where DALI is installed.
     from fastmoco.data.backends import dali_graph
@@ -105,10 +124,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture, a PNG")
     parser.add_argument("--samples", type=int, default=8, help="how many images are shown")
+    parser.add_argument("--replay", type=Path, help="a step that a run saved as not finite")
     own, rest = parser.parse_known_args(arguments)
     if own.samples < 1:
         parser.error(f"--samples is {own.samples}, but must be at least 1")
     try:
+        if own.replay:
+            step = replay.read(own.replay, rest)
+            total = draw_replay(step, own.out, samples=own.samples)
+            print(
+                f"{own.out}: {min(own.samples, total)} of the {total} samples of step {step.step}"
+            )
+            return 0
         config = parse(rest)
         without_knn = replace(config, knn=replace(config.knn, every=0))  # nobody needs a test set
         check_pixel_options(config)

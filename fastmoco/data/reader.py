@@ -102,7 +102,7 @@ class Reader:
         if header is not None and header.plain and sample not in self.by_pil:
             check_pixels((header.width, header.height), self.rule.max_pixels)
             turned = self.rule.exif == "apply" and is_turned(data)
-            if is_complete_jpeg(data) and not turned:
+            if is_complete_jpeg(data, header) and not turned:
                 return Encoded(sample, data, header.width, header.height)
         image = decode(data, self.rule)
         return Encoded(sample, ppm(image), image.width, image.height)

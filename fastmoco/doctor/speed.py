@@ -11,7 +11,8 @@ import torch
 from fastmoco.config import Config, ConfigError
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
-from fastmoco.data.loader import Loader, build_loader
+from fastmoco.data.inspect.rate import FOREVER, puller, rate
+from fastmoco.data.loader import build_loader
 from fastmoco.data.pixels.deep import decode_deep
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import read_sample
@@ -27,9 +28,6 @@ BUDGET_S = 4.0
 
 # On the CPU a batch of a recipe would take minutes; speed per image hardly depends on it.
 CPU_BATCH = 64
-
-
-FOREVER = 10**9
 
 
 def storage(source: Source, config: Config) -> Iterator[Line]:
@@ -69,7 +67,7 @@ def speed(config: Config, world: World) -> Iterator[Line]:
     if config.data.source == "synthetic":
         return
     with build_loader(config, device=world.device) as loader:
-        delivered = _rate(_puller(loader), micro, world.device)
+        delivered = rate(puller(loader), micro, world.device, BUDGET_S)
         yield "loader", f"{delivered:.1f} images/s with nothing else to do; {loader.description}"
     yield "verdict", _verdict(delivered, device, world.device)
     if world.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -103,7 +101,8 @@ def _best_threads(config: Config, world: World) -> str:
         torch.set_num_threads(threads)
         with build_loader(config, device=world.device) as loader:
             batches = loader.batches(0, FOREVER)
-            speeds[threads] = _rate(_stepper(config, world, batches), micro, world.device)
+            once = _stepper(config, world, batches)
+            speeds[threads] = rate(once, micro, world.device, BUDGET_S)
     torch.set_num_threads(everyone)
     best = max(speeds, key=lambda threads: speeds[threads])
     told = ", ".join(f"{n}: {speed:.1f} images/s" for n, speed in speeds.items())
@@ -133,7 +132,7 @@ def _step_speed(config: Config, world: World) -> float:
     noise = replace(config, data=replace(config.data, source="synthetic"))
     batches = build_loader(noise, device=world.device).batches(0, FOREVER)
     images = config.optim.global_batch_size // config.optim.accumulate
-    return _rate(_stepper(config, world, batches), images, world.device)
+    return rate(_stepper(config, world, batches), images, world.device, BUDGET_S)
 
 
 def _stepper(config: Config, world: World, batches: Iterator[Batch]) -> Callable[[], object]:
@@ -148,29 +147,3 @@ def _stepper(config: Config, world: World, batches: Iterator[Batch]) -> Callable
         number += 1
 
     return once
-
-
-def _puller(loader: Loader) -> Callable[[], object]:
-    batches = loader.batches(0, FOREVER)
-    return lambda: next(batches)
-
-
-def _rate(once: Callable[[], object], images: int, device: torch.device) -> float:
-    """Images per second over about BUDGET_S seconds, after warm-up: two calls, or a slow one."""
-    began = time.perf_counter()
-    once()
-    _wait(device)
-    if time.perf_counter() - began < BUDGET_S:
-        once()
-        _wait(device)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < BUDGET_S and count < 50:
-        once()
-        count += 1
-    _wait(device)
-    return count * images / (time.perf_counter() - began)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -125,25 +125,27 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: Wo
     return moved
 
 
-def mean_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
-    """The mean of each tensor over ranks, for a traced step; DDP does this in eager mode.
+def sum_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
+    """The sum of each tensor over ranks, for a traced step; in eager mode DDP averages.
+
+    Who reads the sums divides: a division of each would be a launch of its own.
 
     Last tensors first, because the backward finishes with them first, and in several collectives,
     so that a scheduler can begin to send before the backward ends.
     """
     if world.size == 1:
         return list(tensors)
-    means: list[Tensor] = []
+    sums: list[Tensor] = []
     bucket: list[Tensor] = []
     held = 0
     for index in reversed(range(len(tensors))):
         bucket.append(tensors[index])
         held += tensors[index].numel() * tensors[index].element_size()
         if held >= _BUCKET_BYTES or index == 0:
-            summed = functional.all_reduce_coalesced(bucket, "sum", _group())  # gloo has no mean
-            means += [total / world.size for total in summed]
+            # gloo has no mean
+            sums += functional.all_reduce_coalesced(bucket, "sum", _group())
             bucket, held = [], 0
-    return means[::-1]
+    return sums[::-1]
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:

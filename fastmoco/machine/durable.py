@@ -22,13 +22,18 @@ for _name in ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK"):  # a FIFO would wait
     _TO_READ |= getattr(os, _name, 0)
 
 
+def partial_of(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def replace(path: Path, put: Callable[[Path], object]) -> None:
     """Let `put` write a neighbour of `path`, and rename it once it is on the disk.
 
     The data reaches the disk before the name does. Raises what `put` raises, and `OSError` if the
     file cannot be written; nothing of it is left then.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = partial_of(path)
     try:
         put(partial)
         _flush(partial)

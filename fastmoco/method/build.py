@@ -13,12 +13,14 @@ from fastmoco.machine.collectives import average_gradients
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.cuda_graph import CapturedStep
 from fastmoco.method.end_to_end import EndToEndStep
 from fastmoco.method.memory_bank import MemoryBankStep
 from fastmoco.method.moco import MoCo
+from fastmoco.method.nonfinite import Guard
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco.method.update import SGDWithEMA, build_ema, build_optimizer
+from fastmoco.method.update import build_ema, build_optimizer
 from fastmoco.network.encoder import Embed, pixel_statistics
 from fastmoco_kernels.launch import HAS_TRITON
 
@@ -46,11 +48,45 @@ def compile_reason(device: torch.device) -> str:
     return "only CUDA pays back the compile time"
 
 
+# On one H200 the host needs 27 ms for a step of ResNet-50, whatever its batch; the device, as it is
+# modelled for an H100, needs as long for about 128 images.
+MOST_CAPTURED = 128
+
+
+def is_one_graph(config: Config, world: World, *, compiled: bool) -> bool:
+    """Whether a step whose encoders are compiled or not is compiled as a whole."""
+    precision = choose_precision(config.run.precision, world.device)
+    return (
+        compiled
+        and config.optim.accumulate == 1
+        and not config.moco.symmetric
+        and config.optim.name == "sgd_ema"
+        and precision.name != "fp16"
+    )
+
+
+def captures(config: Config, world: World, *, compiled: bool) -> bool:
+    """What `run.cuda_graph` means here, for a step whose encoders are compiled or not.
+
+    `auto` leaves out several ranks, whose collectives have never been captured. Raises
+    `ConfigError` where it is on and cannot be.
+    """
+    mode = config.run.cuda_graph
+    possible = world.device.type == "cuda" and is_one_graph(config, world, compiled=compiled)
+    if mode == "on" and not possible:
+        raise ConfigError(
+            "run.cuda_graph is on, but only a step that is compiled as a whole, on CUDA, can be a "
+            "CUDA graph: set it to auto, or see what run.compile says of whole steps."
+        )
+    small = world.size == 1 and config.local_batch_size(world.size) <= MOST_CAPTURED
+    return possible and (mode == "on" or (mode == "auto" and small))
+
+
 def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bool) -> Step:
     """The step of this run; precision, compilation and shuffle-BN strategy are fixed here.
 
-    Raises `ConfigError` if the chosen optimizer is not available, `ValueError` for SyncBN with
-    shuffle-BN.
+    Raises `ConfigError` if the chosen optimizer, or the CUDA graph that is asked for, is not
+    available, `ValueError` for SyncBN with shuffle-BN.
     """
     strategy = config.shuffle_bn(world.size)
     if strategy != "none" and any(isinstance(m, nn.SyncBatchNorm) for m in moco.modules()):
@@ -64,6 +100,15 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
     embed_k: nn.Module = Embed(moco.encoder_k, precision.dtype, statistics)
     optimizer = build_optimizer(config, moco)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
+    views = 2 if config.moco.symmetric else 1
+    guard = Guard(
+        moco,
+        optimizer,
+        scaler,
+        world,
+        keys=views * config.optim.global_batch_size,
+        skip=config.run.nonfinite == "skip",
+    )
     mechanisms: dict[str, Callable[..., Step]] = {
         "queue": Step,
         "end_to_end": partial(EndToEndStep, world=world),
@@ -76,14 +121,9 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
         ),
     }
     build = mechanisms[config.moco.mechanism]
-    one_graph = config.optim.accumulate == 1 and not config.moco.symmetric
-    if (
-        compile_encoders
-        and one_graph
-        and isinstance(optimizer, SGDWithEMA)
-        and not scaler.is_enabled()
-    ):
-        build = partial(WholeStep, world=world)
+    captured = captures(config, world, compiled=compile_encoders)
+    if is_one_graph(config, world, compiled=compile_encoders):
+        build = partial(CapturedStep if captured else WholeStep, world=world)
     else:
         if compile_encoders:
             embed_q.compile(dynamic=False)
@@ -102,6 +142,7 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
         optimizer=optimizer,
         ema=build_ema(config, moco, optimizer),
         scaler=scaler,
+        guard=guard,
         temperature=config.moco.temperature,
         symmetric=config.moco.symmetric,
         precision=precision,

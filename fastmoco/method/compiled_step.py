@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.batch import Batch
-from fastmoco.machine.collectives import mean_over_ranks
+from fastmoco.machine.collectives import sum_over_ranks
 from fastmoco.machine.ranks import World
+from fastmoco.method.nonfinite import any_not_finite, telling
 from fastmoco.method.step import Step, StepResult
 from fastmoco.method.update import SGDWithEMA
 from fastmoco_kernels import info_nce_enqueue
@@ -45,7 +46,10 @@ class WholeStep(Step):
             backend=self.backend,
             options=options if self.backend == "inductor" else None,
         )
-        self._lr = torch.zeros((), device=self.world.device)
+        device, ranks = self.world.device, self.world.size
+        self._lr = torch.zeros((), device=device)
+        # The update divides the summed gradients by it as it would by a gradient scaler's scale.
+        self._ranks = torch.full((), float(ranks), device=device) if ranks > 1 else None
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Advance both encoders, the queue and the cursor by one step; see `Step`."""
@@ -53,19 +57,26 @@ class WholeStep(Step):
 
     def run_graph(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> StepResult:
         """The step on images and shuffle indices that are on the device."""
-        optimizer = cast(SGDWithEMA, self.optimizer)
+        self.set_rate()
+        return self.launch(im_q, im_k, order)
+
+    def set_rate(self) -> None:
+        """Bring the optimizer's learning rate to the device."""
         # A tensor, because a new number would be a new graph; filling it does not stall the host.
-        self._lr.fill_(optimizer.param_groups[0]["lr"])
+        self._lr.fill_(self.optimizer.param_groups[0]["lr"])
+
+    def launch(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> StepResult:
+        """Everything of the step that the device does by itself, at the rate that was set."""
+        buffers = cast(SGDWithEMA, self.optimizer).momentum_buffers()
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            result: StepResult = self._graph(
-                im_q, im_k, order, self._lr, optimizer.momentum_buffers()
-            )
+            result: StepResult = self._graph(im_q, im_k, order, self._lr, buffers)
         return result
 
     def _whole(
         self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
     ) -> StepResult:
         params: list[Tensor] = list(self.moco.encoder_q.parameters())
+        kept = self.guard.keep()
         sent = self.shuffle.send(im_k, order)
         q = self.embed_q(im_q)
         with torch.no_grad():
@@ -73,10 +84,14 @@ class WholeStep(Step):
         result = info_nce_enqueue(
             q, k.local, k.gathered, self.moco.queue, self.moco.queue_ptr, self.temperature
         )
-        grads = torch.autograd.grad(result.loss, params)
+        grads = torch.autograd.grad(telling(result.loss), params)
         with torch.no_grad():
-            means = mean_over_ranks(grads, self.world)
-            cast(SGDWithEMA, self.optimizer).update(params, means, buffers, lr)
+            sums = sum_over_ranks(grads, self.world)
+            bad = any_not_finite(sums)
+            left_out = -bad.float() if self.guard.skip else None
+            update = cast(SGDWithEMA, self.optimizer).update
+            update(params, sums, buffers, lr, self._ranks, left_out)
+            self.guard.put_back(kept, bad)
         return StepResult(
-            result.loss.detach(), result.rank, result.losses, q.detach()[None], k.local[None]
+            result.loss.detach(), result.rank, result.losses, q.detach()[None], k.local[None], bad
         )

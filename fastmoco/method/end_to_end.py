@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import gradient_sync
 from fastmoco.machine.ranks import World
+from fastmoco.method.nonfinite import telling
 from fastmoco.method.shuffle_bn import Keys
 from fastmoco.method.step import Step, StepResult, merge
 from fastmoco_kernels import InfoNCE
@@ -35,7 +36,7 @@ class EndToEndStep(Step):
 
     def __call__(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Advance the encoder by one step; what it returns: see `Step`."""
-        contrasts = self._contrasts(micro_batches, step)
+        contrasts, kept = self._contrasts(micro_batches, step), self.guard.keep()
         results, queries, positives = [], [], []
         for index, (im_q, im_k, order) in enumerate(contrasts):
             with gradient_sync(self.embed_q, index == len(contrasts) - 1):
@@ -44,12 +45,11 @@ class EndToEndStep(Step):
                 k = self.shuffle(self.embed_k, sent, order)
                 # The positives' place among the gathered keys: rank r owns rows r N .. r N + N - 1.
                 result = contrast(q, k, self.world.rank * len(q), self.temperature)
-                self.scaler.scale(result.loss / len(contrasts)).backward()
+                self.scaler.scale(telling(result.loss) / len(contrasts)).backward()
             queries.append(q.detach())
             positives.append(k.local.detach())
             results.append(result)
-        self._advance()
-        return merge(results, queries, positives)
+        return merge(results, queries, positives, self._advance(results, kept))
 
 
 def contrast(q: Tensor, k: Keys, first: int, temperature: float) -> InfoNCE:

@@ -22,6 +22,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import all_gather, gradient_sync
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
+from fastmoco.method.nonfinite import telling
 from fastmoco.method.step import Step, StepResult, merge, upload
 from fastmoco_kernels import info_nce
 
@@ -43,20 +44,19 @@ class MemoryBankStep(Step):
         bank = self.moco.bank
         seen = [self._sample_numbers(batch) for batch in micro_batches]
         everyone = all_gather(torch.cat(seen), self.world)
-        negatives = bank[self._draw(everyone, step)]
+        kept, negatives = self.guard.keep(everyone), bank[self._draw(everyone, step)]
         results, queries, positives = [], [], []
         for index, (batch, samples) in enumerate(zip(micro_batches, seen, strict=True)):
             with gradient_sync(self.embed_q, index == len(seen) - 1):
                 q = self.embed_q(batch.im_q)
                 positive = bank[samples]
                 result = info_nce(q, positive, negatives, self.temperature)
-                self.scaler.scale(result.loss / len(seen)).backward()
+                self.scaler.scale(telling(result.loss) / len(seen)).backward()
             queries.append(q.detach())
             positives.append(positive)
             results.append(result)
         renew_(bank, everyone, all_gather(torch.cat(queries), self.world), self.bank_momentum)
-        self._advance()
-        return merge(results, queries, positives)
+        return merge(results, queries, positives, self._advance(results, kept))
 
     def _sample_numbers(self, batch: Batch) -> Tensor:
         """(N,) int64: of the samples whose images these are, also where one replaces another."""

@@ -41,20 +41,21 @@ class FeatureSums:
         moments, self._potential, self._pairs, self._distance = _parts(self.flat)
         self._moments = moments.view(2, side, side)
 
-    def add(self, q: Tensor, k: Tensor) -> None:
-        """Count queries and their positives, (P, N, C) unit vectors each.
+    def add(self, q: Tensor, k: Tensor, counts: Tensor) -> None:
+        """Count queries and their positives, (P, N, C) unit vectors each, if `counts`, () bool.
 
         float64, because products in TF32 or sums in fp32 would hide small singular values.
         """
-        z = torch.stack([q, k]).double()
+        z = torch.where(counts, torch.stack([q, k]).double(), 0.0)
         # With a column of ones the same product holds second moments, sums and the count.
-        rows = F.pad(z.flatten(1, 2), (0, 1), value=1.0)
+        rows = F.pad(z.flatten(1, 2), (0, 1), value=1.0) * counts
         self._moments.baddbmm_(rows.mT, rows)
         near = z[:, :, :PAIRED_ROWS]
         parts, n = near.shape[1:3]
         # |x - y|^2 = 2 - 2 x.y; the n pairs of a row with itself give 1 each.
-        self._potential += (near @ near.mT).sub_(1).mul_(4).exp_().sum((1, 2, 3)) - parts * n
-        self._pairs += parts * n * (n - 1)
+        energy = (near @ near.mT).sub_(1).mul_(4).exp_().sum((1, 2, 3)) - parts * n
+        self._potential += energy * counts
+        self._pairs += parts * n * (n - 1) * counts
         self._distance += (z[0] - z[1]).square().sum()
 
 

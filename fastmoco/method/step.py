@@ -16,6 +16,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.collectives import gradient_sync
 from fastmoco.machine.precision import Precision
 from fastmoco.method.moco import MoCo
+from fastmoco.method.nonfinite import Guard, Kept, telling
 from fastmoco.method.shuffle_bn import Shuffle
 from fastmoco_kernels import InfoNCE, info_nce, info_nce_enqueue
 
@@ -37,6 +38,8 @@ class StepResult(NamedTuple):
     """(P, N, C) float32: the queries."""
     k: Tensor
     """(P, N, C) float32: their positives."""
+    not_finite: Tensor
+    """() bool: whether a loss or gradient of any rank was not; see `fastmoco.method.nonfinite`."""
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Step:
     ema: Callable[[], None] | None
     """Moves encoder_k, where the optimizer does not do that itself."""
     scaler: torch.amp.GradScaler
+    guard: Guard
     temperature: float
     symmetric: bool
     precision: Precision
@@ -61,7 +65,7 @@ class Step:
         `micro_batches` are the parts of this rank's batch. They are all contrasted with the queue
         as it stands before the step; gradients add up, and queue and encoders move once.
         """
-        contrasts = self._contrasts(micro_batches, step)
+        contrasts, kept = self._contrasts(micro_batches, step), self.guard.keep()
         results, keys, queries, positives = [], [], [], []
         for index, (im_q, im_k, order) in enumerate(contrasts):
             is_last = index == len(contrasts) - 1
@@ -78,20 +82,23 @@ class Step:
                     )
                 else:
                     result = info_nce(q, k.local, queue, self.temperature)
-                self.scaler.scale(result.loss / len(contrasts)).backward()
+                self.scaler.scale(telling(result.loss) / len(contrasts)).backward()
             results.append(result)
             queries.append(q.detach())
             positives.append(k.local)
-        self._advance()
-        return merge(results, queries, positives)
+        return merge(results, queries, positives, self._advance(results, kept))
 
-    def _advance(self) -> None:
-        """Move the encoders by the gradients that have added up."""
+    def _advance(self, results: Sequence[InfoNCE], kept: Kept) -> Tensor:
+        """Move the encoders by the gradients that have added up; whether the step was bad."""
+        grads = [p.grad for p in self.moco.encoder_q.parameters() if p.grad is not None]
+        bad = self.guard.look(torch.stack([r.loss.detach() for r in results]).mean(), grads)
         self.scaler.step(self.optimizer)  # in fp16 perhaps skipped
         self.scaler.update()
         if self.ema is not None:
             self.ema()
         self.moco.encoder_q.zero_grad(set_to_none=True)  # some of apex's optimizers take no options
+        self.guard.put_back(kept, bad)
+        return bad
 
     def _contrasts(
         self, micro_batches: Sequence[Batch], step: int
@@ -114,7 +121,9 @@ def upload(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True)
 
 
-def merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResult:
+def merge(
+    results: list[InfoNCE], q: list[Tensor], k: list[Tensor], not_finite: Tensor
+) -> StepResult:
     """One result for the step, from its parts: results, detached queries, detached positives."""
     return StepResult(
         torch.stack([r.loss.detach() for r in results]).mean(),
@@ -122,4 +131,5 @@ def merge(results: list[InfoNCE], q: list[Tensor], k: list[Tensor]) -> StepResul
         torch.cat([r.losses for r in results]),
         torch.stack(q),
         torch.stack(k),
+        not_finite,
     )

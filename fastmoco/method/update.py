@@ -52,6 +52,9 @@ class SGDWithEMA(torch.optim.SGD):
     device.
     """
 
+    left_out: Tensor | None = None
+    """() bool: whether the next step is to leave everything as it is."""
+
     def __init__(self, moco: MoCo, *, lr: float, momentum: float, decay: float, ema: float) -> None:
         params_q, self._params_k = moco.parameter_pairs()
         super().__init__(params_q, lr=lr, momentum=momentum, weight_decay=decay)
@@ -76,8 +79,15 @@ class SGDWithEMA(torch.optim.SGD):
             self.momentum_buffers(),
             self.param_groups[0]["lr"],
             getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            self._found(getattr(self, "found_inf", None)),
         )
+
+    def _found(self, by_scaler: Tensor | None = None) -> Tensor | None:
+        """`found_inf` of `sgd_ema_`."""
+        if self.left_out is None:
+            return by_scaler
+        zero = torch.zeros_like(self.left_out, dtype=torch.float32)
+        return torch.where(self.left_out, -1.0, zero if by_scaler is None else by_scaler)
 
     def momentum_buffers(self) -> list[Tensor]:
         """One per parameter, in order; zeros before the first step."""

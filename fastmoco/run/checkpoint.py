@@ -22,13 +22,14 @@ import torch
 import fastmoco
 from fastmoco.config import Config, ConfigError, dump
 from fastmoco.data.sources.fingerprint import Fingerprint
+from fastmoco.machine import durable
 from fastmoco.machine.collectives import all_gather, averaged, gather_objects
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import Step
 from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import CHECKSUMS, OURS, checksums, first, leaves, not_finite
-from fastmoco.weights.official import copied, official_optimizer, official_state_dict
+from fastmoco.weights.formats.official import copied, official_optimizer, official_state_dict
 
 # Seconds before each further try to write the last checkpoint of a run. Batch systems wait about
 # 30 s after the first signal.
@@ -139,6 +140,7 @@ class Saver:
         self._owed, self._saved_at = False, time.monotonic()
         self._writing = False  # on every rank, until all know the outcome
         self._thread: threading.Thread | None = None  # of the main rank
+        self._path: Path | None = None  # what it writes
         self._reason = ""
 
     def __enter__(self) -> Saver:
@@ -146,10 +148,14 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # A second signal wants the end at once, though not in the middle of a file that is nearly
-        # there. What is left of one is swept by the next start.
+        # there.
         at_once = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        if self._thread is not None:
-            self._thread.join(LAST_S if at_once else None)
+        if self._thread is None or self._path is None:
+            return
+        self._thread.join(LAST_S if at_once else None)
+        if self._thread.is_alive():
+            with contextlib.suppress(OSError):  # Windows: the next start sweeps it
+                durable.partial_of(self._path).unlink()
 
     def overdue(self) -> bool:
         """Whether `run.checkpoint_minutes` have passed on this rank since the last checkpoint."""
@@ -199,6 +205,7 @@ class Saver:
         self._writing, self._owed, self._saved_at = True, False, time.monotonic()
         if found is not None:
             self._reason = "the writing of the checkpoint ended without a word."
+            self._path = found.path
             self._thread = threading.Thread(
                 target=self._write, args=(found,), name="checkpoint", daemon=True
             )

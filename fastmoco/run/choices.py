@@ -13,7 +13,7 @@ from fastmoco.data.pixels.survey import Survey
 from fastmoco.data.sources.choose import recognized, shared_images
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
-from fastmoco.method.build import compile_encoders, compile_reason
+from fastmoco.method.build import captures, compile_encoders, compile_reason
 from fastmoco.network.batchnorm import norm_choice
 from fastmoco.network.convolution import convolution_choice
 
@@ -24,6 +24,7 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     compiled = compile_encoders(config, world.device)
     auto = f" (auto: {compile_reason(world.device)})" if config.run.compile == "auto" else ""
+    graph = ", the whole step a CUDA graph" * captures(config, world, compiled=compiled)
     strategy = config.shuffle_bn(world.size)
     why = f" (auto: {world.size} rank{'s' * (world.size > 1)})" * (moco.shuffle_bn == "auto")
     precision = choose_precision(config.run.precision, world.device)
@@ -49,7 +50,7 @@ def start_lines(config: Config, world: World, *, loader: Loader, done: int) -> l
         f"{f' after {optim.warmup_epochs} epochs of warm-up' * (optim.warmup_epochs > 0)}, "
         f"momentum {optim.momentum:g}, weight decay {optim.weight_decay:g}",
         f"precision {precision}",
-        f"layers    torch.compile {'on' if compiled else 'off'}{auto}; "
+        f"layers    torch.compile {'on' if compiled else 'off'}{auto}{graph}; "
         f"batch norm {norm_choice(world.device, compiled)}, convolutions "
         f"{convolution_choice(world.device, precision.name, compiled)}",
         f"shuffle   {strategy}{why}, BN groups of {config.bn_group_size(world.size)}",

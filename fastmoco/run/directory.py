@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,9 +26,10 @@ def check_run_directory(config: Config) -> None:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
+        # One name for every start: what a failing disk keeps, the next start takes away.
+        probe = folder / ".write-test"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"The run directory {folder} cannot be written ({error.strerror}): "

@@ -59,8 +59,19 @@ class Clock:
         return Window(len(steps), time.perf_counter() - self._start, p50)
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """The steps since the last flush whose loss or gradient was not finite."""
+
+    steps: int = 0
+    since: int = 0
+    """Steps from the first of them to the flush, itself included."""
+    in_a_row: int = 0
+    """How many came one after another until the flush, over earlier flushes as well."""
+
+
 class Metrics:
-    """Loss, pretext accuracy and quality of the features of the steps since the last flush.
+    """Loss, pretext accuracy and quality of the features of the good steps since the last flush.
 
     `add` only enqueues work on the device; `flush` is the one host synchronization of the loop.
     `dim` is C, the feature dimension.
@@ -69,29 +80,41 @@ class Metrics:
     def __init__(self, world: World, dim: int) -> None:
         self._world = world
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        # Bad steps, steps since the first of them, bad ones in a row: the same on every rank.
+        self._bad = torch.zeros(3, dtype=torch.float64, device=world.device)
         self._features = FeatureSums(dim, world.device)
         self._count = 0
+        self.trouble = Trouble()
+        """As of the last flush."""
 
     def add(self, result: StepResult) -> None:
         """Count one step: mean loss, share of queries with the positive on top, features."""
         top1, top5 = (result.rank == 0).float().mean(), (result.rank < 5).float().mean()
-        self._sums += torch.stack([result.loss, top1, top5])
-        self._features.add(result.q, result.k)
+        values, bad = torch.stack([result.loss, top1, top5]), result.not_finite
+        self._sums += torch.where(bad, 0.0, values)
+        self._features.add(result.q, result.k, ~bad)
+        steps, since, in_a_row = self._bad
+        begun = since > 0
+        self._bad = torch.stack([steps + bad, since + (begun | bad), (in_a_row + 1) * bad])
         self._count += 1
 
     def flush(self) -> dict[str, float]:
         """Means since the last flush, over all ranks.
 
-        `loss`, `pretext_top1`, `pretext_top5` and what `fastmoco.method.quality` lists.
+        `loss`, `pretext_top1`, `pretext_top5` and what `fastmoco.method.quality` lists. NaN for the
+        three where no step was good.
         """
-        sums = torch.cat([self._sums / max(self._count, 1), self._features.flat])
+        good = self._count - self._bad[0] if self._count else 1
+        sums = torch.cat([self._sums / good, self._bad, self._features.flat])
         all_reduce_mean_([sums], self._world)
         sums = sums.cpu()  # the host waits for the device here
-        loss, top1, top5 = sums[:3].tolist()
+        loss, top1, top5, *bad = sums[:6].tolist()
+        self.trouble = Trouble(*map(round, bad))
         self._sums.zero_()
+        self._bad[:2] = 0
         self._features.flat.zero_()
         self._count = 0
-        spread = quality(self._world.size * sums[3:])
+        spread = quality(self._world.size * sums[6:])
         return {"loss": loss, "pretext_top1": top1, "pretext_top5": top5, **spread}
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data.bad_samples import BadSamples
+from fastmoco.data import replay
+from fastmoco.data.loader import Loader
 from fastmoco.machine.gpu_meter import Sample, build_meter
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
 from fastmoco.run.alarms import Watch
 from fastmoco.run.logbook import Logbook, train_line
-from fastmoco.run.metrics import Clock, Metrics, QueueChange, peak_memory_gib
+from fastmoco.run.metrics import Clock, Metrics, QueueChange, Trouble, peak_memory_gib
 from fastmoco.run.page.html_report import NAME, write_report
 from fastmoco.run.record import METRICS, WARMUP_STEPS, Record, read_metrics
 
@@ -23,8 +24,13 @@ from fastmoco.run.record import METRICS, WARMUP_STEPS, Record, read_metrics
 LONG_DEMO_S = 30 * 60
 
 
+# Bad steps one after another that end a run although each of them could be left out: nothing is
+# learned any more, and the weights themselves may be at fault.
+IN_A_ROW = 20
+
+
 class DivergedError(RuntimeError):
-    """The loss is no longer a number. The message is one sentence for the user."""
+    """Loss or gradients are no longer finite. The message is one sentence for the user."""
 
 
 class Progress:
@@ -71,14 +77,15 @@ class Progress:
         regular = done % self._config.run.log_every == 0 or done % self._per_epoch == 0
         return regular or done in (self._warm, self._estimate_at, self._stop)
 
-    def flush(self, done: int, lr: float, waited_s: float, bad: BadSamples) -> None:
+    def flush(self, done: int, lr: float, loader: Loader) -> None:
         """Write down the window since the last flush; the host synchronization of the loop.
 
-        `waited_s` is how long the loop has waited for data in all, in seconds; `bad` what this rank
-        knows of samples, and learns here of those of other ranks. Raises `DivergedError` if the
-        mean loss is not finite, and `ConfigError` for too many bad samples.
+        What `loader` knows of bad samples all ranks learn here. Raises `DivergedError` if a loss or
+        gradient was not finite and `run.nonfinite` does not leave out its step, and `ConfigError`
+        for too many bad samples.
         """
         values = self._metrics.flush()
+        bad, waited_s = loader.bad_samples, loader.wait_s
         replaced = bad.exchange(self._world)
         window = self._clock.window()
         batch = self._config.optim.global_batch_size
@@ -99,15 +106,33 @@ class Progress:
         eta = (self._stop - done) * window.seconds / window.steps
         epochs = self._config.optim.epochs
         self._write(record, train_line(record, self._per_epoch * epochs, epochs, eta))
-        if not math.isfinite(values["loss"]):
-            raise DivergedError(
-                f"The loss became {values['loss']} before step {done}: lower optim.lr, or train in "
-                f"bf16 instead of fp16; the last good checkpoint is in {self._config.run.dir}."
-            )
+        if self._metrics.trouble.steps:
+            self._tell_trouble(self._metrics.trouble, done, loader)
         if self._warm < done <= self._estimate_at:
             self._estimate(done, eta, values["data_wait_percent"])
         if replaced:
             self._log.warn(replaced)
+
+    def _tell_trouble(self, trouble: Trouble, done: int, loader: Loader) -> None:
+        """Save what the first of the bad steps had for data, and warn of it or end the run."""
+        first, folder = done - trouble.since + 1, Path(self._config.run.dir)
+        told = f"The loss or its gradient is not finite in step {first}"
+        if trouble.steps > 1:
+            told += f" and in {trouble.steps - 1} more until step {done}"
+        name = replay.save(folder, self._config, loader, first, write=self._world.is_main)
+        draw = f"fastmoco preview --replay {name} draws its batch"
+        if self._config.run.nonfinite == "stop":
+            raise DivergedError(
+                f"{told}: {draw}; lower optim.lr, train in bf16 instead of fp16, or leave out such "
+                "steps by --run.nonfinite skip; the same command goes on from the last good "
+                f"checkpoint in {folder}."
+            )
+        if trouble.in_a_row >= IN_A_ROW:
+            raise DivergedError(
+                f"{told}, the last {trouble.in_a_row} of them in a row, so that it is no help to "
+                f"leave them out: {draw}; lower optim.lr; the last good checkpoint is in {folder}."
+            )
+        self._log.warn(f"{told}: left out, as run.nonfinite says; {draw}.")
 
     def _read_gpu(self) -> Sample:
         """Readings of this rank's GPU; nothing from the moment on in which it cannot be read."""

@@ -28,7 +28,7 @@ from fastmoco.run.record import METRICS, digest
 from fastmoco.weights import files
 from fastmoco.weights.checksums import OURS, first, not_finite
 from fastmoco.weights.files import LATEST
-from fastmoco.weights.official import load_model, load_optimizer, resume_official
+from fastmoco.weights.formats.official import load_model, load_optimizer, resume_official
 
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that could not be read: retention and resume pass it over."""

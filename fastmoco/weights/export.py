@@ -24,11 +24,11 @@ from typing import Any
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import recognize
-from fastmoco.weights.constructors import loading_lines
-from fastmoco.weights.detectron2 import write_detectron2
 from fastmoco.weights.files import load, locate, write_safetensors, write_torch
-from fastmoco.weights.hub import header, write_hub_folder
-from fastmoco.weights.official import is_complete, official_optimizer
+from fastmoco.weights.formats.constructors import loading_lines
+from fastmoco.weights.formats.detectron2 import write_detectron2
+from fastmoco.weights.formats.hub import header, write_hub_folder
+from fastmoco.weights.formats.official import is_complete, official_optimizer
 from fastmoco.weights.read import Weights, interpret
 
 Lines = list[str]

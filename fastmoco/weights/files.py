@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastmoco.config import ConfigError
@@ -189,4 +189,5 @@ def write_safetensors(path: Path, state: dict[str, Tensor], metadata: dict[str, 
     """Write tensors and a header of texts. Raises `ConfigError` if that is not possible."""
     # timm and others look for "format" to tell whose tensors these are.
     header = {"format": "pt", **metadata}
-    write(path, lambda partial: save_file(state, partial, metadata=header))
+    # `save_file` would write a file of a random name first, which a power loss may leave behind.
+    write(path, lambda partial: partial.write_bytes(save(state, metadata=header)))

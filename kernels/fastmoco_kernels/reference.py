@@ -76,16 +76,21 @@ def sgd_ema_(
 ) -> None:
     """`torch.optim.SGD` (dampening 0, no Nesterov) followed by `ema_`, in place. lr: () or (1,).
 
-    Gradients are divided by `grad_scale`; where `found_inf` is not 0, only `ema_` moves anything.
+    Gradients are divided by `grad_scale`; where `found_inf` is not 0, only `ema_` moves anything,
+    and where it is negative, nothing does.
     """
     for p, g, buf in zip(params, grads, momentum_buffers, strict=True):
         scaled = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
         new_buf = momentum * buf + (scaled + weight_decay * p)
         new_p = p - new_buf * lr.to(p.device)
-        skip = found_inf > 0 if found_inf is not None else None
+        skip = found_inf != 0 if found_inf is not None else None
         buf.copy_(new_buf if skip is None else torch.where(skip, buf, new_buf))
         p.copy_(new_p if skip is None else torch.where(skip, p, new_p))
+    before = [e.clone() for e in ema_params]
     ema_(ema_params, params, ema_momentum)
+    if found_inf is not None:
+        for e, old in zip(ema_params, before, strict=True):
+            e.copy_(torch.where(found_inf < 0, old, e))
 
 
 def batch_norm_act(

@@ -5,9 +5,9 @@
     ema <- m ema + (1 - m) p                                        (equation 2 of arXiv 1911.05722)
 
 params, grads, momentum_buffers, ema_params: L float32 tensors each; lr: one float32 on the device.
-Updating the key encoder here equals updating it before the next key forward, because nothing
-changes p in between. It replaces `torch.optim.SGD.step()` followed by `ema_`: 28 bytes per
-parameter instead of 32, one launch. A buffer of zeros makes the first step that of SGD.
+The key encoder might as well move before its next forward: p stays as it is in between. Replaces
+`torch.optim.SGD.step()` and then `ema_`: 28 bytes per parameter instead of 32, one launch. A buffer
+of zeros makes the first step that of SGD.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastmoco_kernels.multi_tensor import Table, address, check_lists, flat, lik
 
 
 @jit
-def _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight):  # type: ignore[no-untyped-def]
+def _step(p, g, buf, ema, lr, inverse, found, momentum, weight_decay, weight):  # type: ignore[no-untyped-def]
     new_buf = momentum * buf + (g * inverse + weight_decay * p)
-    buf = tl.where(skip, buf, new_buf)
-    p = tl.where(skip, p, p - lr * new_buf)
-    return p, buf, ema + weight * (p - ema)
+    buf = tl.where(found == 0.0, new_buf, buf)
+    p = tl.where(found == 0.0, p - lr * new_buf, p)
+    return p, buf, tl.where(found < 0.0, ema, ema + weight * (p - ema))
 
 
 @jit
@@ -48,15 +48,15 @@ def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
     buf_ptr = address(row, 2, tl.float32, ALIGNED) + start + lane
     ema_ptr = address(row, 3, tl.float32, ALIGNED) + start + lane
     lr = tl.load(lr_ptr)
-    inverse, skip = 1.0, False
+    inverse, found = 1.0, 0.0
     if grad_scale_ptr is not None:
         inverse = 1.0 / tl.load(grad_scale_ptr)
     if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr) > 0.0
+        found = tl.load(found_inf_ptr)
     # A ragged mask forbids vector accesses, so only the last program of a tensor has one.
     if start + BLOCK <= size:
         p, g, buf, ema = tl.load(p_ptr), tl.load(g_ptr), tl.load(buf_ptr), tl.load(ema_ptr)
-        p, buf, ema = _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight)
+        p, buf, ema = _step(p, g, buf, ema, lr, inverse, found, momentum, weight_decay, weight)
         tl.store(p_ptr, p)
         tl.store(buf_ptr, buf)
         tl.store(ema_ptr, ema)
@@ -64,7 +64,7 @@ def _sgd_ema_kernel(  # type: ignore[no-untyped-def]
         inside = lane < size - start
         p, g = tl.load(p_ptr, mask=inside), tl.load(g_ptr, mask=inside)
         buf, ema = tl.load(buf_ptr, mask=inside), tl.load(ema_ptr, mask=inside)
-        p, buf, ema = _step(p, g, buf, ema, lr, inverse, skip, momentum, weight_decay, weight)
+        p, buf, ema = _step(p, g, buf, ema, lr, inverse, found, momentum, weight_decay, weight)
         tl.store(p_ptr, p, mask=inside)
         tl.store(buf_ptr, buf, mask=inside)
         tl.store(ema_ptr, ema, mask=inside)
@@ -119,9 +119,8 @@ def sgd_ema_triton(
     lists = [params, like(grads, params), momentum_buffers, ema_params]
     pointers = table(lists, launch_configuration(arch)[0])
     rate = lr.to(params[0].device, torch.float32, non_blocking=True)
-    sgd_ema_launch(
-        pointers, rate, momentum, weight_decay, ema_momentum, arch, grad_scale, found_inf
-    ).run()
+    rates = (rate, momentum, weight_decay, ema_momentum)
+    sgd_ema_launch(pointers, *rates, arch, grad_scale, found_inf).run()
 
 
 @torch.library.custom_op(
@@ -141,10 +140,11 @@ def _sgd_ema(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    # ResNet-50, two cores: 24 ms; foreach SGD and lerp 73 ms. Walking blocks that fit the cache, so
-    # that p is read once, gains nothing.
-    # Channels-last gradients as they lie: fused SGD would make each contiguous by a copy.
-    if grad_scale is not None:  # fused SGD would divide the caller's gradients in place
+    if found_inf is not None and found_inf.item() < 0:
+        return
+    # ResNet-50, two cores: 24 ms; foreach SGD and lerp 73 ms. Channels-last gradients as they lie:
+    # fused SGD would copy each, and would divide the caller's in place.
+    if grad_scale is not None:
         grads = list(torch._foreach_div(grads, grad_scale))
     torch._fused_sgd_(
         flat(params),
@@ -221,11 +221,11 @@ def sgd_ema_(
 ) -> None:
     """One optimizer step on params and one momentum update of ema_params, in place.
 
-    All lists are float32 tensors of pairwise equal shapes on one device. lr may be a float or a
-    float32 tensor with one element; inside torch.compile give a tensor, which can change without a
-    recompilation. A gradient scaler's `grad_scale` and `found_inf`, float32 with one element on the
-    device, divide the gradients and, where `found_inf` is not 0, leave params and buffers as they
-    are; ema_params move all the same. Raises ValueError naming what does not pair up.
+    All lists are float32 tensors of pairwise equal shapes on one device. lr: a float, or a float32
+    tensor with one element, which can change without a recompilation. A gradient scaler's
+    `grad_scale` and `found_inf`, float32 with one element on the device, divide the gradients and,
+    where `found_inf` is not 0, leave params and buffers as they are; a negative one leaves
+    ema_params too. Raises ValueError naming what does not pair up.
     """
     written = {"params": params, "momentum_buffers": momentum_buffers, "ema_params": ema_params}
     check_lists(written, {"grads": grads})

@@ -15,6 +15,7 @@ import pytest
 from fastmoco.config import Config, DataConfig, RunConfig
 from fastmoco.data import bad_samples
 from fastmoco.data.bad_samples import BadSamples
+from tests.support.tiny import ONE
 
 
 def record(folder: Path, rank: int = 0, found: dict[int, str] | None = None) -> BadSamples:
@@ -69,6 +70,9 @@ def test_a_full_disk_ends_no_run_and_nothing_is_left_out_later(
     with monkeypatch.context() as patched:
         patched.setattr(bad_samples, "open", full, raising=False)
         samples.add({3: "cut short"}, write=True)
+        assert samples.exchange(ONE) == ""
     assert samples.reasons == {3: "cut short"}
+    assert samples.exchange(ONE) == ""
+    assert listed(tmp_path) == [3]
     samples.add({4: "empty"}, write=True)
     assert listed(tmp_path) == [3, 4]

@@ -26,6 +26,7 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import draw_uniforms, view_table
+from fastmoco_kernels import photometric
 from tests.support.images import open_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def test_views_whose_colours_a_device_makes_are_the_oracles_but_for_the_resize(
     config = configuration(photos, tmp_path, "array")
     finished = drawn(config, 0, 2, key_rows=key_rows)
     monkeypatch.setattr(workers, "leaves_colours", lambda *_: True)
-    with mock.patch.object(workers, "photometric", wraps=workers.photometric) as op:
+    with mock.patch.object(workers, "photometric", wraps=photometric) as op:
         batches = drawn(config, 0, 2, key_rows=key_rows)
     assert op.call_count == 2  # both views of a batch at once
     for step, batch in enumerate(batches):

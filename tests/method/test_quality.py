@@ -26,6 +26,8 @@ from tests.support.tiny import BATCH, CONFIG, ONE, build_tiny, images
 Parts = list[tuple[NDArray[Any], NDArray[Any]]]
 """Queries and keys of each part, (N, C) float64 each."""
 
+COUNTS = torch.tensor(True)
+
 
 def oracle(parts: Parts) -> dict[str, float]:
     """By definition: an SVD of the stacked features, and every pair by itself."""
@@ -71,7 +73,7 @@ def test_sums_equal_an_svd_and_a_loop_over_pairs(spread: float) -> None:
     sums, parts = FeatureSums(8, torch.device("cpu")), []
     for step in range(3):
         q, k = features(step, (2, 10, 8), spread), features(9 + step, (2, 10, 8), spread)
-        sums.add(q, k)
+        sums.add(q, k, COUNTS)
         parts += doubles(q, k)
     found, truth = quality(sums.flat), oracle(parts)
     for name in ("uniformity_q", "uniformity_k"):  # lengths of one up to rounding
@@ -82,7 +84,7 @@ def test_sums_equal_an_svd_and_a_loop_over_pairs(spread: float) -> None:
 def test_of_a_large_part_the_first_rows_are_paired() -> None:
     q, k = features(0, (1, PAIRED_ROWS + 30, 4), 1.0), features(1, (1, PAIRED_ROWS + 30, 4), 1.0)
     sums = FeatureSums(4, torch.device("cpu"))
-    sums.add(q, k)
+    sums.add(q, k, COUNTS)
     assert quality(sums.flat) == pytest.approx(oracle(doubles(q, k)), rel=1e-5)
 
 
@@ -90,13 +92,13 @@ def test_extremes_are_those_of_the_papers() -> None:
     """Features that are all the same, and one on each axis and its opposite."""
     same, even = FeatureSums(4, torch.device("cpu")), FeatureSums(4, torch.device("cpu"))
     one = F.normalize(torch.tensor([1.0, 2.0, 3.0, 4.0]), dim=0).expand(1, 50, 4)
-    same.add(one, one)
+    same.add(one, one, COUNTS)
     collapsed = quality(same.flat)
     assert collapsed["effective_rank_q"] == pytest.approx(1, abs=1e-6)
     assert collapsed["std_k"] == pytest.approx(0, abs=1e-6)
     assert collapsed["uniformity_q"] == pytest.approx(0, abs=1e-6)
     axes = torch.cat([torch.eye(4), -torch.eye(4)])[None]
-    even.add(axes, -axes)
+    even.add(axes, -axes, COUNTS)
     spread = quality(even.flat)
     assert spread["effective_rank_k"] == pytest.approx(4)
     assert spread["std_q"] == pytest.approx(spread["std_even"]) == pytest.approx(0.5)
@@ -107,11 +109,14 @@ def test_what_cannot_be_told_is_left_out() -> None:
     sums = FeatureSums(4, torch.device("cpu"))
     assert quality(sums.flat) == {}
     one = features(0, (1, 1, 4), 1.0)
-    sums.add(one, one)
+    sums.add(one, one, COUNTS)
     alone = quality(sums.flat)
     assert "uniformity_q" not in alone  # a batch of one has no pair
     assert alone["effective_rank_q"] == pytest.approx(1, abs=1e-6)
-    sums.add(one, torch.full_like(one, torch.nan))
+    before, broken = sums.flat.clone(), torch.full_like(one, torch.nan)
+    sums.add(one, broken, ~COUNTS)
+    assert torch.equal(sums.flat, before)
+    sums.add(one, broken, COUNTS)
     assert quality(sums.flat) == {}
 
 

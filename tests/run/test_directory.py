@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -29,3 +31,20 @@ def test_a_run_owns_its_folder_while_it_trains(tmp_path: Path) -> None:
         assert mark is not None
         assert mark.process == os.getpid()
     assert read_mark(tmp_path) is None
+
+
+def test_what_a_failing_disk_keeps_of_the_first_write_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", fails)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            check_run_directory(config)
+    assert list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
+    check_run_directory(config)
+    assert not list(tmp_path.iterdir())

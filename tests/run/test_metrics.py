@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
-from fastmoco.run.metrics import Clock, Metrics
+from fastmoco.run.metrics import Clock, Metrics, Trouble
 from tests.support.ranks import Ranks
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
@@ -18,8 +20,10 @@ MEANS = ("loss", "pretext_top1", "pretext_top5")
 
 def result(loss: float, ranks: list[int]) -> StepResult:
     features = torch.eye(2).repeat(len(ranks) // 2, 1)[None]
-    losses = torch.full((len(ranks),), loss)
-    return StepResult(torch.tensor(loss), torch.tensor(ranks), losses, features, features)
+    losses, bad = torch.full((len(ranks),), loss), torch.tensor(not math.isfinite(loss))
+    if bad:
+        features = features * math.nan
+    return StepResult(torch.tensor(loss), torch.tensor(ranks), losses, features, features, bad)
 
 
 def means(metrics: Metrics) -> list[float]:
@@ -36,6 +40,26 @@ def test_means_over_steps_and_nothing_is_left_after_a_flush() -> None:
     values = metrics.flush()
     assert [values[name] for name in MEANS] == [7.0, 0.0, 0.0]
     assert values["features"] == 2
+
+
+def test_bad_steps_are_told_and_count_in_no_mean() -> None:
+    metrics, good, bad = Metrics(ONE, 2), result(2.0, [0, 0]), result(math.nan, [0, 0])
+    for step in (good, bad, good, bad, bad):
+        metrics.add(step)
+    values = metrics.flush()
+    assert metrics.trouble == Trouble(steps=3, since=4, in_a_row=2)
+    assert (values["loss"], values["pretext_top1"], values["features"]) == (2.0, 1.0, 4)
+    mixed = dict(values)
+    for _ in range(2):
+        metrics.add(good)
+    assert metrics.flush() == mixed
+    assert metrics.trouble == Trouble()
+    for step in (bad, good, bad):
+        metrics.add(step)
+    metrics.flush()
+    metrics.add(bad)
+    assert math.isnan(metrics.flush()["loss"])
+    assert metrics.trouble == Trouble(steps=1, since=1, in_a_row=2)
 
 
 def flushed(world: World) -> list[float]:

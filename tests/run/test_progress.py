@@ -18,7 +18,8 @@ from fastmoco.run.progress import Progress, in_words, why_so_long
 from fastmoco.run.record import WARMUP_STEPS, read_metrics
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
-NONE_BAD = BadSamples(Config(), None, 0)
+FINE = torch.tensor(False)
+LOADER = mock.Mock(wait_s=0.0, bad_samples=BadSamples(Config(), None, 0))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +69,9 @@ def test_the_gpu_is_read_at_every_flush_until_it_fails(tmp_path: Path) -> None:
     ):
         progress = progress_of(tmp_path, log)
         for done in (1, 2, 3):
-            progress.add(StepResult(torch.tensor(6.0), torch.tensor([0]), torch.ones(1), one, one))
-            progress.flush(done, 0.1, 0.0, NONE_BAD)
+            loss, rank = torch.tensor(6.0), torch.tensor([0])
+            progress.add(StepResult(loss, rank, torch.ones(1), one, one, FINE))
+            progress.flush(done, 0.1, LOADER)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r.values.get("power_w") for r in records] == [300.0, None, None]
 
@@ -94,7 +96,7 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
     config = parse(["--data.source", source, "--moco.queue_size", "512"])
     lines: list[str] = []
     one = torch.nn.functional.normalize(torch.ones(1, 1, config.model.dim), dim=2)
-    result = StepResult(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]), one, one)
+    result = StepResult(torch.tensor(6.0), torch.tensor([0]), torch.tensor([6.0]), one, one, FINE)
     with (
         Logbook(folder, enabled=True, done=0, total=stop) as log,
         mock.patch.object(log, "say", lines.append),
@@ -106,7 +108,7 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
                 steps = WARMUP_STEPS
                 window = Window(steps, steps * step_s, 1e3 * step_s)
                 with mock.patch.object(progress._clock, "window", return_value=window):
-                    progress.flush(done, 0.1, 0.0, NONE_BAD)
+                    progress.flush(done, 0.1, LOADER)
     return [line for line in lines if line.startswith(("duration", "WARNING: The demo"))]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
-from fastmoco.run import checkpoint
+from fastmoco.run import checkpoint, directory
 from fastmoco.weights import files
 from tests.support.narrow import build, config, resume
 from tests.support.ranks import Ranks
@@ -99,6 +99,38 @@ def test_one_checkpoint_at_a_time_and_the_last_is_waited_for(
     assert disk.most == 1
     assert [files.steps_in(path) for path in files.checkpoints(tmp_path)] == [11, 10]
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_second_signal_ends_a_write_and_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    monkeypatch.setattr(checkpoint, "LAST_S", 0.0)
+    one, disk = saver(tmp_path), SlowDisk(monkeypatch)
+
+    def interrupted() -> None:
+        with one:
+            one.save_if_due(10)
+            assert disk.begun.wait(300)
+            assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+            raise kind
+
+    with pytest.raises(kind):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+    disk.go.set()  # the process has not ended after all: what comes then is no checkpoint either
+    (thread,) = [t for t in threading.enumerate() if t.name == "checkpoint"]
+    thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_start_sweeps_what_a_killed_write_left(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run")
+    left = tmp_path / "run" / ".checkpoint_0001_step00000010.pth.tar.4711"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    with directory.claimed(settings, enabled=True):
+        assert not left.exists()
 
 
 def outcomes(world: World, folder: str, free: int) -> list[str]:

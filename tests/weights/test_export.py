@@ -22,9 +22,9 @@ import fastmoco
 from fastmoco.config import Config, DataConfig
 from fastmoco.method.step import Step
 from fastmoco.weights.architecture import NETWORKS, Architecture, shapes
-from fastmoco.weights.constructors import loading_lines
-from fastmoco.weights.detectron2 import detectron2_name
 from fastmoco.weights.export import export, export_trunk, main
+from fastmoco.weights.formats.constructors import loading_lines
+from fastmoco.weights.formats.detectron2 import detectron2_name
 from fastmoco.weights.read import load_encoder, read
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from torchvision import models
 from fastmoco.config import ConfigError
 from fastmoco.network.encoder import build_encoder
 from fastmoco.network.resnet import BACKBONES
+from fastmoco.weights import files
 from fastmoco.weights.architecture import Architecture, Stem, recognize
 from fastmoco.weights.names import WRAPPERS
 from fastmoco.weights.read import Weights, interpret, read
@@ -190,6 +192,23 @@ def test_safetensors_and_half_precision(tmp_path: Path, trunk: State) -> None:
     found = stored(tmp_path, half)
     exact = {n: t.float() if t.is_floating_point() else t for n, t in half.items()}
     assert_same(found.trunk, exact)
+
+
+def test_safetensors_are_written_in_place(
+    tmp_path: Path, trunk: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further file of a random name beside it, which a power loss could leave behind."""
+
+    def write(path: Path, put: Callable[[Path], object]) -> None:
+        path.touch()
+        before = path.stat().st_ino
+        put(path)
+        assert path.stat().st_ino == before
+
+    monkeypatch.setattr(files, "write", write)
+    files.write_safetensors(tmp_path / "a.safetensors", trunk, {"epochs": "3"})
+    save_file(trunk, tmp_path / "b.safetensors", {"format": "pt", "epochs": "3"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("link", [True, False])

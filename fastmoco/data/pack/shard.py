@@ -34,7 +34,7 @@ class Shard:
 
     def counts(self) -> dict[str, int] | None:
         """What the shard holds, as `write` counted it; None where it is not complete."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             facts = load_index(str(index_beside(self.tar))).facts
             if self.manifest.exists() and facts["packed"][0] == self.tar.stat().st_size:
                 return dict(facts["pack"])

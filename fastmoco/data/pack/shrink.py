@@ -84,7 +84,7 @@ def _fits_a_jpeg(image: Image.Image) -> bool:
 def _as_it_is(data: bytes, size: tuple[int, int], rule: PixelRule) -> Packed:
     """The original bytes. Raises `BadImage` where they do not decode."""
     header = jpeg_header(data)
-    if header is None or not header.plain or not is_complete_jpeg(data):
+    if header is None or not header.plain or not is_complete_jpeg(data, header):
         decode(data, rule)
     with Image.open(io.BytesIO(data)) as image:
         suffix = SUFFIXES.get(image.format or "", f".{(image.format or 'bin').lower()}")

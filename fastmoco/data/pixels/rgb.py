@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageCms
+from PIL import Image
 
 from fastmoco.data.pixels.rule import PixelRule
 
@@ -23,16 +23,13 @@ def to_rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     """The first frame as 8-bit RGB.
 
     Transparency, that of a palette or of one colour too, is composed over `alpha_over`. EXIF turns
-    the image if the rule says so; PIL itself always follows the tag of a TIFF. LAB goes to sRGB,
-    every other mode by PIL's `convert`. Colour profiles are ignored, as torchvision ignores them.
+    the image if the rule says so; PIL itself always follows the tag of a TIFF. Every other mode
+    goes by PIL's `convert`, LAB to sRGB. Colour profiles are ignored, as torchvision ignores them.
     """
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (*rule.alpha_over, 255))
         rgb = Image.alpha_composite(ground, rgba).convert("RGB")
-    elif image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        rgb = ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
     elif image.mode != "RGB":
         rgb = image.convert("RGB")
     else:

@@ -10,6 +10,7 @@ N samples, T shards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -113,6 +114,11 @@ class ShardSource(Indexed):
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             file = os.open(self._path(shard), os.O_RDONLY)
+            try:
+                require_unchanged(self.index, shard, os.fstat(file))
+            except OSError:
+                os.close(file)
+                raise
             self._files[shard] = file
         return file
 
@@ -141,6 +147,7 @@ def open_shards(
         rescan=rescan,
     )
     index.facts["warnings"] = [*passed.warnings(), *index.facts["warnings"]]
+    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}", by_name=not any_name)
     return ShardSource(index)
 
@@ -202,6 +209,16 @@ def stamp(shard: Path) -> list[Any]:
     except OSError as error:
         raise ConfigError(f"The shard {shard} cannot be read: {error.strerror}.") from error
     return [str(shard.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def require_unchanged(index: Index, file: int, status: os.stat_result) -> None:
+    """Raises `OSError` for a file, by its number, that is not the one that was indexed.
+
+    Files of a bucket have no stamps: the cache looks after them.
+    """
+    stamps = index.facts.get("stamps")
+    if stamps and stamps[file][1:] != [status.st_size, status.st_mtime_ns]:
+        raise OSError(errno.ESTALE, f"{stamps[file][0]} was changed after it was indexed")
 
 
 def _join(shards: Sequence[Path], max_pixels: int, *, any_name: bool, rescan: bool) -> Index:

@@ -6,14 +6,13 @@ curves as inline SVG, no script, no network, light and dark and print.
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from fastmoco.config import ConfigError, load
-from fastmoco.machine import durable
+from fastmoco.data.page import document, picture, words, write_page
 from fastmoco.run.alarms import Alarm, Watch
 from fastmoco.run.page.svg_plot import Level, Line, level_swatch, number, plot, swatch
 from fastmoco.run.record import (
@@ -27,30 +26,8 @@ from fastmoco.run.record import (
 )
 
 NAME = "report.html"
-# Six colours that stay apart for colour-blind readers (Okabe and Ito), darkened for white paper.
 STYLE = """
-:root{--paper:#fff;--ink:#23272e;--faint:#626a76;--line:#e3e6ea;--warn:#fdf1e3;--warn-ink:#8a4b00;
---c0:#1f5fbf;--c1:#b45309;--c2:#0f7b5f;--c3:#a03a86;--c4:#5b6470;--c5:#8a7000;
-color-scheme:light dark}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#16181c;--ink:#e6e9ee;--faint:#9aa3b0;
---line:#31353c;--warn:#33260f;--warn-ink:#f4bf75;--c0:#7aaef5;--c1:#f2a65a;--c2:#56c9a6;
---c3:#e08fc9;--c4:#aab3bf;--c5:#d9c255}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1200px;margin:0 auto;padding:16px}
-h1{font-size:1.5rem;margin:.3em 0;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:1.6em 0 .6em}
-.summary{margin:.6em 0;overflow-wrap:anywhere}
-.calm{color:var(--faint)}
-.alarms{background:var(--warn);color:var(--warn-ink);padding:.4em 1em;border-radius:6px}
-.alarms h2{margin:.3em 0}
-.alarms ul{margin:.3em 0;padding-left:1.2em}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:20px}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:20px}
-.pictures img{max-width:100%;height:auto;background:#fff}
-figure{margin:0;min-width:0;break-inside:avoid}
-figcaption{font-weight:600}
-figure p{margin:.2em 0;color:var(--faint);font-size:13px}
 svg.plot{display:block;width:100%;height:auto}
 svg text{fill:var(--faint);font-size:11px;font-family:inherit}
 svg path{fill:none}
@@ -64,11 +41,7 @@ svg path{fill:none}
 .swatch{width:34px;height:12px;margin-right:6px;vertical-align:-1px;flex:none}
 .legend{list-style:none;margin:.3em 0 0;padding:0;font-size:13px}
 .legend li{overflow-wrap:anywhere}
-details{margin:1.4em 0}
-pre{overflow-x:auto;font-size:12px}
-@media print{main{max-width:none;padding:0}.panels{grid-template-columns:1fr 1fr;gap:12px}
-body{font-size:11pt}details{display:none}h2,figcaption{break-after:avoid}
-.pictures{display:block}.pictures figure{margin-bottom:5mm}.pictures img{max-height:210mm}}
+@media print{.panels{grid-template-columns:1fr 1fr;gap:12px}}
 """
 
 
@@ -197,16 +170,7 @@ def write_report(folders: Sequence[Path], out: Path, pictures: Sequence[Picture]
     """
     names = name_apart(folders)
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    text = page(runs, pictures)
-    try:
-        durable.replace(out, lambda partial: partial.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot write the report {out}: {error}.") from error
-
-
-def _words(text: str) -> str:
-    """Text for the page, in which a number and its percent sign stay on one line."""
-    return escape(text).replace(" %", "\u00a0%")
+    write_page(out, page(runs, pictures))
 
 
 def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
@@ -220,22 +184,11 @@ def page(runs: Sequence[RunRecords], pictures: Sequence[Picture] = ()) -> str:
     body += ['<h2>Curves over epochs</h2><div class="panels">', *figures, "</div>"]
     body += [_pictures(pictures)] if pictures else []
     body += [_configuration(run) for run in runs]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'  # or a browser asks for /favicon.ico
-        f"<title>{escape(title)}: fastmoco report</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(title, "fastmoco report", "".join(body), STYLE)
 
 
 def _pictures(pictures: Sequence[Picture]) -> str:
-    figures = [
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<img alt="{escape(title)}" src="data:image/png;base64,{b64encode(png).decode()}">'
-        f"<p>{escape(caption)}</p></figure>"
-        for title, caption, png in pictures
-    ]
+    figures = [picture(title, caption, "png", png) for title, caption, png in pictures]
     heading = "<h2>What the encoder holds to be alike</h2>"
     return f'{heading}<div class="pictures">{"".join(figures)}</div>'
 
@@ -244,7 +197,7 @@ def _sentences(run: RunRecords, index: int, several: bool) -> str:
     metrics = run.folder / METRICS
     look = f"{swatch(index)} <b>{escape(run.name)}</b><br>" if several else ""
     lines = [train_summary(metrics), knn_summary(metrics)]
-    return f'<p class="summary">{look}{"<br>".join(map(_words, lines))}</p>'
+    return f'<p class="summary">{look}{"<br>".join(map(words, lines))}</p>'
 
 
 def _alarms(runs: Sequence[RunRecords]) -> str:
@@ -257,7 +210,7 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
             found[alarm.kind] = (first[0], first[1], epoch)
         who = f"{run.name}, " if len(runs) > 1 else ""
         items += [
-            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {_words(sentence)}</li>"
+            f"<li><b>{escape(who)}epoch {first:.2f} to {last:.2f}</b>: {words(sentence)}</li>"
             for sentence, first, last in found.values()
         ]
     if not items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,8 @@ from bench.measure import rows
 from bench.on_gpu import __main__ as on_gpu
 from bench.on_gpu import silent_step
 from bench.steps.contestants import Bench
-from fastmoco.config import ConfigError
+from fastmoco.config import Config, ConfigError, parse_text
+from fastmoco.method.cuda_graph import GIVES_UP
 from tests.support import one_process
 
 CPU = torch.device("cpu")
@@ -156,6 +158,22 @@ def test_a_silent_step_forbids_waiting_after_its_first_steps_and_only_while_it_r
     with pytest.raises(ConfigError, match=r"makes the host wait.*synchronizing CUDA"):
         silent.run(1)
     assert calls == ["step"] * 3 + 2 * ["error", "step", "default"]
+
+
+def test_a_captured_step_races_the_other_and_one_that_gives_up_its_graph_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = silent_step.ways(Config(), torch.device("cuda"))
+    modes = {c.name: parse_text(c.arguments["config"]).run.cuda_graph for c in made}
+    assert modes == {"step": "off", "captured step": "on"}
+    assert [c.name for c in silent_step.ways(Config(), CPU)] == ["step"]
+
+    def gives_up() -> None:
+        warnings.warn(f"{GIVES_UP} (rank 0: a reason).", RuntimeWarning, stacklevel=2)
+
+    monkeypatch.setattr(silent_step, "our_step", lambda config: Bench(CPU, gives_up))
+    with pytest.raises(ConfigError, match=r"CUDA graph .rank 0: a reason"):
+        silent_step.silent_step("")
 
 
 def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import zlib
 from dataclasses import replace
@@ -140,6 +141,14 @@ def test_exif_turns_an_image_only_where_asked(tmp_path: Path) -> None:
             assert np.abs(pixels(data).astype(int) - stored).max() <= near, (kind, number)
             assert np.abs(pixels(data, apply).astype(int) - upright).max() <= near, (kind, number)
             (tmp_path / f"{number}.{kind.lower()}").write_bytes(data)
+        # PIL itself turns a TIFF: it is not turned once more, nor counted as one to turn.
+        data = encoded(image, "TIFF", tiffinfo={0x0112: number})
+        for rule in (RGB8, apply):
+            assert np.array_equal(pixels(data, rule), upright), number
+        (tmp_path / "tiff").mkdir(exist_ok=True)
+        (tmp_path / "tiff" / f"{number}.tif").write_bytes(data)
+    assert survey(open_folder(str(tmp_path / "tiff"), 10**6), RGB8).turned == 0
+    shutil.rmtree(tmp_path / "tiff")
     source = open_folder(str(tmp_path), 10**6)
     for rule, wide in ((RGB8, 8), (apply, 16)):
         reader = Reader(source, 0, rule)

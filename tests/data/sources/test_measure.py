@@ -10,10 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.data.decode import BadImage, image_size
 from fastmoco.data.sources import folder as folders
 from fastmoco.data.sources import listing, measure
 from fastmoco.data.sources.folder import open_folder
@@ -57,6 +61,19 @@ def test_a_file_added_right_after_the_listing_is_noticed(photos: Path, tmp_path:
     assert len(open_folder(str(tmp_path), LIMIT).sizes) == 1
     (tmp_path / "second.jpg").write_bytes(picture(photos))
     assert len(open_folder(str(tmp_path), LIMIT).sizes) == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_size_that_stands_far_behind_the_start_is_found(tmp_path: Path, kind: str) -> None:
+    """Behind a colour profile of 200 KB, and in a TIFF behind the pixels: 64 KiB do not suffice."""
+    options: dict[str, Any] = {"icc_profile": bytes(200_000)} if kind == "JPEG" else {}
+    options = options or {"compression": "tiff_lzw"}
+    noise = np.random.default_rng(0).integers(0, 256, (190, 210, 3), np.uint8)
+    path = tmp_path / f"1.{kind.lower()}"
+    Image.fromarray(noise).save(path, kind, **options)
+    with pytest.raises(BadImage):
+        image_size(path.read_bytes()[: measure.HEAD], LIMIT)
+    assert measure.probe_file(str(path), LIMIT) == (210, 190, "")
 
 
 def test_a_folder_that_cannot_be_listed_is_named(

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
-from fastmoco.data.decode import BadImage, decode, is_complete_jpeg, jpeg_header
+from fastmoco.data.decode import decode
 from fastmoco.data.loader import build_loader
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader
@@ -278,29 +278,6 @@ def test_every_form_decodes_as_pil_does(tmp_path: Path) -> None:
         assert tuple(source.sizes[sample]) == expected.shape[1::-1], name
         assert np.array_equal(image, expected), name
         assert np.array_equal(np.asarray(decode(one.data, RULE)), expected), name
-
-
-def test_only_plain_jpegs_skip_pil() -> None:
-    plain = {name for name, data in all_forms().items() if (jpeg_header(data) or _none).plain}
-    assert plain >= {"baseline.jpg", "progressive.jpg", "gray.jpg", "full.jpg", "rotated.jpg"}
-    assert not plain & {"cmyk.jpg", "rgb.jpg"}
-
-
-class _none:
-    plain = False
-
-
-def test_header_size_agrees_with_pil_and_cuts_are_noticed() -> None:
-    data = all_forms()["progressive.jpg"]
-    header = jpeg_header(data)
-    assert header is not None
-    assert (header.width, header.height) == (48, 36)
-    assert is_complete_jpeg(data)
-    assert is_complete_jpeg(data + b"trailing")
-    for cut in range(2, len(data) - 1, 7):
-        assert not is_complete_jpeg(data[:cut]), cut
-        with pytest.raises(BadImage):
-            decode(data[:cut], RULE)
 
 
 def test_verify_finds_what_headers_do_not_show(photos: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.data.sources import shards
 from fastmoco.data.sources.shards import ShardSource, open_shards
 
 LIMIT = 10**8
@@ -205,21 +206,33 @@ def test_what_macos_adds_is_passed_over(tmp_path: Path) -> None:
     assert source.notes == []
 
 
+def test_a_hard_link_is_to_what_came_before_it(tmp_path: Path) -> None:
+    """A name may come twice, as `tar --append` leaves it: a hard link is to the earlier one."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "1.jpg", jpeg(1))
+        link(tar, "2.jpg", "1.jpg", tarfile.LNKTYPE)
+        add(tar, "1.jpg", jpeg(3))
+    source = open_shards(str(tmp_path / "0.tar"), LIMIT)
+    assert content(source) == truth(tmp_path / "0.tar")
+    assert source.read(1) == jpeg(1)
+
+
 def test_one_picture_per_webdataset_key(tmp_path: Path) -> None:
     names = [
         *("0001.mask.png", "0001.png", "0001.jpg", "0001.json"),
         *("a/0001.seg.png", "a/0001.webp"),
         *("img.01.jpg", "img.02.jpg"),  # no plain suffix: two pictures
         *("b/7.png", "c/7.jpg"),  # other folders, other keys
+        *("8.jpg", "8.png"),  # a JPEG goes first wherever it stands
     ]
     write(tmp_path / "0.tar", names)
     source = open_shards(str(tmp_path / "0.tar"), LIMIT)
     assert [name for name, _ in content(source)] == [
-        *("0001.jpg", "a/0001.webp", "img.01.jpg", "img.02.jpg", "b/7.png", "c/7.jpg")
+        *("0001.jpg", "a/0001.webp", "img.01.jpg", "img.02.jpg", "b/7.png", "c/7.jpg", "8.jpg")
     ]
-    assert [data for _, data in content(source)] == [jpeg(i) for i in (2, 5, 6, 7, 8, 9)]
+    assert [data for _, data in content(source)] == [jpeg(i) for i in (2, 5, 6, 7, 8, 9, 10)]
     assert source.notes[0] == "members not counted as images: 1 .json"
-    assert source.notes[1].startswith("3 pictures have the key of another and are left out")
+    assert source.notes[1].startswith("4 pictures have the key of another and are left out")
 
 
 def test_members_by_content(tmp_path: Path) -> None:
@@ -283,6 +296,43 @@ def test_archives_one_after_another(tmp_path: Path) -> None:
     source = open_shards(str(both), LIMIT)
     assert content(source) == [row for part in parts for row in truth(part)]
     assert source.warnings == []
+
+
+def test_global_headers_end_with_their_archive(tmp_path: Path) -> None:
+    """A pax header for all members, as `git archive` writes one, says nothing of the next part."""
+    one, two = tmp_path / "one.tar", write(tmp_path / "two.tar", ["2.jpg"])
+    with tarfile.open(one, "w", pax_headers={"path": "everything.jpg"}) as tar:
+        tar.addfile(tarfile.TarInfo("folder"), None)
+    joined = tmp_path / "all" / "0.tar"
+    joined.parent.mkdir()
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    assert content(open_shards(str(joined), LIMIT))[1:] == truth(two)
+
+
+def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:
+    """Its offsets are those of other members; one that is open already stays what it was."""
+    for number in range(2):
+        write(tmp_path / f"{number}.tar", ["1.jpg"])
+    source = open_shards(str(tmp_path), LIMIT)
+    assert source.read(0) == jpeg(0)
+    for number in range(2):
+        (tmp_path / f"{number}.tar").unlink()
+        write(tmp_path / f"{number}.tar", ["0.jpg", "1.jpg"])
+    assert source.read(0) == jpeg(0)
+    with pytest.raises(OSError, match=r"1\.tar was changed after it was indexed"):
+        source.read(1)
+
+
+def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_OPEN_FILES", 3)
+    for number in range(7):
+        write(tmp_path / f"{number}.tar", [f"{number}.jpg", f"{number}b.jpg"])
+    source = open_shards(str(tmp_path), LIMIT)
+    before = set(os.listdir("/proc/self/fd"))
+    for sample in (*range(14), *range(13, -1, -1)):
+        assert source.read(sample) == jpeg(sample % 2)
+        # One more is the listing of the folder itself.
+        assert len(set(os.listdir("/proc/self/fd")) - before) <= 3 + 1
 
 
 def test_a_long_end_of_zeros_is_passed_over(tmp_path: Path) -> None:

@@ -66,14 +66,15 @@ def test_sgd_ema_is_sgd_then_ema_over_steps() -> None:
         torch.testing.assert_close(got.double(), want.detach(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("found", [0.0, 2.0])
+@pytest.mark.parametrize("found", [0.0, 2.0, -1.0])
 def test_sgd_ema_divides_by_the_scale_and_skips_what_overflowed(found: float) -> None:
     sizes = around(SGD_BLOCK)
     params, grads, buffers, ema = (draw(sizes, seed) for seed in range(4))
     want = [[t.double() for t in tensors] for tensors in (params, buffers, ema)]
     if found:
         grads[-1].view(-1)[3] = torch.inf
-        want[2] = [0.9 * e + 0.1 * p for e, p in zip(want[2], want[0], strict=True)]
+        if found > 0:
+            want[2] = [0.9 * e + 0.1 * p for e, p in zip(want[2], want[0], strict=True)]
     else:
         pairs = zip(grads, want[0], want[1], strict=True)
         want[1] = [0.9 * b + g.double() / 512 + 1e-3 * p for g, p, b in pairs]

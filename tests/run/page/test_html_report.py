@@ -141,7 +141,7 @@ def test_a_folder_without_a_run_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = run(tmp_path / "good", [train(10)])
-    with pytest.raises(ConfigError, match="Cannot write the report"):
+    with pytest.raises(ConfigError, match="Cannot write the page"):
         write_report([good], tmp_path / "nowhere" / "report.html")
     assert main([str(good), str(tmp_path / "missing")]) == 2
     told = capsys.readouterr().err

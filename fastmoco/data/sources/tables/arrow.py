@@ -47,12 +47,14 @@ def open_arrow(root: str, max_pixels: int, *, rescan: bool = False) -> ArrowSour
     Raises `ConfigError` for files that are not, are compressed, or have no column of images.
     """
     files = table_files(root, ".arrow")
+    stamps = [stamp(path) for path in files]
     index = kept_index(
-        repr(([stamp(path) for path in files], max_pixels)),
+        repr((stamps, max_pixels)),
         holds=lambda index: "shards" in index.facts,
         scan=lambda: _scan(files, max_pixels),
         rescan=rescan,
     )
+    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}")
     return ArrowSource(index)
 

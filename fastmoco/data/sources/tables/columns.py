@@ -1,8 +1,9 @@
 """Files of a table, its column of images and its column of labels.
 
 A column of images is `struct<bytes, path>`, as `datasets` writes it, or plain binary. Where several
-may be meant, the name decides (`image`, `img`, `picture`, `photo`, ...), else they are refused. The
-column of labels is the only `ClassLabel` of `datasets`, else it is found by its name, as in lists.
+may be meant, the only `Image` of `datasets` counts, else the one with such a name (`image`, `img`,
+`picture`, `photo`, ...), else they are refused. The column of labels is the only `ClassLabel` of
+`datasets`, else it is found by its name, as in lists.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ def _below(folder: Path, suffix: str) -> list[Path]:
 
 
 def image_column(schema: Any, file: Path) -> Column:
-    """The column of images. Raises `ConfigError` for none and for several."""
+    """The column of images, the only `Image` of `datasets` where it wrote the file.
+
+    Raises `ConfigError` for none and for several.
+    """
     types = pyarrow("").types
 
     def is_bytes(kind: Any) -> bool:
@@ -111,7 +115,9 @@ def image_column(schema: Any, file: Path) -> Column:
             inner = {child.name: child.type for child in field.type}
             if "bytes" in inner and is_bytes(inner["bytes"]):
                 found.append(Column(field.name, "bytes"))
-    named = [column for column in found if plain(column.name) in _IMAGES]
+    images = {n for n, one in _features(schema).items() if one.get("_type") == "Image"}
+    named = [column for column in found if column.name in images]
+    named = named or [column for column in found if plain(column.name) in _IMAGES]
     if len(named) == 1 or len(found) == 1:
         return named[0] if len(named) == 1 else found[0]
     if found:
@@ -123,19 +129,25 @@ def image_column(schema: Any, file: Path) -> Column:
     )
 
 
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """What `datasets` says of each column; empty for a file that something else wrote."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name: one for name, one in features.items() if isinstance(one, dict)}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 def label_column(schema: Any, file: Path) -> tuple[str, list[str]]:
     """The column of labels, and the names of its classes where `datasets` keeps these.
 
     Raises `ConfigError` for none and for several.
     """
-    classes: dict[str, list[str]] = {}
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        for name, feature in features.items():
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-                classes[name] = [str(label) for label in feature.get("names") or []]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass  # not written by datasets
+    classes = {
+        name: [str(label) for label in feature.get("names") or []]
+        for name, feature in _features(schema).items()
+        if feature.get("_type") == "ClassLabel"
+    }
     found = [n for n in classes if n in schema.names]
     found = found or [name for name in schema.names if plain(name) in LABELS]
     if len(found) == 1:

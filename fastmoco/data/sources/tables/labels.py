@@ -18,10 +18,11 @@ def is_table(root: str) -> bool:
 
     A table beside class folders, such as `metadata.parquet`, describes them and is none.
     """
-    return bool(_suffix(root))
+    return bool(table_suffix(root))
 
 
-def _suffix(root: str) -> str:
+def table_suffix(root: str) -> str:
+    """`.parquet` or `.arrow`; empty for what is no table."""
     place = Path(root)
     folders = [place, place / "data"]
     if place.is_dir():
@@ -39,14 +40,14 @@ def _suffix(root: str) -> str:
 
 def labelled_table(root: str, max_pixels: int) -> tuple[Source, list[int], list[str]]:
     """The images, the label of each row, and the class names. Raises `ConfigError`."""
-    parquet = _suffix(root) == ".parquet"
+    parquet = table_suffix(root) == ".parquet"
     source = open_parquet(root, max_pixels) if parquet else open_arrow(root, max_pixels)
     return source, *labels_in(root, len(source.sizes))
 
 
 def labels_in(root: str, images: int) -> tuple[list[int], list[str]]:
     """The label of each of so many rows, and the class names. Raises `ConfigError`."""
-    suffix = _suffix(root)
+    suffix = table_suffix(root)
     values: list[object] = []
     names: list[str] = []
     for file in table_files(root, suffix):

@@ -33,7 +33,7 @@ from fastmoco.data.sources.index import (
 )
 from fastmoco.data.sources.listing import stamp_of
 from fastmoco.data.sources.measure import CHUNK, in_order, in_parallel, progress
-from fastmoco.data.sources.shards import stamp
+from fastmoco.data.sources.shards import require_unchanged, stamp
 from fastmoco.data.sources.tables.columns import (
     NULL,
     Column,
@@ -49,8 +49,8 @@ KEPT_BYTES = 1 << 28
 _LARGE_GROUP = 16 << 20  # decoding it takes longer than decoding and augmenting an image
 _PROCESSES_FROM = 1 << 28  # bytes: below, threads are faster than starting processes
 
-Group = tuple[str, int, Column]
-"""A file, the number of a row group in it, and the column of images."""
+Group = tuple[str, int, Column, int]
+"""A file, the number of a row group in it, the column of images, and the number of rows."""
 
 
 class ParquetSource(Indexed):
@@ -99,6 +99,7 @@ class ParquetSource(Indexed):
         try:
             if path not in self._files:
                 self._files.clear()
+                require_unchanged(self.index, file, os.stat(path))
                 self._files[path] = pyarrow("parquet").ParquetFile(path)
             return _values(self._files[path], number, column)
         except (pyarrow("").ArrowException, IndexError) as error:
@@ -152,7 +153,7 @@ def open_parquet(
     )
     require_readable(index, f"data.root {root}")
     largest, total = index.facts["largest"], int(index.arrays["lengths"].sum(dtype=np.int64))
-    index.facts["warnings"] = []
+    index.facts.update(stamps=stamps, warnings=[])
     if not shuffle_window and largest > _LARGE_GROUP and total > KEPT_BYTES:
         index.facts["warnings"].append(
             f"A row group of {root} has up to {largest >> 20:,} MiB and is decoded for nearly "
@@ -198,7 +199,7 @@ def scan_parquet(files: list[Path], max_pixels: int) -> Index:
             row_group = file.metadata.row_group(group)
             groups.append((number, group))
             counts.append(row_group.num_rows)
-            tasks.append((str(path), group, found))
+            tasks.append((str(path), group, found, row_group.num_rows))
             largest = max(largest, row_group.column(at).total_uncompressed_size)
     size = sum(path.stat().st_size for path in files)
     with in_parallel(many=size > _PROCESSES_FROM) as pool:
@@ -240,16 +241,22 @@ def _leaves(file: Any) -> list[str]:
 def _measure(
     task: Group, max_pixels: int
 ) -> tuple[NDArray[np.int32], NDArray[np.uint32], dict[int, str]]:
-    """Sizes, lengths and reasons of the bad ones of a row group, in batches of a few rows."""
-    path, group, column = task
-    values = Measured(max_pixels)
+    """Sizes, lengths and reasons of the bad ones of a row group, in batches of a few rows.
+
+    Rows that cannot be decoded are bad: the others of the set are used.
+    """
+    path, group, column, rows = task
+    values, bad, damage = Measured(max_pixels), dict[int, str](), ""
     try:
         file = pyarrow("parquet").ParquetFile(path)
         batches = file.iter_batches(CHUNK, [group], columns=[column.path], use_threads=False)
         for batch in batches:
             values.add(encoded(batch.column(0), column))
     except (pyarrow("").ArrowException, OSError) as error:
-        raise ConfigError(
-            f"{path} is damaged in row group {group} ({reason(error)}): fetch it again."
-        ) from error
-    return values.sizes, np.array(values.lengths, np.uint32), values.bad
+        damage = f"row group {group} is damaged: {reason(error)}"
+    sizes, lengths = np.zeros((rows, 2), np.int32), np.zeros(rows, np.uint32)
+    if damage:  # a row is read by decoding its whole row group
+        bad = dict.fromkeys(range(rows), damage)
+    else:
+        sizes[:], lengths[:], bad = values.sizes, values.lengths, values.bad
+    return sizes, lengths, bad

@@ -15,8 +15,8 @@ import yaml
 
 from fastmoco.config import ConfigError
 from fastmoco.network.encoder import pixel_statistics
-from fastmoco.weights.constructors import TIMM_ARGUMENTS, TIMM_NAMES
 from fastmoco.weights.files import write, write_safetensors
+from fastmoco.weights.formats.constructors import TIMM_ARGUMENTS, TIMM_NAMES
 from fastmoco.weights.pixels import pixel_header
 from fastmoco.weights.read import Weights
 

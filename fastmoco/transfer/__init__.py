@@ -1,0 +1,1 @@
+"""Transfer: detectors on a pre-trained trunk, from packages that pip installs."""

@@ -1,0 +1,77 @@
+"""Which layout a root has: that of COCO, that of PASCAL VOC, or the rendered shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmoco.config import ConfigError
+from fastmoco.config.paths import spelled_out
+from fastmoco.transfer.datasets.coco import annotation_files, read_coco
+from fastmoco.transfer.datasets.detection import Detections, Parts
+from fastmoco.transfer.datasets.rendered import SIZES, rendered_pixels, rendered_shapes
+from fastmoco.transfer.datasets.segmentation import Segmentations
+from fastmoco.transfer.datasets.voc import read_voc, read_voc_segmentation, years
+
+RENDERED = "rendered"
+"""The root of the shapes that are drawn while they are needed."""
+
+
+def detection_set(
+    root: str, split: str, *, masks: bool = False, keypoints: bool = False
+) -> Detections:
+    """The split `train` or `val` of a folder in the layout of COCO or VOC, or of `rendered`.
+
+    `val` is the one to score: COCO's val, VOC's test2007. A file of COCO may also be named, as
+    `train2017`, and lists of VOC, as `2007_trainval+2012_trainval`.
+
+    Raises `ConfigError` for a folder of neither layout, a split that it does not have, annotations
+    that are broken, and parts that the layout does not hold.
+    """
+    if root == RENDERED:
+        return rendered_shapes(known(split), Parts(masks, keypoints))
+    folder = Path(spelled_out(root))
+    if annotation_files(folder, Parts(masks, keypoints)):
+        return read_coco(folder, split, Parts(masks, keypoints))
+    if years(folder):
+        if masks or keypoints:
+            what = "masks" if masks else "keypoints"
+            raise ConfigError(
+                f"{root} has the layout of VOC, in which detection data has no {what}: give one in "
+                "the layout of COCO, or detect boxes."
+            )
+        return read_voc(folder, split)
+    raise ConfigError(_neither(root, folder, keypoints))
+
+
+def segmentation_set(root: str, split: str) -> Segmentations:
+    """The split `train` or `val` of a folder in the layout of VOC, or of `rendered`.
+
+    A list of VOC may also be named, as `2012_trainval`. Raises `ConfigError` as `detection_set`
+    does.
+    """
+    if root == RENDERED:
+        return rendered_pixels(known(split))
+    folder = Path(spelled_out(root))
+    if years(folder):
+        return read_voc_segmentation(folder, split)
+    raise ConfigError(
+        f"{root} holds no VOC2007, VOC2012 or VOCdevkit with ImageSets: semantic segmentation is "
+        "read in that layout. `rendered` needs no folder."
+    )
+
+
+def known(split: str) -> str:
+    """The split, if the rendered set has it. Raises `ConfigError` if not."""
+    if split not in SIZES:
+        raise ConfigError(f"{RENDERED} has the splits {', '.join(SIZES)}, not {split}.")
+    return split
+
+
+def _neither(root: str, folder: Path, keypoints: bool) -> str:
+    if not folder.is_dir():
+        return f"{root} is not a folder, so there is no detection data in it."
+    file = "person_keypoints_*.json" if keypoints else "instances_*.json"
+    return (
+        f"{root} holds neither annotations/{file} as COCO does, nor VOC2007, VOC2012 or VOCdevkit "
+        "with ImageSets as VOC does: give the folder above one of them. `rendered` needs no folder."
+    )

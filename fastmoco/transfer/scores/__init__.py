@@ -1,0 +1,1 @@
+"""What predictions are worth: average precision and mean intersection over union."""

@@ -1,0 +1,141 @@
+"""Detectors hold the trunk that they were given, tune all of it, and find boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from fastmoco.config import ConfigError
+from fastmoco.machine.ranks import World
+from fastmoco.transfer.batchnorm import SyncBatchNorm2d
+from fastmoco.transfer.detector import Arch, Task, build_detector, random_weights
+from fastmoco.weights.architecture import Architecture
+from fastmoco.weights.read import Weights, read
+
+ALONE = World(0, 0, 1, torch.device("cpu"), "none")
+SIDE = 96
+KINDS: list[tuple[Arch, Task]] = [
+    ("c4", "boxes"),
+    ("fpn", "boxes"),
+    ("fpn", "masks"),
+    ("fpn", "keypoints"),
+]
+
+
+def small(width: float = 0.25) -> Weights:
+    return random_weights(Architecture("resnet18", width, "imagenet"), seed=1)
+
+
+def pictures() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two pictures, the second of them without an object."""
+    draw = torch.Generator().manual_seed(2)
+    masks = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+    masks[0, 20:70, 10:60] = 1
+    target = {
+        "boxes": torch.tensor([[10.0, 20.0, 60.0, 70.0]]),
+        "labels": torch.tensor([2]),
+        "masks": masks,
+        "keypoints": torch.tensor([[[20.0, 30.0, 1.0], [50.0, 60.0, 1.0]]]),
+    }
+    images = [torch.rand(3, SIDE, SIDE, generator=draw) for _ in range(2)]
+    return images, [target, {name: x[:0] for name, x in target.items()}]
+
+
+@pytest.mark.parametrize(("arch", "task"), KINDS)
+def test_all_of_it_is_tuned_and_the_trunk_that_was_given_stays(arch: Arch, task: Task) -> None:
+    weights = small()
+    before = {name: x.clone() for name, x in weights.trunk.items()}
+    model: Any = build_detector(
+        weights, ALONE, arch=arch, task=task, classes=3, keypoints=2, min_size=SIDE
+    )
+    model.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+    torch.manual_seed(0)
+    losses = model(*pictures())
+    assert {"boxes": 4, "masks": 5, "keypoints": 5}[task] == len(losses)
+    sum(losses.values(), torch.zeros(())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+    norms = [m for m in model.modules() if isinstance(m, SyncBatchNorm2d)]
+    in_the_trunk, new = 20, {"c4": 1, "fpn": 8}[arch] + 4 * (task == "masks")
+    assert len(norms) == in_the_trunk + new
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert all(norm.num_batches_tracked == 1 for norm in norms)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert all(torch.equal(x, before[name]) for name, x in weights.trunk.items())
+    model.rpn._post_nms_top_n = {"training": 20, "testing": 20}
+    model.roi_heads.detections_per_img = 2  # the keypoint head takes half a second for each
+    found = model.eval()(pictures()[0])
+    assert {"boxes", "labels", "scores"} <= set(found[0])
+    assert task == "boxes" or task in found[0]
+
+
+@pytest.mark.parametrize("width", [1.0, 0.25], ids=["torchvision's", "a width of ours"])
+def test_c4_is_the_network_of_the_file_cut_behind_layer3(width: float) -> None:
+    weights = small(width)
+    model: Any = build_detector(weights, ALONE, arch="c4", task="boxes", classes=3).eval()
+    whole = weights.architecture.build(weights.trunk)
+    images = pictures()[0][0][None]
+    with torch.no_grad():
+        middle = model.backbone(images)["0"]
+        head = model.roi_heads.box_head
+        head.norm = nn.Identity()
+        torch.testing.assert_close(head(middle), whole(images), rtol=1e-4, atol=1e-5)
+        assert model.roi_heads.box_predictor.cls_score(head(middle)).shape == (1, 4)
+
+
+def test_a_supervised_file_of_torchvision_is_a_trunk(tmp_path: Path) -> None:
+    network = resnet18()
+    torch.save(network.state_dict(), tmp_path / "supervised.pth")
+    weights = read(tmp_path / "supervised.pth")
+    model: Any = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1)
+    state = model.backbone.body.state_dict()
+    assert len(state) == len(network.state_dict()) - 2
+    assert all(torch.equal(x, network.state_dict()[name]) for name, x in state.items())
+
+
+def test_pictures_are_normalized_as_the_file_says() -> None:
+    weights = small()
+    model: Any = build_detector(weights, ALONE, arch="fpn", task="boxes", classes=1, min_size=64)
+    images, _ = model.transform([torch.full((3, 64, 64), 0.5)])
+    wanted = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(images.tensors[0, :, 30, 30], wanted)
+
+
+def test_new_layers_and_random_trunks_come_from_their_seed_alone() -> None:
+    def state(seed: int) -> dict[str, Tensor]:
+        weights = random_weights(Architecture("resnet18", 0.25, "imagenet"), seed)
+        return build_detector(
+            weights, ALONE, arch="c4", task="boxes", classes=2, seed=seed
+        ).state_dict()
+
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    first = state(1)
+    assert torch.equal(torch.rand(3), wanted)
+    again, other = state(1), state(2)
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+    for name in ("backbone.body.conv1.weight", "rpn.head.cls_logits.weight"):
+        assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("task", [task for task in get_args(Task) if task != "boxes"])
+def test_c4_refuses_what_it_does_not_have(task: Task) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"C4 detects boxes only; for {task} choose the architecture fpn"
+    ):
+        build_detector(small(), ALONE, arch="c4", task=task, classes=1)
+
+
+def test_other_channels_and_no_classes_are_refused() -> None:
+    gray = random_weights(Architecture("resnet18", 0.25, "imagenet", channels=1), 0)
+    with pytest.raises(ConfigError, match="is a trunk for 1 channels"):
+        build_detector(gray, ALONE, arch="fpn", task="boxes", classes=1)
+    with pytest.raises(ConfigError, match="of 0 classes"):
+        build_detector(small(), ALONE, arch="fpn", task="boxes", classes=0)
