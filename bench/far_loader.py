@@ -9,6 +9,7 @@ the same cores). Images per second of two v2 views with two workers, once starte
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from bench.measure.rows import Row, quantiles, spread
 from fastmoco.config import Config
 
 WINDOW = 100
+# Images of one: the cache of `stream` has to hold eight objects of the largest size.
+OBJECT = 10
 PARSER = parser("far_loader", __doc__, steps=False)
 PARSER.add_argument("--root", required=True)
 PARSER.add_argument("--delay-ms", type=float, default=20.0)
@@ -48,11 +51,12 @@ def _small(config: Config, room: int) -> float:
 def main(own: Options) -> Iterator[list[Row]]:
     """One row each for local shards and for the bucket, with ratios to local by turn."""
     torch.set_num_threads(1)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     with tempfile.TemporaryDirectory() as folder, FarStore(own.delay_ms / 1e3) as store:
         shards, run = Path(folder) / "shards", str(Path(folder) / "run")
         os.environ["FASTMOCO_CACHE"] = str(Path(folder) / "cache")
         shards.mkdir()
-        write_shards(configuration(own.root, run, "pil"), shards, 20)
+        write_shards(configuration(own.root, run, "pil"), shards, OBJECT)
         local = configuration(str(shards), run, "array", "shards")
         local = replace(local, data=replace(local.data, shuffle_window=WINDOW))
         far = _far(local, store.put_folder(shards, "all"))

@@ -46,7 +46,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.moco import build_moco
-from fastmoco.method.update import set_lr
+from fastmoco.method.optim.update import set_lr
 from fastmoco_kernels import aot
 from tests.support.fake_cuda import (
     allow_backward_without_driver,

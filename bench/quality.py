@@ -31,7 +31,7 @@ from fastmoco.machine.host import settle
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import MoCo, build_moco
-from fastmoco.method.update import lr_at, set_lr
+from fastmoco.method.optim.update import lr_at, set_lr
 from fastmoco.network.encoder import NormalizePixels
 from fastmoco.train import join_world
 

@@ -35,7 +35,7 @@ VERBS = {
         "fastmoco.doctor.__main__", "what this machine has and what limits a run on it", True
     ),
     "preview": Verb(
-        "fastmoco.data.preview",
+        "fastmoco.data.preview.__main__",
         "draw the views that a run would see",
         True,
         ("--out", "--samples", "--replay"),
@@ -81,6 +81,16 @@ VERBS = {
         "fastmoco.evaluate.finetune",
         "train the whole network on labels",
         words=("--checkpoint", "--data.root", "--labels", "--layer_decay", "--out"),
+    ),
+    "detect": Verb(
+        "fastmoco.transfer.detect",
+        "train a detector on a trunk, and test it",
+        words=("--checkpoint", "--data.root", "--arch", "--task", "--config", "--out"),
+    ),
+    "segment": Verb(
+        "fastmoco.transfer.segment",
+        "train semantic segmentation on a trunk, and test it",
+        words=("--checkpoint", "--data.root", "--crop", "--config", "--out"),
     ),
     "retrieval": Verb(
         "fastmoco.evaluate.retrieval",

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastmoco.config import Config, ConfigError, check, parse
-from fastmoco.data.preview import draw_views
+from fastmoco.data.preview.draw import draw_views
 from fastmoco.evaluate.monitor import KnnMonitor
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.ranks import World
@@ -25,7 +25,7 @@ from fastmoco.method import agreement
 from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
-from fastmoco.method.update import lr_at, set_lr
+from fastmoco.method.optim.update import lr_at, set_lr
 from fastmoco.run import directory, resuming
 from fastmoco.run.checkpoint import Saver
 from fastmoco.run.choices import start_lines, start_warnings

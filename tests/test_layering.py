@@ -31,7 +31,7 @@ STANDS_ON: dict[str, set[str]] = {
     "doctor": {"method"},
     "evaluate": {"weights"},
     "run": {"weights"},
-    "transfer": {"weights"},  # a detector is built around what a file holds
+    "transfer": {"run"},  # its runs leave behind what others do
     "train": {"run", "evaluate", "doctor"},
     "experiments": {"train"},
     "cli": {"experiments"},

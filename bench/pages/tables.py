@@ -28,7 +28,10 @@ OPERATIONS = {
     "batch_norm": "batch norm, addition, ReLU",
     "weight_gradient": "weight gradient",
     "convolution": "convolution",
+    "max_pool": "max pooling",
 }
+REMOVED = ("max_pool", "cpu")
+"""The operation and device of a kernel that has been removed since."""
 # Rows of improvements that have been removed since.
 GONE = "max pooling (ATen's instead)"
 Run = Sequence[Row]
@@ -165,9 +168,10 @@ def kernels(runs: Sequence[Run]) -> Made:
     """Every operation by itself: the range of its cases, on each class of machine."""
     groups: dict[str, list[dict[str, Row]]] = {}
     for run in runs:
-        if (name := OPERATIONS.get(run[0]["benchmark"])) is None:
+        name, case = OPERATIONS.get(run[0]["benchmark"]), run[0]["case"]
+        if name is None or (run[0]["benchmark"], case["device"]) == REMOVED:
             continue
-        operation = " ".join(filter(None, (name, run[0]["case"].get("dtype"))))
+        operation = " ".join(filter(None, (name, case.get("dtype"))))
         groups.setdefault(f"{operation}, {place(run[0])}", []).append(_by_name(run))
     body = []
     for key, cases in groups.items():

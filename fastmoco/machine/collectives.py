@@ -125,27 +125,32 @@ def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], world: Wo
     return moved
 
 
+def buckets(tensors: Sequence[Tensor]) -> list[range]:
+    """Runs of about 25 MiB of fp32, last tensors first: the backward finishes with those first."""
+    found: list[range] = []
+    end, held = len(tensors), 0
+    for index in reversed(range(len(tensors))):
+        held += 4 * tensors[index].numel()
+        if held >= _BUCKET_BYTES or index == 0:
+            found.append(range(index, end))
+            end, held = index, 0
+    return found
+
+
 def sum_over_ranks(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
     """The sum of each tensor over ranks, for a traced step; in eager mode DDP averages.
 
-    Who reads the sums divides: a division of each would be a launch of its own.
-
-    Last tensors first, because the backward finishes with them first, and in several collectives,
-    so that a scheduler can begin to send before the backward ends.
+    Who reads the sums divides: a division of each would be a launch of its own. One collective for
+    each bucket, so that a scheduler can begin to send before the backward ends.
     """
     if world.size == 1:
         return list(tensors)
     sums: list[Tensor] = []
-    bucket: list[Tensor] = []
-    held = 0
-    for index in reversed(range(len(tensors))):
-        bucket.append(tensors[index])
-        held += tensors[index].numel() * tensors[index].element_size()
-        if held >= _BUCKET_BYTES or index == 0:
-            # gloo has no mean
-            sums += functional.all_reduce_coalesced(bucket, "sum", _group())
-            bucket, held = [], 0
-    return sums[::-1]
+    for bucket in buckets(tensors):
+        mine = [tensors[index] for index in bucket]
+        # gloo has no mean
+        sums = [*functional.all_reduce_coalesced(mine, "sum", _group()), *sums]
+    return sums
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor], world: World) -> None:

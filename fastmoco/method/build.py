@@ -18,9 +18,9 @@ from fastmoco.method.end_to_end import EndToEndStep
 from fastmoco.method.memory_bank import MemoryBankStep
 from fastmoco.method.moco import MoCo
 from fastmoco.method.nonfinite import Guard
+from fastmoco.method.optim.update import build_ema, build_optimizer
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco.method.update import build_ema, build_optimizer
 from fastmoco.network.encoder import Embed, pixel_statistics
 from fastmoco_kernels.launch import HAS_TRITON
 

@@ -10,15 +10,34 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastmoco.data.batch import Batch
-from fastmoco.machine.collectives import sum_over_ranks
+from fastmoco.machine.collectives import buckets, sum_over_ranks
 from fastmoco.machine.ranks import World
 from fastmoco.method.nonfinite import any_not_finite, telling
+from fastmoco.method.optim.update import SGDWithEMA
 from fastmoco.method.step import Step, StepResult
-from fastmoco.method.update import SGDWithEMA
 from fastmoco_kernels import info_nce_enqueue
+
+
+class _Cast(torch.autograd.Function):
+    """fp32 weights in another type, and their gradients back in fp32, each in one launch."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _cast_all(weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_cast_all(grads, torch.float32)
+
+
+def _cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    made = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(made, list(tensors))
+    return tuple(made)
 
 
 @dataclass
@@ -72,15 +91,31 @@ class WholeStep(Step):
             result: StepResult = self._graph(im_q, im_k, order, self._lr, buffers)
         return result
 
+    def _cast(self, module: nn.Module) -> dict[str, Tensor]:
+        """By name, the weights that autocast would cast one by one, cast a bucket at a time."""
+        named = dict(module.named_parameters())
+        names, params, dtype = list(named), list(named.values()), self.precision.dtype
+        found: dict[str, Tensor] = {}
+        if dtype == torch.float32:
+            return found
+        for bucket in buckets(params):
+            wide = [i for i in bucket if params[i].ndim > 1]  # those of batch norm stay fp32
+            narrow = _Cast.apply(dtype, *(params[i] for i in wide)) if wide else ()
+            found |= dict(zip((names[i] for i in wide), narrow, strict=True))
+        return found
+
     def _whole(
         self, im_q: Tensor, im_k: Tensor, order: Tensor, lr: Tensor, buffers: list[Tensor]
     ) -> StepResult:
         params: list[Tensor] = list(self.moco.encoder_q.parameters())
         kept = self.guard.keep()
         sent = self.shuffle.send(im_k, order)
-        q = self.embed_q(im_q)
+        q = functional_call(self.embed_q, self._cast(self.embed_q), (im_q,))
         with torch.no_grad():
-            k = self.shuffle(self.embed_k, sent, order)
+            weights = self._cast(self.embed_k)
+            k = self.shuffle(
+                lambda images: functional_call(self.embed_k, weights, (images,)), sent, order
+            )
         result = info_nce_enqueue(
             q, k.local, k.gathered, self.moco.queue, self.moco.queue_ptr, self.temperature
         )

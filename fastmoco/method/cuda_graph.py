@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastmoco.machine.collectives import gather_objects
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.optim.update import SGDWithEMA
 from fastmoco.method.step import StepResult
-from fastmoco.method.update import SGDWithEMA
 
 Run = Callable[[], StepResult]
 Capture = Callable[[Run, "torch.cuda.Stream | None"], Run]

@@ -17,9 +17,9 @@ class MoCo(nn.Module):
     """The state of a run that training changes: encoder_q, encoder_k, queue and queue_ptr.
 
     `encoder_k` starts as a copy of `encoder_q` and has no gradients; the optimizer moves it (see
-    `fastmoco.method.update`). `queue` (K, C) fp32 starts as random unit vectors, `queue_ptr` (1,)
-    int64 at 0: the row that the next key overwrites. Attribute names are the official ones; the
-    official queue is the transpose (see `fastmoco.run.checkpoint`).
+    `fastmoco.method.optim.update`). `queue` (K, C) fp32 starts as random unit vectors, `queue_ptr`
+    (1,) int64 at 0: the row that the next key overwrites. Attribute names are the official ones;
+    the official queue is the transpose (see `fastmoco.run.checkpoint`).
 
     The two older mechanisms have one encoder, which both names stand for, and a queue of no rows;
     `bank` (n, C) fp32 is there for the memory bank only, with a row for each of n samples.

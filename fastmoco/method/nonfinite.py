@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmoco.machine.collectives import all_reduce_mean_
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
-from fastmoco.method.update import SGDWithEMA
+from fastmoco.method.optim.update import SGDWithEMA
 
 
 def any_not_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -136,7 +136,7 @@ class Saver:
         data: Fingerprint | None = None,
     ) -> None:
         self._step, self._config, self._world, self._data = step, config, world, data
-        self._folder, self._per_epoch = Path(config.run.dir), per_epoch
+        self.folder, self._per_epoch = Path(config.run.dir), per_epoch
         self._owed, self._saved_at = False, time.monotonic()
         self._writing = False  # on every rank, until all know the outcome
         self._thread: threading.Thread | None = None  # of the main rank
@@ -184,17 +184,17 @@ class Saver:
             self._begin(done)
             if not (reason := self._outcome(wait=True)):
                 return ""
-        older = files.checkpoints(self._folder)
+        older = files.checkpoints(self.folder)
         kept = f"the last checkpoint is {older[0].name}" if older else "there is no checkpoint yet"
         raise NotSavedError(
-            f"The run ends at step {done}, but that cannot be saved: {reason} Make {self._folder} "
+            f"The run ends at step {done}, but that cannot be saved: {reason} Make {self.folder} "
             f"writable, with enough space, and give the same command; {kept}."
         )
 
     def _begin(self, done: int) -> None:
         """Take a snapshot and let a thread write it."""
         found = snapshot(
-            self._folder,
+            self.folder,
             self._step,
             steps=done,
             epoch=done // self._per_epoch,

@@ -39,7 +39,7 @@ class Logbook:
         if not enabled:
             return
         self._path = folder / METRICS
-        kept = _records_until(self._path, done)
+        self._kept = kept = _records_until(self._path, done)
         self._written = {(record.kind, record.step) for record in kept}
         self._unwritten: list[Record] = []
         # A life may have ended after writing one record of its last step, on the board or not.
@@ -81,6 +81,10 @@ class Logbook:
     def lacks(self, kind: str, step: int) -> bool:
         """Whether the record of this kind at this step is still to be written; False elsewhere."""
         return self._enabled and (kind, step) not in self._written
+
+    def kept(self, kind: str) -> list[Record]:
+        """The records of this kind that were there on opening; none on other ranks."""
+        return [record for record in self._kept if record.kind == kind] if self._enabled else []
 
     def record(self, record: Record, text: str) -> None:
         """Append one record to metrics.jsonl and its numbers to TensorBoard; `text` says it."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.data import replay
 from fastmoco.data.loader import Loader
+from fastmoco.data.preview import replay
 from fastmoco.machine.gpu_meter import Sample, build_meter
 from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World

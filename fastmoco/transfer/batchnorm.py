@@ -45,6 +45,8 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         row = torch.cat([mean, squares, mean.new_tensor([count])])[None]
         means, squares, counts = all_gather(row, self.world).split([len(mean), len(mean), 1], 1)
         total = counts.sum()
+        if not total:  # no rank has a region: nothing to normalize, nothing to follow
+            return input * _wide(self.weight) + _wide(self.bias)
         mean = (means * counts).sum(0) / total
         squares = (squares + counts * (means - mean).square()).sum(0)
         var = squares / total

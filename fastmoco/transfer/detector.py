@@ -12,6 +12,7 @@ N pictures, R proposals, D trunk width.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +24,19 @@ from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import ResNet
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from fastmoco.config import ConfigError
+from fastmoco.machine.collectives import all_gather
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import pixel_statistics
 from fastmoco.transfer.batchnorm import SyncBatchNorm2d, synchronize
+from fastmoco.transfer.heads import CountedRoIHeads, KeyedSampler, Res5Head, Res5RoIHeads
+from fastmoco.transfer.resize import AgreedResize
+from fastmoco.transfer.samples import ANCHORS, PROPOSALS, Key
 from fastmoco.weights.architecture import Architecture
 from fastmoco.weights.read import Weights
 
@@ -77,20 +83,6 @@ class Res4(nn.Module):
         return maps
 
 
-class Res5Head(nn.Module):
-    """layer4 and a new batch norm, then the mean over positions: (R, D / 2, 14, 14) to (R, D)."""
-
-    def __init__(self, layer4: nn.Module, norm: SyncBatchNorm2d) -> None:
-        super().__init__()
-        self.layer4 = layer4
-        self.norm = norm
-
-    def forward(self, regions: Tensor) -> Tensor:
-        """Features of proposals."""
-        features: Tensor = self.norm(self.layer4(regions))
-        return features.mean((2, 3))
-
-
 def build_detector(
     weights: Weights,
     world: World,
@@ -101,19 +93,22 @@ def build_detector(
     keypoints: int = 17,
     min_size: int | tuple[int, ...] = 800,
     max_size: int = 1333,
+    proposals: int = 512,
+    test_proposals: int = 1000,
     seed: int = 0,
 ) -> FasterRCNN:
-    """A detector in training mode on the CPU, called as torchvision's are.
+    """A detector in training mode on the CPU, called as torchvision's are; `Detector` trains it.
 
     `classes` counts the classes of objects, without the background. Pictures are float RGB in
     [0, 1] of any size; they are normalized as the trunk's file says, and their short side becomes
-    one of `min_size` pixels while the long one is at most `max_size`. `seed` draws the new layers;
-    torch's generator stays as it was.
+    one of `min_size` pixels while the long one is at most `max_size`. Of each picture, `proposals`
+    are learned from in training, and at most `test_proposals` classified in evaluation. `seed`
+    draws the new layers; torch's generator stays as it was.
 
     Raises `ConfigError` for a task that the architecture does not have, and as `tuned_trunk` does.
     """
-    if arch == "c4" and task != "boxes":
-        raise ConfigError(f"C4 detects boxes only; for {task} choose the architecture fpn.")
+    if arch == "c4" and task == "keypoints":
+        raise ConfigError("C4 has no head for keypoints, as in the paper: choose --arch fpn.")
     if classes < 1:
         raise ConfigError(f"A detector of {classes} classes has nothing to find; give 1 or more.")
     mean, std = pixel_statistics(weights.pixels)
@@ -122,18 +117,70 @@ def build_detector(
         "max_size": max_size,
         "image_mean": list(mean),
         "image_std": list(std),
+        "box_batch_size_per_image": proposals,
+        "rpn_post_nms_top_n_test": test_proposals,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == "c4":
-            return _c4(weights, world, classes, options)
-        return _fpn(weights, world, task, classes, keypoints, options)
+            model: Any = _c4(weights, world, task, classes, options)
+        else:
+            model = _fpn(weights, world, task, classes, keypoints, options)
+    heads = model.roi_heads
+    heads.fg_bg_sampler = KeyedSampler(heads.fg_bg_sampler, PROPOSALS)
+    rpn = model.rpn
+    rpn.fg_bg_sampler = KeyedSampler(rpn.fg_bg_sampler, ANCHORS)
+    model.transform = AgreedResize(model.transform, world)
+    stem = 4 if weights.architecture.stem == "imagenet" else 1
+    for pool in (heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool):
+        if pool is not None:
+            _fix_scales(pool, stem)
+    for part in (model.backbone, rpn.head, heads.box_predictor):
+        part.register_forward_hook(_in_fp32)
+    if heads.keypoint_predictor is not None:
+        heads.keypoint_predictor.register_forward_hook(_contiguous)
+    detector: FasterRCNN = model
+    return detector
 
 
-def _c4(weights: Weights, world: World, classes: int, options: dict[str, Any]) -> FasterRCNN:
+def _fix_scales(pool: Any, stem: int) -> None:
+    """Tell region pooling the strides of its maps: those of the stages behind a stem of stride 4.
+
+    torchvision guesses them from the first batch and keeps them: wrongly where its pictures are
+    small beside their padding, and differently in a run that was resumed.
+    """
+    count = len(pool.featmap_names)
+    strides = [4 * stem] if count == 1 else [stem * 2**level for level in range(count)]
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(
+        int(math.log2(strides[0])),
+        int(math.log2(strides[-1])),
+        canonical_scale=pool.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )
+
+
+def _contiguous(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    """torchvision's loss of keypoints takes a view that channels-last memory does not have."""
+    return out.contiguous()
+
+
+def _in_fp32(_: nn.Module, __: Any, out: Any) -> Any:
+    """Maps, and what is predicted from them, leave autocast: boxes are computed in their dtype.
+
+    bf16 has 8 bits: anchors and boxes of 1000 pixels would be rounded to steps of 4 or 8.
+    """
+    if isinstance(out, Tensor):
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    if isinstance(out, dict):
+        return {name: _in_fp32(_, __, value) for name, value in out.items()}
+    return type(out)(_in_fp32(_, __, value) for value in out)
+
+
+def _c4(weights: Weights, world: World, task: Task, classes: int, options: dict[str, Any]) -> Any:
     """With the anchors and numbers of proposals of Detectron2's Base-RCNN-C4.yaml."""
     network, width = tuned_trunk(weights, world), weights.features
-    return FasterRCNN(
+    model: Any = FasterRCNN(
         Res4(network, width // 2),
         rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
         rpn_pre_nms_top_n_train=12000,
@@ -143,6 +190,12 @@ def _c4(weights: Weights, world: World, classes: int, options: dict[str, Any]) -
         box_predictor=FastRCNNPredictor(width, classes + 1),
         **options,
     )
+    masks: Any = None
+    if task == "masks":
+        masks = MaskRCNNPredictor(width, 256, classes + 1)
+        nn.init.normal_(masks.mask_fcn_logits.weight, std=0.001)  # as Detectron2, or it starts at 7
+    model.roi_heads = Res5RoIHeads(model.roi_heads, masks)
+    return model
 
 
 def _fpn(
@@ -152,7 +205,7 @@ def _fpn(
     classes: int,
     keypoints: int,
     options: dict[str, Any],
-) -> FasterRCNN:
+) -> Any:
     network, width = tuned_trunk(weights, world), weights.features
     norm = partial(SyncBatchNorm2d, world=world)
     channels = [width // 8, width // 4, width // 2, width]
@@ -160,7 +213,45 @@ def _fpn(
     backbone = BackboneWithFPN(network, names, channels, 256, norm_layer=norm)
     if task == "masks":
         head = MaskRCNNHeads(256, (256, 256, 256, 256), 1, norm_layer=norm)
-        return MaskRCNN(backbone, classes + 1, mask_head=head, **options)
-    if task == "keypoints":
-        return KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **options)
-    return FasterRCNN(backbone, classes + 1, **options)
+        model: Any = MaskRCNN(backbone, classes + 1, mask_head=head, **options)
+    elif task == "keypoints":
+        model = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **options)
+    else:
+        model = FasterRCNN(backbone, classes + 1, **options)
+    model.roi_heads = CountedRoIHeads(model.roi_heads)
+    return model
+
+
+class Detector(nn.Module):
+    """A detector in training, on this rank's part of a batch: the same loss for any such parts.
+
+    torchvision takes the mean of each loss over the anchors, proposals, objects or keypoints of its
+    own batch. Ranks have different numbers of them, so each loss is weighed here such that its mean
+    over ranks is the one over all of them.
+    """
+
+    def __init__(self, model: FasterRCNN, world: World) -> None:
+        super().__init__()
+        self.model = model
+        self.world = world
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Any]], keys: list[Key]
+    ) -> dict[str, Tensor]:
+        """Losses by name, to be added up.
+
+        images: float RGB (3, H, W) in [0, 1]. targets: as torchvision's, with `SHORT_SIDE`.
+        """
+        heads: Any = self.model.roi_heads
+        rpn: Any = self.model.rpn
+        heads.fg_bg_sampler.keys = rpn.fg_bg_sampler.keys = keys
+        losses: dict[str, Tensor] = self.model(images, targets)
+        anchors = rpn.fg_bg_sampler.chosen
+        rows = {**heads.rows, "loss_objectness": anchors, "loss_rpn_box_reg": anchors}
+        names = sorted(losses)
+        counts = [[float(rows[name]) for name in names]]
+        own = torch.tensor(counts, dtype=torch.float64, device=images[0].device)
+        everyone = all_gather(own, self.world).sum(0).clamp(min=1)
+        shares = own[0] * self.world.size / everyone
+        weighed = zip(names, shares, strict=True)
+        return {name: losses[name] * share.to(losses[name].dtype) for name, share in weighed}

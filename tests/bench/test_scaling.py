@@ -20,8 +20,8 @@ from fastmoco.config import ShuffleBN
 from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import build_shuffle
-from fastmoco.method.update import set_lr
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, build_tiny, images
 from tests.support.wire import Wire

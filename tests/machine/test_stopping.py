@@ -49,6 +49,32 @@ def test_handlers_from_before_are_back() -> None:
     assert [signal.getsignal(number) for number in ASKING] == before
 
 
+def test_a_handler_of_the_caller_is_back_as_well() -> None:
+    def mine(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGUSR1) != mine
+        assert signal.getsignal(signal.SIGUSR1) == mine
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_handlers_that_were_taken_are_put_back_once_per_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    with StopRequest() as request:
+        ours = signal.getsignal(signal.SIGUSR1)
+        for later, back in ((0.0, True), (0.5, False), (0.6, True), (1.1, True)):
+            clock += later
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            request.asked()
+            assert (signal.getsignal(signal.SIGUSR1) == ours) == back
+
+
 COMPILES = """
 import ctypes, os, signal
 from fastmoco.machine.stopping import StopRequest

@@ -20,8 +20,8 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step, captures
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.cuda_graph import WARMUP, CapturedStep, Run
+from fastmoco.method.optim.update import SGDWithEMA, set_lr
 from fastmoco.method.step import StepResult
-from fastmoco.method.update import SGDWithEMA, set_lr
 from tests.support.fake_cuda import cuda_without_device
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images

@@ -11,8 +11,8 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from fastmoco.method.build import build_step
-from fastmoco.method.lars import LARS
-from fastmoco.method.update import build_ema, build_optimizer
+from fastmoco.method.optim.lars import LARS
+from fastmoco.method.optim.update import build_ema, build_optimizer
 from tests.support.fake_cuda import Watch
 from tests.support.tiny import CONFIG, ONE, build_tiny, images
 

@@ -16,9 +16,9 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.memory_bank import MemoryBankStep, allocate_bank
-from fastmoco.method.nonfinite import any_not_finite
+from fastmoco.method.nonfinite import any_not_finite, telling
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.step import Step
-from fastmoco.method.update import set_lr
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, SAMPLES, build_tiny, images
 
@@ -160,6 +160,16 @@ def test_a_scaler_may_overflow_and_only_a_bad_loss_counts() -> None:
     kept = [t.clone() for t in step.moco.state_dict().values()]
     assert run(step, ONE, 1, [1], [1]) == [True]
     assert all(torch.equal(*p) for p in zip(kept, step.moco.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_bad_loss_makes_every_gradient_bad_and_a_good_one_changes_no_bit(value: float) -> None:
+    """A sum that overflows has a finite gradient by itself."""
+    x = torch.tensor([1.0, 1 / 3, -7e-12], requires_grad=True)
+    (bad,) = torch.autograd.grad(telling(x.sum() + value), x)
+    assert bad.isnan().all()
+    (good,) = torch.autograd.grad(telling(x.exp().sum()), x)
+    assert torch.equal(good, x.detach().exp())
 
 
 def test_every_place_and_kind_of_a_bad_value_is_found() -> None:

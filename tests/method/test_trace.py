@@ -17,9 +17,9 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco.method.update import set_lr
 from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
 from tests.support.fake_cuda import Watch, cuda_without_device, printed_by
 from tests.support.ranks import Ranks
@@ -57,6 +57,7 @@ def test_r50_step_on_eight_gpus_is_one_graph_with_the_expected_collectives() -> 
     layers |= {"max_pool": 2, "max_pool_backward": 1}
     once = dict.fromkeys(("info_nce_enqueue", "mean_with_gradient", "sgd_ema_"), 1)
     assert Counter(found["fused"]) == layers | once
+    assert found["weight_casts"] == []  # one launch each; they are cast together
     assert len(found["image_copies"]) <= 1  # the gradient that average pooling spreads out
     assert found["convolutions"] == 3 * 53  # two forwards and one backward
     assert found["other_layouts"] == []
@@ -152,15 +153,19 @@ def steps_of(world: World, config: Config, backend: str | None) -> tuple[list[An
 
 
 @aten_batch_norm
-def eager_and_whole(world: World) -> tuple[bool, int, int]:
+def eager_and_whole(world: World, precision: Any) -> tuple[bool, int, int]:
     config = replace(COMPILED, moco=replace(COMPILED.moco, bn_group_size=0))
+    config = replace(config, run=replace(config.run, precision=precision))
     eager, _, _ = steps_of(world, config, None)
     whole, graphs, breaks = steps_of(world, config, "aot_eager")
     return all(torch.equal(a, b) for a, b in zip(eager, whole, strict=True)), graphs, breaks
 
 
-def test_whole_step_with_collectives_equals_ddp_bit_for_bit(two_ranks: Ranks) -> None:
-    assert two_ranks.run(eager_and_whole) == [(True, 1, 0)] * 2
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_whole_step_with_collectives_equals_ddp_bit_for_bit(
+    two_ranks: Ranks, precision: str
+) -> None:
+    assert two_ranks.run(eager_and_whole, precision) == [(True, 1, 0)] * 2
 
 
 @aten_batch_norm

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimConfig
-from fastmoco.method.lars import LARS
 from fastmoco.method.moco import MoCo
-from fastmoco.method.update import build_ema, build_optimizer, lr_at, require_sgd
+from fastmoco.method.optim.lars import LARS
+from fastmoco.method.optim.update import build_ema, build_optimizer, lr_at, require_sgd
 from tests.support.fake_cuda import Watch
 
 V2 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="cosine"))

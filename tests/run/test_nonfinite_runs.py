@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fastmoco.config import parse
-from fastmoco.data import preview
 from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.batch import Batch
+from fastmoco.data.preview import __main__ as preview
 from fastmoco.machine.ranks import World
 from fastmoco.run.progress import DivergedError
 from fastmoco.run.record import read_metrics

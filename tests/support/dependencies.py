@@ -23,7 +23,7 @@ NVIDIA = "NVIDIA"
 # Kinds that allow any use and ask of changed copies at most (MPL) that changed files stay open.
 KINDS = {
     "MIT": r"\bMIT|\bMIT-CMU|0BSD",
-    "BSD": r"\bBSD",
+    "BSD": r"\b(Free)?BSD",
     "Apache": r"Apache",
     "PSF": r"Python Software Foundation|\bPSF",
     "MPL": r"\bMPL|Mozilla",

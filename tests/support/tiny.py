@@ -15,9 +15,9 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import MoCo, build_moco
+from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import AllToAllShuffle, LoaderShuffle, Shuffle
 from fastmoco.method.step import Step
-from fastmoco.method.update import set_lr
 from fastmoco.network.batchnorm import SplitBatchNorm2d
 from tests.support.oracle import Groups
 

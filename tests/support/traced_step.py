@@ -34,7 +34,7 @@ from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
-from fastmoco.method.update import set_lr
+from fastmoco.method.optim.update import set_lr
 from fastmoco.network.resnet import BACKBONES, BasicBlock, ResNet
 from fastmoco.run.metrics import Metrics
 from tests.support.fake_cuda import (
@@ -73,6 +73,7 @@ class Graphs:
             "fused": sorted(_fused(calls)),
             "convolutions": len(convolutions),
             "other_layouts": [str(n) for n in convolutions if not all(map(_is_nhwc, _images(n)))],
+            "weight_casts": [str(n) for n in calls if _casts_weight(n)],
             "image_copies": [str(n) for n in calls if _copies_images(n)],
             "host_syncs": [n for n in names if n in SYNCHRONIZING]
             + [str(n) for n in calls if _leaves_device(n)],
@@ -105,6 +106,13 @@ def _is_nhwc(t: Tensor) -> bool:
 
 def _copies_images(node: torch.fx.Node) -> bool:
     return "clone" in str(node.target) and bool(_images(node))
+
+
+def _casts_weight(node: torch.fx.Node) -> bool:
+    """Whether it brings a convolution's weight, an input of the graph, into another type."""
+    casts = str(node.target).startswith(("aten._to_copy", "prims.convert_element_type"))
+    inputs = [v for n in node.all_input_nodes if n.op == "placeholder" for v in _values(n)]
+    return casts and any(v.dim() == 4 and v.is_floating_point() for v in inputs)
 
 
 def _leaves_device(node: torch.fx.Node) -> bool:

@@ -186,6 +186,12 @@ BROKEN = {
     "polygon of 4": ("annotations.0.segmentation", [[1, 2, 3, 4]], "three or more pairs"),
     "odd polygon": ("annotations.0.segmentation", [[1, 2, 3, 4, 5, 6, 7]], "three or more pairs"),
     "polygon far away": ("annotations.0.segmentation", [[1, 2, 3, 4, 5e9, 6]], "far outside"),
+    "NaN polygon": (
+        "annotations.0.segmentation",
+        [[1, 2, float("nan"), 4, 5, 6]],
+        "three or more pairs",
+    ),
+    "text polygon": ("annotations.0.segmentation", [[1, 2, "3", 4, 5, 6]], "three or more pairs"),
     "no polygon": ("annotations.0.segmentation", [], "give polygons or run lengths"),
     "run size": ("annotations.2.segmentation.size", [20, 24], "size [20, 24]"),
     "run sum": ("annotations.2.segmentation.counts", [400, 81], "481 pixels, and its picture 480"),

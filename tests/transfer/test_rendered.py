@@ -115,16 +115,18 @@ def test_keypoints_outside_of_the_picture_are_not_annotated() -> None:
 
 
 def test_scenes_are_functions_of_split_seed_and_index() -> None:
-    def scene(split: str, seed: int, index: int) -> tuple[bytes, str]:
-        what = layout(split, seed, index)
-        pixels = picture(what, split, seed, index, [])
-        return pixels.tobytes(), json.dumps(coco_content([what]))
+    def shapes(split: str, seed: int, index: int) -> str:
+        return json.dumps(coco_content([layout(split, seed, index)]))
 
-    first = scene("train", 0, 7)
-    several = {scene("val", 0, 7), scene("train", 1, 7), scene("train", 0, 8)}
-    assert first not in several
-    assert len(several) == 3
-    assert scene("train", 0, 7) == first
+    def pixels(split: str, seed: int, index: int) -> bytes:
+        empty = Layout(100, 100, [])
+        return picture(empty, split, seed, index, []).tobytes()
+
+    keys = [("train", 0, 7), ("val", 0, 7), ("pretrain", 0, 7), ("train", 1, 7), ("train", 0, 8)]
+    for what in (shapes, pixels):
+        found = [what(*key) for key in keys]
+        assert len(set(found)) == len(keys)
+        assert [what(*key) for key in reversed(keys)] == found[::-1]
 
 
 def test_every_drawn_shape_is_annotated_and_can_be_seen() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.method.optim.update import lr_at, set_lr
 from fastmoco.method.step import Step
-from fastmoco.method.update import lr_at, set_lr
 from fastmoco.network.encoder import PIXEL_MEAN, PIXEL_STD
 from fastmoco.run import resuming
 from tests.support.tiny import ONE

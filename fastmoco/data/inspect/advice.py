@@ -29,7 +29,8 @@ _LARGEST_AREA = 0.5
 # The percentiles instead of the extremes where those lie so many times as far apart.
 _OUTLIERS = 2.0
 _PACK_SIDE = 25 / 14  # times S: 400 for 224, which costs the views 37.5 dB (docs/data.md)
-_DONE_BEFORE = {"rescan", "verify", "workers", "threads", "prefetch"}  # no part of the data set
+# Options of a start or of a machine, which say nothing about the set.
+_NOT_OF_THE_SET = {"rescan", "verify", "workers", "threads", "prefetch", "backend"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _data_lines(data: DataConfig, contents: Contents) -> list[Line]:
     for name in (field.name for field in fields(DataConfig)):
         value = getattr(data, name)
         told = name in ("root", *why)
-        if told or (name not in _DONE_BEFORE and value != getattr(default, name)):
+        if told or (name not in _NOT_OF_THE_SET and value != getattr(default, name)):
             lines.append(Line(f"data.{name}", value, why.get(name, "")))
     share = contents.bad_share
     if share > DataConfig.max_bad_share and share > data.max_bad_share:

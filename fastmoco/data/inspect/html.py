@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco.data.inspect.findings import Findings, Section, examples, sections
@@ -22,6 +24,7 @@ CONTACTS = 60
 PAIRS = 4  # of each kind
 _THUMB = 128
 _QUALITY = 80
+STRETCH = 1, 99  # percentiles
 STYLE = """
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:14px}
@@ -114,11 +117,18 @@ def _thumbnail(source: Source, sample: int, rule: PixelRule) -> str:
         picture = picture_of(read_sample(source, sample), rule)
     except BadImage:  # gone since
         return ""
-    if isinstance(picture, Deep):
-        width, height = picture.size
-        picture = Image.fromarray(visible(picture.box(0, 0, height, width).transpose(1, 2, 0)))
-    image = picture.copy()
+    image = Image.fromarray(_stretched(picture)) if isinstance(picture, Deep) else picture.copy()
     image.thumbnail((_THUMB, _THUMB))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=_QUALITY)
     return embedded(source.name(sample), "jpeg", file.getvalue())
+
+
+def _stretched(picture: Deep) -> NDArray[np.uint8]:
+    """(H, W, 3). Above 8 bits each channel over its own range: bands differ in brightness."""
+    width, height = picture.size
+    whole = picture.box(0, 0, height, width)
+    if picture.values.dtype != np.uint8:
+        low, high = np.percentile(whole, STRETCH, axis=(1, 2), keepdims=True)
+        whole = (whole - low) * (255 / np.maximum(high - low, 1e-6))
+    return visible(whole.transpose(1, 2, 0))

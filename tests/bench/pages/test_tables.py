@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench.kernels import races
 from bench.measure.contest import Result, Window
 from bench.measure.program import cell, figure
 from bench.measure.rows import RESULTS, case_of
@@ -121,7 +123,7 @@ def test_the_loaders_table_holds_pipelines_only(tmp_path: Path) -> None:
 
 def test_kernels_table_has_a_line_per_operation_type_and_class_of_machine(tmp_path: Path) -> None:
     def case(benchmark: str, sizes: dict[str, Any], **ms: float) -> Rows:
-        cell = {"device": "cpu", **sizes}
+        cell = {"device": "cpu"} | sizes
         extra = {"official": 2**21, "compiled": 2**21}
         return [
             row_of(cell, name, benchmark=benchmark, p50_ms=x, peak_extra_bytes=extra.get(name, 0))
@@ -133,14 +135,21 @@ def test_kernels_table_has_a_line_per_operation_type_and_class_of_machine(tmp_pa
         *case("convolution", {"side": 7}, official=6.0, direct=4.0),
         *case("info_nce", {"dtype": "float32"}, official=8.0, compiled=3.0, fastmoco=2.0),
         *case("info_nce", {"dtype": "bfloat16"}, official=9.0, fastmoco=1.0),
-        *case("max_pool", {}, official=1.0, fastmoco=1.0),
+        *case("max_pool", {}, official=1.0, fastmoco=1.0),  # of a kernel that is no more
+        *case("max_pool", {"device": "cuda"}, official=4.0, compiled=2.0, fastmoco=1.0),
     ]
     assert table(tmp_path, "kernels", made).splitlines()[2:] == [
         "| convolution, avx2 (2) | 6.00 | 3.00-4.00 | **1.50-2.00** | - | 0.00 of 2.00 |",
         "| InfoNCE float32, avx2 (1) | 8.00 | 2.00 | **4.00** | 1.50 | 0.00 of 2.00 |",
         "| InfoNCE bfloat16, avx2 (1) | 9.00 | 1.00 | **9.00** | - | 0.00 of 2.00 |",
+        "| max pooling, avx2 (1) | 4.00 | 1.00 | **4.00** | 2.00 | 0.00 of 2.00 |",
     ]
     assert table(tmp_path, "kernels", case("max_pool", {}, official=1.0)) == tables.NO_ROW
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_operation_that_is_raced_has_a_name_in_the_table(device: str) -> None:
+    assert set(races(torch.device(device))) <= set(tables.OPERATIONS)
 
 
 def test_ablation_has_a_column_per_case_and_leaves_out_our_step_itself(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import shlex
@@ -268,6 +270,19 @@ def test_the_page_shows_pictures_and_fetches_nothing(tmp_path: Path) -> None:
     tags.feed(page.read_text())
     assert (tags.open, tags.fetched, tags.images) == ([], [], 24)
     assert "<b>" not in page.read_text()
+
+
+def test_bands_of_any_brightness_are_seen_on_the_contact_sheet(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(4):
+        bands = values(number, 13)
+        bands[:12] //= 50  # the first three, which are shown, would be black
+        (tmp_path / "set" / f"{number}.npy").write_bytes(npy(bands))
+    page = tmp_path / "page.html"
+    assert cli.main(["inspect", str(tmp_path / "set"), "--html", str(page)]) == 0
+    for data in re.findall(r"data:image/jpeg;base64,([\w+/=]+)", page.read_text()):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
+        assert shown.std(axis=(0, 1)).min() > 40
 
 
 @pytest.mark.parametrize("source", ["list", "shards"])

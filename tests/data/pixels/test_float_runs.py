@@ -25,11 +25,11 @@ from fastmoco.config import (
     check,
     load,
 )
-from fastmoco.data import preview
 from fastmoco.data.backends.choose import choose_backend
 from fastmoco.data.loader import build_loader, make_plan
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.pixels.rule import PixelRule
+from fastmoco.data.preview import __main__ as preview
 from fastmoco.data.reader import Reader, read_work
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import ViewTable

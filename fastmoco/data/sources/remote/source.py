@@ -142,7 +142,7 @@ def _require_room(objects: Sequence[Object], cache: Cache, data: DataConfig) -> 
             "the cache more."
         )
     if cache.limit < min(total, _ROOM * largest):
-        raise ConfigError(f"{said}: it needs room for {_ROOM} objects of {largest / 1e9:,.2f} GB.")
+        raise ConfigError(f"{said}: it needs room for {_ROOM} objects of {largest / 1e6:,.1f} MB.")
 
 
 def _scan(objects: Sequence[Object], cache: Cache, data: DataConfig) -> Index:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.method.lars import LARS
 from fastmoco.method.moco import MoCo
+from fastmoco.method.optim.lars import LARS
 from fastmoco_kernels import ema_, sgd_ema_
 
 

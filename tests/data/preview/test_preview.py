@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco.data.backends.choose import has_dali
-from fastmoco.data.preview import main
-from fastmoco.data.sheet import Column, captions, sheet
+from fastmoco.data.preview.__main__ import main
+from fastmoco.data.preview.sheet import Column, captions, sheet
 from fastmoco.data.table import ViewTable
 
 

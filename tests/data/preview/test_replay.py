@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from fastmoco.config import Config, ConfigError, parse
-from fastmoco.data import preview, replay
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import build_loader
+from fastmoco.data.preview import __main__ as preview
+from fastmoco.data.preview import replay
 from fastmoco.method.shuffle_bn import build_shuffle
 from tests.support.tiny import ONE
 

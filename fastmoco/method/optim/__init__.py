@@ -1,0 +1,1 @@
+"""How the encoders move: the optimizers of `optim.name`, the schedule and the momentum update."""
