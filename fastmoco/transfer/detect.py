@@ -38,7 +38,7 @@ from fastmoco.transfer.report import (
     chosen,
     confident,
     draw_objects,
-    write_page,
+    write_report,
 )
 from fastmoco.transfer.resize import SHORT_SIDE
 from fastmoco.transfer.samples import Key, Prepared, uniforms
@@ -246,7 +246,7 @@ class Detection(Training):
             told = f"annotated, and found with a score of at least {LEAST_SCORE:g}"
             drawn.append((f"Picture {number}", told, beside(pictures)))
         told = f"{trunk}; trained on {self.deliveries.samples} pictures, tested on {len(self.test)}"
-        print(write_page(self.out, f"Detection: {self.test.name}", told, options, drawn))
+        print(write_report(self.out, f"Detection: {self.test.name}", told, options, drawn))
 
 
 def parser() -> CommandParser:
