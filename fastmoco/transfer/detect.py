@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
 from fastmoco.transfer.datasets.choose import detection_set
+from fastmoco.transfer.datasets.detection import Detections
 from fastmoco.transfer.detector import Detector, build_detector
 from fastmoco.transfer.report import (
     LEAST_SCORE,
@@ -37,7 +38,7 @@ from fastmoco.transfer.report import (
     chosen,
     confident,
     draw_objects,
-    write_page,
+    write_report,
 )
 from fastmoco.transfer.resize import SHORT_SIDE
 from fastmoco.transfer.samples import Key, Prepared, uniforms
@@ -56,22 +57,6 @@ Target = dict[str, Any]
 VOC_SIDES = tuple(range(480, 801, 32))
 
 
-class Pictures(Protocol):
-    """A data set of detection: item i is a picture, uint8 (3, H, W), and its target."""
-
-    name: str
-    classes: list[str]
-    keypoint_names: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> tuple[Tensor, Target]: ...
-
-    def with_objects(self) -> list[int]:
-        """Numbers of the pictures that a detector can learn objects from."""
-        ...
-
-
 class Sample(NamedTuple):
     """A picture to learn from: uint8 (3, H, W)."""
 
@@ -80,21 +65,21 @@ class Sample(NamedTuple):
     key: Key
 
 
-Score = Callable[[list[Target], Any], dict[str, float]]
+Score = Callable[[list[Target], Detections], dict[str, float]]
 """From what was found in each picture of a data set to its scores in percent."""
 
 
-def score_boxes(found: list[Target], data: Any) -> dict[str, float]:
+def score_boxes(found: list[Target], data: Detections) -> dict[str, float]:
     """AP of boxes."""
     return evaluate_boxes(found, data)
 
 
-def score_masks(found: list[Target], data: Any) -> dict[str, float]:
+def score_masks(found: list[Target], data: Detections) -> dict[str, float]:
     """AP of boxes and `mask_AP` of masks."""
     return evaluate_boxes(found, data) | _prefixed("mask_", evaluate_masks(found, data))
 
 
-def score_keypoints(found: list[Target], data: Any) -> dict[str, float]:
+def score_keypoints(found: list[Target], data: Detections) -> dict[str, float]:
     """AP of boxes and `keypoint_AP` of keypoints."""
     return evaluate_boxes(found, data) | _prefixed("keypoint_", evaluate_keypoints(found, data))
 
@@ -113,8 +98,8 @@ SCORES: dict[str, Score] = {
 def learnable(target: Target, difficult: str) -> Target:
     """What a detector learns of a target: no crowd, no empty box, perhaps nothing difficult.
 
-    A box around a crowd is no object; what lies in it is not taught to be background by purpose,
-    but neither is it kept out of the sampled anchors, as in Detectron2.
+    A box around a crowd is no object. What lies in it may be sampled as background, as in
+    Detectron2.
     """
     boxes = target["boxes"]
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -181,8 +166,8 @@ class Detection(Training):
     def __init__(
         self,
         weights: Weights,
-        train: Pictures,
-        test: Pictures,
+        train: Detections,
+        test: Detections,
         given: argparse.Namespace,
         world: World,
         score: Score,
@@ -209,7 +194,7 @@ class Detection(Training):
             seed=given.seed,
         )
         names, sides = list(train.keypoint_names), tuple(given.short_sides)
-        data: Dataset[Any] = Subset(train, usable)  # type: ignore[arg-type]
+        data: Dataset[Any] = Subset(train, usable)
         view = partial(prepare, sides=sides, difficult=given.difficult, names=names)
         super().__init__(
             Detector(self.detector, world),
@@ -261,7 +246,7 @@ class Detection(Training):
             told = f"annotated, and found with a score of at least {LEAST_SCORE:g}"
             drawn.append((f"Picture {number}", told, beside(pictures)))
         told = f"{trunk}; trained on {self.deliveries.samples} pictures, tested on {len(self.test)}"
-        print(write_page(self.out, f"Detection: {self.test.name}", told, options, drawn))
+        print(write_report(self.out, f"Detection: {self.test.name}", told, options, drawn))
 
 
 def parser() -> CommandParser:
@@ -314,7 +299,7 @@ def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bo
     return bool(scores)
 
 
-def _data(given: argparse.Namespace) -> tuple[Any, Any, Score]:
+def _data(given: argparse.Namespace) -> tuple[Detections, Detections, Score]:
     """Training and test pictures, and how the task is scored. Raises `ConfigError`."""
     parts = {"masks": given.task == "masks", "keypoints": given.task == "keypoints"}
     train = detection_set(given.root, given.train, **parts)

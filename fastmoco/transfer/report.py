@@ -6,7 +6,6 @@ H W of a picture, n objects on it.
 from __future__ import annotations
 
 import io
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastmoco.data.page import document, picture, write_page
 from fastmoco.run.page.html_report import NAME, STYLE
 from fastmoco.run.page.html_report import Picture as Picture
 from fastmoco.run.page.svg_plot import Line, number, plot, swatch
 from fastmoco.run.record import METRICS, Record, read_records
 from fastmoco.transfer.datasets.detection import pycocotools
 from fastmoco.transfer.datasets.segmentation import IGNORE
-from fastmoco.weights import files
 
 PICTURES = 8
 """So many test pictures are drawn, evenly spaced."""
@@ -126,7 +125,7 @@ def confident(prediction: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_page(
+def write_report(
     out: Path,
     title: str,
     sentence: str,
@@ -142,22 +141,11 @@ def write_page(
     body += [_table(records)]
     body += ['<h2>Curves over steps</h2><div class="panels">', *_panels(records), "</div>"]
     if pictures:
-        figures = [
-            f'<figure><img alt="{escape(name)}" '
-            f'src="data:image/png;base64,{b64encode(png).decode()}">'
-            f"<figcaption>{escape(name)}</figcaption><p>{escape(caption)}</p></figure>"
-            for name, caption, png in pictures
-        ]
+        figures = [picture(name, caption, "png", png) for name, caption, png in pictures]
         body += ['<h2>Test pictures</h2><div class="pictures">', *figures, "</div>"]
     told = "\n".join(f"{name}: {value}" for name, value in sorted(options.items()))
     body += [f"<details><summary>Options</summary><pre>{escape(told)}</pre></details>"]
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{STYLE}{_TABLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
-    files.write(out / NAME, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_page(out / NAME, document(title, "fastmoco report", "".join(body), STYLE + _TABLE))
     return out / NAME
 
 

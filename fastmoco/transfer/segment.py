@@ -30,7 +30,7 @@ from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
 from fastmoco.transfer.datasets.choose import segmentation_set
 from fastmoco.transfer.datasets.segmentation import IGNORE, Segmentations
-from fastmoco.transfer.report import Picture, beside, chosen, draw_classes, write_page
+from fastmoco.transfer.report import Picture, beside, chosen, draw_classes, write_report
 from fastmoco.transfer.samples import Key, Prepared, uniforms
 from fastmoco.transfer.schedule import schedule_options
 from fastmoco.transfer.scores.mean_iou import PixelCounts
@@ -159,7 +159,7 @@ class Segmentation(Training):
             told = "annotated, and found; white has no label"
             drawn.append((f"Picture {number}", told, beside(pictures)))
         told = f"{trunk}; trained on {self.deliveries.samples} pictures, tested on {len(self.test)}"
-        print(write_page(self.out, f"Segmentation: {self.test.name}", told, options, drawn))
+        print(write_report(self.out, f"Segmentation: {self.test.name}", told, options, drawn))
 
 
 def parser() -> CommandParser:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import io as torchvision_io
 
@@ -27,7 +28,7 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.table import BRIGHTNESS, CONTRAST, HUE, UInt8, ViewTable
 
 Float32 = NDArray[np.float32]
-_PAD = 2  # the widest box of a blur with sigma up to 3.4 reaches two pixels
+_PAD = 2  # the boxes of a blur with sigma up to 2.45 reach two pixels; the recipes end at 2
 # Deprecated in torchvision 0.29; without it PIL decodes, to the same pixels in a tenth more time.
 _decode_jpeg: Any = getattr(torchvision_io, "decode_jpeg", None)
 
@@ -161,6 +162,10 @@ class Canvas:
         """Three boxes along each axis, of PIL's fractional length, rounded after each."""
         radius = box_radius(sigma)
         whole = int(radius)
+        if whole + 1 > _PAD:  # 8 bits would be too few for the weights of wider boxes
+            image = Image.fromarray(self.rgb.astype(np.uint8).transpose(1, 2, 0))
+            found = np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)))
+            return found.transpose(2, 0, 1).astype(np.uint16)
         inner = 256.0 / (2.0 * radius + 1.0)
         outer = round((256.0 - (2 * whole + 1) * inner) / 2.0)
         inner_weight = (256 - 2 * outer) // (2 * whole + 1)

@@ -83,8 +83,10 @@ def test_resize_is_within_one_level(photos: Path) -> None:
     assert wrong.mean() < 0.1
 
 
-def test_blur_is_pils(photos: Path) -> None:
-    wrong = errors(photos, replace(NOTHING, blur_p=1), whole=True)
+@pytest.mark.parametrize("sigmas", [(0.1, 2.0), (2.0, 2.6), (2.5, 16.0)])
+def test_blur_is_pils(photos: Path, sigmas: tuple[float, float]) -> None:
+    blur = replace(NOTHING, blur_p=1, blur_min=sigmas[0], blur_max=sigmas[1])
+    wrong = errors(photos, blur, whole=True)
     # A weight is off by up to 1/512, so a box by up to a level on a full edge; six boxes.
     assert wrong.max() <= 6
     assert wrong.mean() < 0.1
