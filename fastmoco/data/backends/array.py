@@ -163,8 +163,8 @@ class Canvas:
         radius = box_radius(sigma)
         whole = int(radius)
         if whole + 1 > _PAD:  # 8 bits would be too few for the weights of wider boxes
-            image = Image.fromarray(self.rgb.astype(np.uint8).transpose(1, 2, 0))
-            found = np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)))
+            whole_view = Image.fromarray(self.rgb.astype(np.uint8).transpose(1, 2, 0))
+            found = np.asarray(whole_view.filter(ImageFilter.GaussianBlur(sigma)))
             return found.transpose(2, 0, 1).astype(np.uint16)
         inner = 256.0 / (2.0 * radius + 1.0)
         outer = round((256.0 - (2 * whole + 1) * inner) / 2.0)

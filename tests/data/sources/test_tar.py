@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from fastmoco.config import ConfigError
-from fastmoco.data.sources import shards
 from fastmoco.data.sources.shards import ShardSource, open_shards
 
 LIMIT = 10**8
@@ -307,46 +306,6 @@ def test_global_headers_end_with_their_archive(tmp_path: Path) -> None:
     joined.parent.mkdir()
     joined.write_bytes(one.read_bytes() + two.read_bytes())
     assert content(open_shards(str(joined), LIMIT))[1:] == truth(two)
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_a_shard_that_would_never_end_is_refused(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
-    """Also where the index of the shard that was there lies beside it."""
-    shard = write(tmp_path / "0.tar", ["1.jpg"])
-    open_shards(str(tmp_path), LIMIT)
-    shard.unlink()
-    make(shard)
-    for root in (shard, tmp_path):
-        with pytest.raises(ConfigError, match=r"is a (FIFO|device), not a regular|holds no \.tar"):
-            open_shards(str(root), LIMIT)
-
-
-def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:
-    """Its offsets are those of other members; one that is open already stays what it was."""
-    for number in range(2):
-        write(tmp_path / f"{number}.tar", ["1.jpg"])
-    source = open_shards(str(tmp_path), LIMIT)
-    assert source.read(0) == jpeg(0)
-    for number in range(2):
-        (tmp_path / f"{number}.tar").unlink()
-        write(tmp_path / f"{number}.tar", ["0.jpg", "1.jpg"])
-    assert source.read(0) == jpeg(0)
-    with pytest.raises(OSError, match=r"1\.tar was changed after it was indexed"):
-        source.read(1)
-
-
-def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN_FILES", 3)
-    for number in range(7):
-        write(tmp_path / f"{number}.tar", [f"{number}.jpg", f"{number}b.jpg"])
-    source = open_shards(str(tmp_path), LIMIT)
-    before = set(os.listdir("/proc/self/fd"))
-    for sample in (*range(14), *range(13, -1, -1)):
-        assert source.read(sample) == jpeg(sample % 2)
-        # One more is the listing of the folder itself.
-        assert len(set(os.listdir("/proc/self/fd")) - before) <= 3 + 1
 
 
 def test_a_long_end_of_zeros_is_passed_over(tmp_path: Path) -> None:
