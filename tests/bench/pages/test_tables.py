@@ -137,12 +137,14 @@ def test_kernels_table_has_a_line_per_operation_type_and_class_of_machine(tmp_pa
         *case("info_nce", {"dtype": "bfloat16"}, official=9.0, fastmoco=1.0),
         *case("max_pool", {}, official=1.0, fastmoco=1.0),  # of a kernel that is no more
         *case("max_pool", {"device": "cuda"}, official=4.0, compiled=2.0, fastmoco=1.0),
+        *case("photometric", {}, eager=6.0, fastmoco=2.0),
     ]
     assert table(tmp_path, "kernels", made).splitlines()[2:] == [
         "| convolution, avx2 (2) | 6.00 | 3.00-4.00 | **1.50-2.00** | - | 0.00 of 2.00 |",
         "| InfoNCE float32, avx2 (1) | 8.00 | 2.00 | **4.00** | 1.50 | 0.00 of 2.00 |",
         "| InfoNCE bfloat16, avx2 (1) | 9.00 | 1.00 | **9.00** | - | 0.00 of 2.00 |",
         "| max pooling, avx2 (1) | 4.00 | 1.00 | **4.00** | 2.00 | 0.00 of 2.00 |",
+        "| photometric augmentation, avx2 (1) | 6.00 | 2.00 | **3.00** | - | 0.00 of 0.00 |",
     ]
     assert table(tmp_path, "kernels", case("max_pool", {}, official=1.0)) == tables.NO_ROW
 
