@@ -48,11 +48,6 @@ def compile_reason(device: torch.device) -> str:
     return "only CUDA pays back the compile time"
 
 
-# On one H200 the host needs 27 ms for a step of ResNet-50, whatever its batch; the device, as it is
-# modelled for an H100, needs as long for about 128 images.
-MOST_CAPTURED = 128
-
-
 def is_one_graph(config: Config, world: World, *, compiled: bool) -> bool:
     """Whether a step whose encoders are compiled or not is compiled as a whole."""
     precision = choose_precision(config.run.precision, world.device)
@@ -66,20 +61,18 @@ def is_one_graph(config: Config, world: World, *, compiled: bool) -> bool:
 
 
 def captures(config: Config, world: World, *, compiled: bool) -> bool:
-    """What `run.cuda_graph` means here, for a step whose encoders are compiled or not.
+    """Whether this step, with its encoders compiled or not, is to be a CUDA graph.
 
-    `auto` leaves out several ranks, whose collectives have never been captured. Raises
-    `ConfigError` where it is on and cannot be.
+    Raises `ConfigError` where `run.cuda_graph` is on and cannot be.
     """
-    mode = config.run.cuda_graph
+    asked = config.run.cuda_graph == "on"
     possible = world.device.type == "cuda" and is_one_graph(config, world, compiled=compiled)
-    if mode == "on" and not possible:
+    if asked and not possible:
         raise ConfigError(
             "run.cuda_graph is on, but only a step that is compiled as a whole, on CUDA, can be a "
-            "CUDA graph: set it to auto, or see what run.compile says of whole steps."
+            "CUDA graph: set it to off, or see what run.compile says of whole steps."
         )
-    small = world.size == 1 and config.local_batch_size(world.size) <= MOST_CAPTURED
-    return possible and (mode == "on" or (mode == "auto" and small))
+    return asked
 
 
 def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bool) -> Step:
