@@ -1,6 +1,7 @@
-"""`fastmoco.train` whose rank 1 dies in step DEATH of its first life, as if it had been killed.
+"""`fastmoco.train` that dies in step DEATH of its first life, as if it had been killed.
 
-A rank that kills itself does so in the same step on a machine of any speed.
+Of several ranks rank 1 dies. A rank that kills itself does so in the same step on a machine of any
+speed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ lives = Step.__call__
 
 def dies(step: Step, views: Any, number: int) -> Any:
     """`number` counts from 0."""
-    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if number == DEATH - 1 and first_life and os.environ["RANK"] == "1":
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if number == DEATH - 1 and first_life and os.environ.get("RANK", "1") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return lives(step, views, number)
 
