@@ -62,7 +62,7 @@ def test_a_failed_run_is_shown_and_no_run_is_repeated(
     arguments, out = prepared(tmp_path), tmp_path / "out"
     assert main(arguments) == 1
     told = capfd.readouterr().out
-    assert "2/2 mine/MoCo-1e+30-seed0: FAILED: The loss became" in told
+    assert "2/2 mine/MoCo-1e+30-seed0: FAILED: The loss or its gradient is not finite in" in told
     assert "1 of 1 FAILED" in told
     rows = [json.loads(line) for line in (out / "mine.jsonl").read_text().splitlines()]
     assert [row["code"] for row in rows] == [0, 1]
