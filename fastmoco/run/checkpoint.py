@@ -244,7 +244,7 @@ def _write(path: Path, content: dict[str, Any], config: Config) -> str:
             )
         content[OURS][CHECKSUMS] = checksums(content)
         files.write_torch(path, content)
-        _point_at(path)
+        files.point_at(path)
         _forget_old(path, config.run.keep_checkpoints, config.run.keep_every)
     except (ConfigError, OSError) as error:
         return f"{error}"
@@ -261,17 +261,6 @@ def _records(folder: Path, size: int) -> str:
     with contextlib.suppress(OSError):
         return digest(folder / METRICS, size)
     return ""
-
-
-def _point_at(path: Path) -> None:
-    """Make `latest.pth.tar` beside `path` a link to it, or a text with its name."""
-    pointer = path.with_name(files.LATEST + ".partial")
-    pointer.unlink(missing_ok=True)
-    try:
-        pointer.symlink_to(path.name)
-    except (OSError, NotImplementedError):  # Windows without the right to, FAT, some shares
-        pointer.write_text(path.name, encoding="utf-8")
-    pointer.replace(path.with_name(files.LATEST))
 
 
 def _forget_old(written: Path, keep: int, every: int) -> None:

@@ -78,6 +78,12 @@ def find(config: Config, world: World) -> Found | None:
         )
     if own:
         found = _newest_good(own, world)
+        if world.is_main and found.path.name != LATEST:
+            # After a power loss it may name an older one, and a complete run writes no more.
+            with contextlib.suppress(OSError):
+                named = files.pointed_at(folder)
+                if named is None or files.steps_in(named) not in (-1, files.steps_in(found.path)):
+                    files.point_at(found.path)
         return replace(found, notes=(*found.notes, *_passed_over(config, found.path)))
     if config.run.resume in ("auto", "never"):
         return None

@@ -78,6 +78,17 @@ def pointed_at(folder: Path) -> Path | None:
     return folder / name if CHECKPOINT.fullmatch(name) else pointer
 
 
+def point_at(path: Path) -> None:
+    """Make `latest.pth.tar` beside `path` a link to it, or a text with its name."""
+    pointer = path.with_name(LATEST + ".partial")
+    pointer.unlink(missing_ok=True)
+    try:
+        pointer.symlink_to(path.name)
+    except (OSError, NotImplementedError):  # Windows without the right to, FAT, some shares
+        pointer.write_text(path.name, encoding="utf-8")
+    pointer.replace(path.with_name(LATEST))
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run directory, None where there is none.
 

@@ -137,7 +137,9 @@ def _kept(folder: Path, name: str) -> Path | None:
     """The library of that name if it is whole and this user's own; others are deleted."""
     for library in folder.glob(f"{name}.*.so"):
         with contextlib.suppress(OSError):
-            if belongs_to_user(library) and library.name == f"{name}.{_digest(library)}.so":
+            # A pipe of that name would never give its end.
+            usable = library.is_file() and belongs_to_user(library)
+            if usable and library.name == f"{name}.{_digest(library)}.so":
                 return library
             library.unlink()
     return None

@@ -311,3 +311,15 @@ def test_latest_is_a_link_or_a_text(
     assert named.path == newest
     pointer.unlink()  # a tool that copies no links: the folder itself says which is the newest
     assert resume(tmp_path, build(tmp_path)).step == 2
+    assert files.pointed_at(tmp_path) == newest
+
+
+def test_a_run_that_is_complete_mends_a_pointer_that_lost_power(tmp_path: Path) -> None:
+    """Such a run writes no checkpoint any more, and other programs read what the pointer names."""
+    step = build(tmp_path)
+    for steps in (1, 2):
+        save(tmp_path, step, steps)
+    older, newest = sorted(tmp_path.glob("checkpoint_*"))
+    files.point_at(older)
+    assert resume(tmp_path, build(tmp_path)).step == 2
+    assert files.pointed_at(tmp_path) == newest

@@ -98,7 +98,9 @@ def test_a_source_is_compiled_once(place: Place) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["truncated", "writable by others", "another's", "a link"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "writable by others", "another's", "a link", "a pipe"]
+)
 def test_a_library_that_may_not_be_ours_is_built_again(place: Place, damage: str) -> None:
     library = cpp._library(place.source)  # not loaded: this process would crash on half of it
     whole = library.read_bytes()
@@ -110,6 +112,9 @@ def test_a_library_that_may_not_be_ours_is_built_again(place: Place, damage: str
         if os.getuid() != 0:
             pytest.skip("only the super user can give a file away")
         os.chown(library, 12345, -1)
+    elif damage == "a pipe":  # reading it would never end
+        library.unlink()
+        os.mkfifo(library)
     else:
         library.rename(library.with_suffix(".moved"))
         library.symlink_to(library.with_suffix(".moved"))
