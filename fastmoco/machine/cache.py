@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 
 def cache_folder() -> Path:
@@ -32,7 +33,8 @@ def exclusive(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115
+        # Not for writing alone: a pipe of that name would wait for its reader.
+        lock = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError:  # read-only: every process works for itself
         yield
         return
@@ -42,7 +44,7 @@ def exclusive(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         yield
 
 
-def _wait_for(lock: TextIO, path: Path, say: Callable[[str], None]) -> None:
+def _wait_for(lock: FileIO, path: Path, say: Callable[[str], None]) -> None:
     import fcntl
 
     began, told = time.monotonic(), False

@@ -155,7 +155,7 @@ class Owner:
             while not self.holds():
                 dead = read_mark(self._folder)
                 require_free(self._folder)
-                if path.exists() and read_mark(self._folder) == dead:
+                if os.path.lexists(path) and read_mark(self._folder) == dead:
                     path.unlink(missing_ok=True)
                 with contextlib.suppress(FileExistsError):
                     _link(whole, path)

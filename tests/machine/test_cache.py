@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -44,3 +45,16 @@ def test_the_second_begins_when_the_first_has_ended(tmp_path: Path) -> None:
         order.append("first")
     thread.join(300)
     assert order == ["first", "second"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names there")
+def test_a_pipe_for_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.lock")
+    entered = threading.Event()
+
+    def enter() -> None:
+        with cache.exclusive(tmp_path / "a.lock"):
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert entered.wait(10)

@@ -48,6 +48,14 @@ def test_a_pipe_for_a_mark_is_not_waited_for(tmp_path: Path) -> None:
         assert read_mark(tmp_path) is not None
 
 
+@pytest.mark.parametrize("target", ["nowhere", owner.NAME], ids=["a missing file", "itself"])
+def test_a_link_that_leads_nowhere_gives_way(tmp_path: Path, target: str) -> None:
+    (tmp_path / owner.NAME).symlink_to(target)
+    with Owner(tmp_path) as now:
+        assert now.holds()
+        assert not (tmp_path / owner.NAME).is_symlink()
+
+
 def test_a_killed_owner_gives_way(tmp_path: Path) -> None:
     code = "import sys, os, pathlib; from fastmoco.machine.owner import Owner\n"
     code += "with Owner(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
