@@ -25,6 +25,10 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 Result = TypeVar("Result")
 
 
+class MissingError(ConfigError):
+    """There is no such object."""
+
+
 class Object(NamedTuple):
     """One object as it was listed."""
 
@@ -70,11 +74,12 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
             return work()
         except ConfigError:
             raise
-        except FileNotFoundError as error:
-            raise ConfigError(f"{what} does not exist.") from error
-        except PermissionError as error:
-            raise ConfigError(f"{what} may not be read: {error or 'no permission'}.") from error
-        except Exception as error:  # every protocol has its own
+        except Exception as raised:  # every protocol has its own
+            error = _cause(what, raised)
+            if isinstance(error, FileNotFoundError):
+                raise MissingError(f"{what} does not exist.") from error
+            if isinstance(error, PermissionError):
+                raise ConfigError(f"{what} may not be read: {error or 'no permission'}.") from error
             if attempt == ATTEMPTS - 1:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ConfigError(
@@ -83,6 +88,17 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
                 ) from error
             time.sleep(min(PAUSE_S * 2**attempt, 10.0))
     raise AssertionError("unreachable")
+
+
+def _cause(what: str, raised: Exception) -> BaseException:
+    """What is wrong. Over HTTP fsspec calls an object missing whatever its server answers."""
+    cause = raised.__cause__
+    if not (what.startswith("http") and isinstance(raised, FileNotFoundError) and cause):
+        return raised
+    status = getattr(cause, "status", None)
+    if status in (404, 410):
+        return raised
+    return PermissionError(str(cause)) if status in (401, 403) else cause
 
 
 def _object(url: str, info: dict[str, Any]) -> Object:
@@ -123,7 +139,10 @@ def listed(root: str, suffix: str) -> list[Object]:
 
 def there(url: str) -> Object | None:
     """The object as it is now; None where there is none. Raises `ConfigError`."""
-    return look(url) if _insist(url, lambda: _of(url).exists(url)) else None
+    try:
+        return look(url)
+    except MissingError:
+        return None
 
 
 def head(url: str, size: int) -> bytes:
