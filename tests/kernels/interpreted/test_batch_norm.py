@@ -190,6 +190,13 @@ def test_many_groups_are_merged_in_turns() -> None:
     compare(case, kernels(case))
 
 
+def test_many_pieces_are_merged_in_turns() -> None:
+    """265 of 16 rows, the last of 8; a program merges 256 at once."""
+    case = draw((2, 8, 46, 46), 1, F32, "relu")
+    tiles = Configuration(block_r=16, block_c=16, reduced_rows=16, pieces=0, mapped_rows=512)
+    compare(case, kernels(case, tiles))
+
+
 @pytest.mark.parametrize("form", ["relu", "residual relu"])
 def test_no_program_leaves_its_tensors_or_writes_what_another_does(form: str) -> None:
     case = draw((4, 40, 5, 5), 2, BF16, form)
