@@ -21,12 +21,24 @@ from fastmoco.method.moco import MoCo
 from fastmoco.method.optim.update import SGDWithEMA
 
 
+@torch.library.custom_op("fastmoco::any_not_finite", mutates_args=())
+def _any_not_finite(tensors: list[Tensor]) -> Tensor:
+    # One op for the compiler, which would stack the norms by a launch for each of them.
+    return ~torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+
+
+@_any_not_finite.register_fake
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.bool)
+
+
 def any_not_finite(tensors: Sequence[Tensor]) -> Tensor:
     """() bool on the device: whether the tensors hold a value that is NaN or infinite.
 
     The largest absolute value of each tells, for NaN passes through it; they are only read.
     """
-    return ~torch.stack(torch._foreach_norm(list(tensors), math.inf)).isfinite().all()
+    found: Tensor = _any_not_finite(list(tensors))
+    return found
 
 
 def telling(loss: Tensor) -> Tensor:

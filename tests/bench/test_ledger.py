@@ -81,8 +81,9 @@ def test_our_ops_move_what_they_declare_or_else_every_operand_and_result(
     # Four lists read, three written; the rate and whether the step is left out.
     update = (4 + 3) * 4 * found["parameters"] + 2 * 4
     ours = {(kernel["launches"], kernel["bytes"]) for kernel in part(step, "our ops")}
-    assert found["ops"] == ["info_nce_enqueue", "mean_with_gradient", "sgd_ema_"]
-    assert ours == {(2, sum(case.bytes for case in cases)), (1, mean), (1, update)}
+    seen = 4 * found["parameters"] + 1  # gradients; whether one is not finite
+    assert found["ops"] == ["any_not_finite", "info_nce_enqueue", "mean_with_gradient", "sgd_ema_"]
+    assert ours == {(2, sum(case.bytes for case in cases)), (1, mean), (1, update), (1, seen)}
 
 
 @needs_no_gpu

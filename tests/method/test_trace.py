@@ -55,7 +55,8 @@ def test_r50_step_on_eight_gpus_is_one_graph_with_the_expected_collectives() -> 
     # Of 32 images large enough: the stem, and in the first stage what is 256 channels wide.
     layers = {"batch_norm_statistics": 10, "batch_norm_apply": 10, "batch_norm_backward": 5}
     layers |= {"max_pool": 2, "max_pool_backward": 1}
-    once = dict.fromkeys(("info_nce_enqueue", "mean_with_gradient", "sgd_ema_"), 1)
+    names = ("any_not_finite", "info_nce_enqueue", "mean_with_gradient", "sgd_ema_")
+    once = dict.fromkeys(names, 1)
     assert Counter(found["fused"]) == layers | once
     assert found["weight_casts"] == []  # one launch each; they are cast together
     assert len(found["image_copies"]) <= 1  # the gradient that average pooling spreads out
