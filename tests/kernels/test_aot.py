@@ -56,8 +56,8 @@ def test_recipes_compile_without_spills(arch: int, case: aot.Case) -> None:
         double = any(op.startswith("DMUL") for op in made.operations)
         assert double == (case.name == "crop_resize coefficients")
         if double:  # fused, weights would not be PIL's
-            fused = aot.compile_for(fusing(case.launch), arch).operations
-            assert fused["DADD"] < made.operations["DADD"]
+            whole = aot.compile_for(fusing(case.launch), arch).operations
+            assert whole["DADD"] < made.operations["DADD"]
 
     if case.name.startswith("batch norm") and "merge" not in case.name:
         accesses = Counter((op[:3], ".128" in op) for op in made.operations.elements())

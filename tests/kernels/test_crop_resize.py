@@ -83,6 +83,6 @@ def test_is_registered_and_knows_its_shape_without_a_device() -> None:
 )
 def test_refuses_what_would_read_beside_a_picture(changed: dict[str, Any], message: str) -> None:
     pictures: list[Tensor] = [noise(9, 9), noise(9, 9)]
-    given = {"pictures": pictures, "which": WHICH, "boxes": BOXES, "side": 8} | changed
+    given: dict[str, Any] = {"pictures": pictures, "which": WHICH, "boxes": BOXES, "side": 8}
     with pytest.raises(ValueError, match=message):
-        ops.crop_resize(**given)
+        ops.crop_resize(**given | changed)

@@ -29,7 +29,8 @@ def drawn_boxes(pictures: int, largest: int, seed: int = 0) -> Boxes:
     made, boxes = [], []
     for number in range(pictures):
         size = rng.integers(1, largest + 1, 2)
-        made.append(noise(*size.tolist(), seed=number, planes=number % 2 == 0))
+        height, width = size.tolist()
+        made.append(noise(height, width, seed=number, planes=number % 2 == 0))
         for _ in range(2):
             box = rng.integers(1, size + 1)
             boxes.append([*rng.integers(0, size - box + 1), *box])
