@@ -335,3 +335,32 @@ def test_cmyk_and_gray_and_progressive_files_are_the_oracles(
     found = drawn(configuration(tmp_path, tmp_path), 1)[0]
     want = drawn(configuration(tmp_path, tmp_path, "pil"), 1)[0]
     assert (found.float() - want.float()).abs().mean() < 0.1
+
+
+@pytest.mark.gpu
+def test_nvjpeg_decodes_on_this_gpu_and_refuses_what_is_broken() -> None:
+    device = torch.device("cuda", 0)
+    assert decoder.why_not(device) == ""
+    data = encoded(8)
+    tables = bytes_of(data[5])
+    broken = tables[: tables.index(b"\xff\xdb")] + tables[tables.index(b"\xff\xc0") :]
+    data[5] = torch.frombuffer(bytearray(broken), dtype=torch.uint8)
+    torch.cuda.synchronize()
+    found = decoder.decode_or_refuse(data, device)
+    assert [number for number, one in enumerate(found) if one is None] == [5]
+
+
+@pytest.mark.gpu
+def test_batches_are_the_same_while_the_device_is_busy(pictures: Path, tmp_path: Path) -> None:
+    """Nothing is written over crops or views that wait for their turn."""
+    device, config = torch.device("cuda"), configuration(pictures, tmp_path)
+    with build_loader(config, device=device) as loader:
+        calm = [one.cpu() for one in batches(loader, 8)]
+    work = torch.randn(4096, 4096, device=device)
+    busy = []
+    with build_loader(config, device=device) as loader:
+        for batch in loader.batches(0, 8):
+            for _ in range(20):
+                work = (work @ work).clamp(-1, 1)
+            busy.append(torch.cat([batch.im_q, batch.im_k]))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(calm, busy, strict=True))
