@@ -6,6 +6,7 @@ test_hostile.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -293,6 +296,41 @@ def test_the_thread_works_one_batch_ahead_and_ends_with_the_loader(
     loader.close()
     assert mine._thread is None
     assert threading.active_count() <= before + 1  # torch's own, of shared memory
+
+
+def test_the_decoder_finds_an_idle_stream_and_the_step_waits_for_the_views(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of calls on a GPU, written down by stand-ins for its streams."""
+    calls: list[str] = []
+
+    def note(name: str, result: Any = None) -> Any:
+        calls.append(name)
+        return result
+
+    def decode(data: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        calls.append("decode")
+        return decode_all(data, device)
+
+    own = SimpleNamespace(
+        synchronize=lambda: note("drain"), record_event=lambda: note("ready", "the event")
+    )
+    current = SimpleNamespace(wait_event=lambda event: note(f"wait for {event}"))
+    monkeypatch.setattr(decoder, "decode_all", decode)
+    monkeypatch.setattr(engine, "PIXELS_AT_ONCE", 50_000)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: note("pin", tensor))
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: note("keep"))
+    with build_loader(configuration(pictures, tmp_path), device=CPU) as loader:
+        monkeypatch.setattr(of(loader), "_stream", own)
+        next(loader.batches(0, 1))
+        made = calls[: calls.index("ready") + 1]
+    parts = made.count("decode")
+    assert parts > 1
+    assert made == ["pin", *["drain", "decode"] * parts, "ready"]
+    taken = [call for call in calls if call.startswith(("wait", "keep"))]
+    assert taken == ["wait for the event", "keep"]
 
 
 def test_a_reader_that_dies_ends_the_wait(
