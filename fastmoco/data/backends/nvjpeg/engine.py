@@ -164,6 +164,7 @@ class NvjpegEngine:
             if not bad and len(views):
                 made = crop_resize(pictures, which[views] - part.start, boxes[views], self.side)
                 crops[views.to(self.device)] = made
+            del pictures  # before others are decoded
         return crops, bad
 
     def _decoded(self, delivery: Delivery, part: range, bad: dict[int, str]) -> list[Tensor]:
