@@ -1,7 +1,7 @@
 """The nvJPEG backend with torchvision's decoder of the CPU: choice, refusals, thread, repairs.
 
 That its batches are the oracle's stands in test_loader.py, what it makes of hostile files in
-test_hostile.py.
+test_hostile.py, what its decoder refuses in test_nvjpeg_decoder.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastmoco.data.backends.nvjpeg import decoder, engine, reader
 from fastmoco.data.backends.nvjpeg.engine import NvjpegEngine
 from fastmoco.data.loader import Loader, build_loader
 from tests.data.conftest import photograph
-from tests.support.hostile import jpeg
+from tests.support.refusing import Refusing, bytes_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 decode_all = decoder.decode_all
@@ -66,95 +66,6 @@ def batches(loader: Loader, steps: int) -> list[Tensor]:
 def drawn(config: Config, steps: int) -> list[Tensor]:
     with build_loader(config, device=CPU) as loader:
         return batches(loader, steps)
-
-
-def bytes_of(one: Tensor) -> bytes:
-    return one.numpy().tobytes()
-
-
-class Refusing:
-    """A decoder that gives up a list with one of some pictures in it, and counts its calls."""
-
-    def __init__(self, refused: Sequence[bytes], says: str = "Failed to decode batch: 3") -> None:
-        self.refused, self.says, self.calls = set(refused), says, 0
-
-    def __call__(self, data: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        self.calls += 1
-        if any(bytes_of(one) in self.refused for one in data):
-            raise RuntimeError(f"Error while decoding JPEG images: {self.says}")
-        return decode_all(data, device)
-
-
-def encoded(count: int) -> list[Tensor]:
-    made = [jpeg(quality=40 + number) for number in range(count)]
-    return [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in made]
-
-
-def test_a_good_list_is_decoded_once_and_bad_ones_are_found_by_halves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = encoded(32)
-    for bad, most in (([], 1), ([0], 12), ([13, 31], 22)):
-        fake = Refusing([bytes_of(data[number]) for number in bad])
-        monkeypatch.setattr(decoder, "decode_all", fake)
-        found = decoder.decode_or_refuse(data, CPU)
-        assert [number for number, one in enumerate(found) if one is None] == bad
-        assert fake.calls <= most
-        for one, picture in zip(data, found, strict=True):
-            assert picture is None or torch.equal(picture, decode_all([one], CPU)[0])
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB",
-        "Failed to decode batch: 5",
-        "Failed to synchronize CUDA stream: 700",
-    ],
-)
-def test_a_fault_of_the_device_is_no_fault_of_a_picture(
-    says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = encoded(8)
-    fake = Refusing([bytes_of(data[3])], says)
-    monkeypatch.setattr(decoder, "decode_all", fake)
-    with pytest.raises(RuntimeError, match=says[:20]):
-        decoder.decode_or_refuse(data, CPU)
-    assert fake.calls == 1
-    with (
-        mock.patch.object(decoder, "decode_all", side_effect=torch.OutOfMemoryError("full")),
-        pytest.raises(torch.OutOfMemoryError),
-    ):
-        decoder.decode_or_refuse(data, CPU)
-
-
-def test_a_decoder_that_refuses_everything_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(4)
-    monkeypatch.setattr(decoder, "decode_all", Refusing([bytes_of(one) for one in data]))
-    with pytest.raises(RuntimeError, match="batch: 3"):
-        decoder.decode_or_refuse(data, CPU)
-    assert decoder.decode_or_refuse(data[:1], CPU) == [None]
-
-
-def test_whether_a_device_decodes_is_found_by_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no NVIDIA GPU" in decoder.why_not(CPU)
-    answers: dict[str, object] = {"": lambda image: image, "levels from": lambda image: image // 2}
-    for number, (reason, change) in enumerate(answers.items()):
-        monkeypatch.setattr(
-            decoder,
-            "decode_all",
-            lambda data, device, change=change: [
-                change(one) if device != CPU else one for one in decode_all(data, CPU)
-            ],
-        )
-        found = decoder.why_not(torch.device("cuda", number))
-        assert reason in found
-        assert bool(reason) == bool(found)
-    broken = mock.Mock(side_effect=RuntimeError("not compiled with nvJPEG\nsupport"))
-    monkeypatch.setattr(decoder, "decode_all", broken)
-    assert "(not compiled with nvJPEG support)" in decoder.why_not(torch.device("cuda", 2))
-    monkeypatch.setattr(decoder, "_decode_jpeg", None)
-    assert "no decoder" in decoder.why_not(torch.device("cuda", 3))
 
 
 @pytest.mark.parametrize(
@@ -373,19 +284,6 @@ def test_cmyk_and_gray_and_progressive_files_are_the_oracles(
     found = drawn(configuration(tmp_path, tmp_path), 1)[0]
     want = drawn(configuration(tmp_path, tmp_path, "pil"), 1)[0]
     assert (found.float() - want.float()).abs().mean() < 0.1
-
-
-@pytest.mark.gpu
-def test_nvjpeg_decodes_on_this_gpu_and_refuses_what_is_broken() -> None:
-    device = torch.device("cuda", 0)
-    assert decoder.why_not(device) == ""
-    data = encoded(8)
-    tables = bytes_of(data[5])
-    broken = tables[: tables.index(b"\xff\xdb")] + tables[tables.index(b"\xff\xc0") :]
-    data[5] = torch.frombuffer(bytearray(broken), dtype=torch.uint8)
-    torch.cuda.synchronize()
-    found = decoder.decode_or_refuse(data, device)
-    assert [number for number, one in enumerate(found) if one is None] == [5]
 
 
 @pytest.mark.gpu
