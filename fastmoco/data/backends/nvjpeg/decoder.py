@@ -32,7 +32,8 @@ def decode_all(data: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Every JPEG as uint8 (3, H, W) RGB on the device. data: uint8 (bytes,) each, on the host.
 
     Raises `RuntimeError` if it refuses one. On CUDA, work that was queued on the current stream
-    must be done: into memory freed there the decoder writes without waiting (vision issue 9606).
+    must be done: the decoder writes at once into memory that this work has freed but still reads
+    (pytorch/vision pull request 9606).
     """
     mode = torchvision_io.ImageReadMode.RGB
     decoded: list[Tensor] = _decode_jpeg(list(data), mode, device=device)
