@@ -19,6 +19,7 @@ import torch
 from bench.measure.contest import Race, race
 from bench.measure.program import Options, chosen, command, parser
 from bench.measure.rows import Row
+from bench.races.crop_resize import crop_resize_race
 from bench.races.layers import batch_norm_race, cpu_races
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.max_pool import max_pool_race
@@ -44,7 +45,10 @@ def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
         **({"max_pool": [partial(max_pool_race, 256, 64, 112, device)]} if on_cuda else {}),
         # Two views of 256 images, or of 32. On the CPU both ways are the same code.
         **(
-            {"photometric": [partial(photometric_race, n, 224, device) for n in (512, 64)]}
+            {
+                "photometric": [partial(photometric_race, n, 224, device) for n in (512, 64)],
+                "crop_resize": [partial(crop_resize_race, n, 224, device) for n in (256, 32)],
+            }
             if on_cuda
             else {}
         ),

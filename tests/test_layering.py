@@ -149,11 +149,11 @@ def test_one_room_imports_torch_distributed_and_one_file_imports_dali() -> None:
         names = imports_of(path)
         if path.is_relative_to(ROOT / "fastmoco") and path.parent.name != "machine":
             assert not any(n.startswith("torch.distributed") for n in names), path
-        if path != ROOT / "fastmoco" / "data" / "backends" / "dali_graph.py":
+        if path != ROOT / "fastmoco" / "data" / "backends" / "dali" / "graph.py":
             assert not any(n.startswith("nvidia") for n in names), path
 
 
-@pytest.mark.parametrize("start", ["backends.dali_reader", "sources.measure", "sources.folder"])
+@pytest.mark.parametrize("start", ["backends.dali.reader", "sources.measure", "sources.folder"])
 def test_reader_and_scan_processes_start_without_torch(start: str) -> None:
     """They are many, and importing torch takes each of them seconds."""
     by_name = {module_name(path): path for path in FILES}

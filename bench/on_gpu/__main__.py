@@ -8,7 +8,7 @@ Stages, each of which can be run again by itself:
     kernels     doctor and preflight, the ops raced, tests on the device
     compiled    the compiled step at 256 and at 32 images, where a host synchronization is an error
     throughput  our step against the published step and against the bare encoder, one pair at a time
-    loaders     array and DALI (where it is installed), alone and feeding the step; nvJPEG alone
+    loaders     array, nvJPEG and DALI (where it is installed), alone and feeding the step
 
 FOLDER keeps the output of every part, the rows (`*.jsonl`) and the compiled code of Inductor and
 Triton, so that stages after the first compile less. How each part ended comes last. Needs nothing
@@ -90,7 +90,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
         },
         "loaders": {
             "array": [*feeding, "--data.backend=array"],
-            "nvjpeg": ["-m", "bench.on_gpu.nvjpeg", *fed, *windows],
+            "nvjpeg": [*feeding, "--data.backend=nvjpeg"],
             "dali": [*feeding, "--data.backend=dali"],
         },
     }

@@ -30,6 +30,7 @@ OPERATIONS = {
     "convolution": "convolution",
     "max_pool": "max pooling",
     "photometric": "photometric augmentation",
+    "crop_resize": "crop and resize",
 }
 REMOVED = ("max_pool", "cpu")
 """The operation and device of a kernel that has been removed since."""

@@ -176,10 +176,10 @@ def check_pixel_options(config: Config) -> None:
         raise ConfigError(
             f"data.channels is {data.channels}, but {names} are for 3 channels: set to 0."
         )
-    if data.backend == "dali":
+    if data.backend in ("dali", "nvjpeg"):
         raise ConfigError(
-            f"data.channels is {data.channels}, but data.backend dali makes views of 8-bit RGB "
-            "only: set it to array or pil."
+            f"data.channels is {data.channels}, but data.backend {data.backend} makes views of "
+            "8-bit RGB only: set it to array or pil."
         )
 
 

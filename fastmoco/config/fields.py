@@ -90,13 +90,14 @@ class DataConfig:
     any_name: bool = False
     """Whether files of a folder, and members of shards, count as images by their content too,
     whatever their names."""
-    backend: Literal["auto", "dali", "array", "pil"] = "auto"
-    """Who decodes and crops: `dali`; worker processes with `array` operations or `pil`, the
-    reference. Colours and blur of `dali` and `array` are the GPU's where there is one.
-    `auto` takes DALI on a GPU where it is installed, else array operations."""
+    backend: Literal["auto", "dali", "nvjpeg", "array", "pil"] = "auto"
+    """Who decodes and crops: `dali`; `nvjpeg`, torchvision's decoder on a GPU; worker processes
+    with `array` operations or `pil`, the reference. Colours and blur of all but `pil` are the GPU's
+    where there is one. `auto` takes DALI on a GPU where it is installed, else nvJPEG where that
+    works, else array operations."""
     workers: int = 0
-    """Processes per rank that read (`dali`) or read, decode and augment (`array`, `pil`); 0
-    chooses."""
+    """Processes per rank that read (`dali`, `nvjpeg`) or read, decode and augment (`array`, `pil`);
+    0 chooses."""
     threads: int = 0
     """DALI threads per rank; 0 chooses."""
     prefetch: int = 2

@@ -69,7 +69,7 @@ class Reader:
         self.source, self.seed, self.rule = source, seed, rule
         self.bad: dict[int, str] = dict(source.bad)
         self.by_pil: set[int] = set()
-        """Samples whose JPEG DALI refuses although PIL reads it."""
+        """Samples whose JPEG the decoder on the GPU refuses although PIL reads it."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

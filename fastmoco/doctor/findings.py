@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config
-from fastmoco.data.backends.choose import has_dali, missing_dali
+from fastmoco.data.backends.choose import has_dali, missing_dali, why_no_nvjpeg
 from fastmoco.data.loader import build_loader
 from fastmoco.machine import limits
 from fastmoco.machine.host import cores, memory_bytes, settle
@@ -131,9 +131,16 @@ def choices(config: Config, world: World) -> Iterator[Line]:
         "shuffle",
         f"{strategy} for {world.size} rank{'s' * (world.size > 1)}, BN groups of {group} samples",
     )
-    dali = "installed" if has_dali() else "not installed"
-    yield "loader", f"DALI {dali}; data.backend {config.data.backend}"
-    if lost := missing_dali(config, world.device):
+    yield from loader_choices(config, world.device)
+
+
+def loader_choices(config: Config, device: torch.device) -> Iterator[Line]:
+    """Who can decode here, and what is lost where no GPU does."""
+    decoders = "DALI installed" if has_dali() else "DALI not installed"
+    if device.type == "cuda":
+        decoders += f", nvJPEG: {why_no_nvjpeg(device) or 'decodes here'}"
+    yield "loader", f"{decoders}; data.backend {config.data.backend}"
+    if lost := missing_dali(config, device):
         yield "loader", lost
 
 

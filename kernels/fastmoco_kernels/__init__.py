@@ -9,11 +9,13 @@ from fastmoco_kernels.info_nce import InfoNCE, enqueue_, info_nce, info_nce_enqu
 from fastmoco_kernels.network.batch_norm import batch_norm_act
 from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
+from fastmoco_kernels.views.crop_resize import crop_resize
 from fastmoco_kernels.views.photometric import photometric
 
 __all__ = [
     "InfoNCE",
     "batch_norm_act",
+    "crop_resize",
     "ema_",
     "enqueue_",
     "info_nce",

@@ -30,7 +30,7 @@ from fastmoco_kernels.network.max_pool import backward_launch, forward_launch
 from fastmoco_kernels.network.recipe_launches import layer_launches
 from fastmoco_kernels.sgd_ema import launch_configuration as sgd_configuration
 from fastmoco_kernels.sgd_ema import sgd_ema_launch
-from fastmoco_kernels.views.photometric import recipe_launches as view_launches
+from fastmoco_kernels.views.recipe_launches import view_launches
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may ask for; the compiler does not check it.

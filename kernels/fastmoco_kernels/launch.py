@@ -68,7 +68,7 @@ def architecture(device: torch.device) -> int:
 
 OPS = (
     *("info_nce", "info_nce_enqueue", "ema_", "sgd_ema_", "max_pool", "batch_norm"),
-    "photometric",
+    *("photometric", "crop_resize"),
 )
 
 

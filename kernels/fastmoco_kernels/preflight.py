@@ -27,7 +27,8 @@ from fastmoco_kernels.launch import HAS_TRITON
 from fastmoco_kernels.network.batch_norm import batch_norm_act
 from fastmoco_kernels.network.max_pool import max_pool
 from fastmoco_kernels.sgd_ema import sgd_ema_
-from fastmoco_kernels.views import photometric_reference
+from fastmoco_kernels.views import crop_resize_reference, photometric_reference
+from fastmoco_kernels.views.crop_resize import crop_resize
 from fastmoco_kernels.views.photometric import photometric
 
 # Largest relative error of the gradient by dtype of the inputs; losses are float32 sums.
@@ -155,8 +156,25 @@ def _check_photometric(device: torch.device) -> str:
     slots = [[1, 1.3, 2, 0.7, 4, 200, 3, 1.4, 0, 0], [3, 0.8, 2, 1.2, 4, 20, 1, 0.9, 3, 0]]
     rows = [[0.0] * 4 + [float(i), *boxes[i], *map(float, slots[i])] for i in (0, 1)]
     want = photometric_reference.photometric(views, torch.tensor(rows))
-    got = photometric(views.to(device), torch.tensor(rows, device=device)).cpu()
-    wrong = int((got != want).sum())
+    return _equal(photometric(views.to(device), torch.tensor(rows, device=device)), want)
+
+
+def _check_crop_resize(device: torch.device) -> str:
+    """Boxes that shrink, grow, and whose height comes first, of planes and of colours side by side.
+
+    The weights are the only floats, and a rounding of one shows in one pixel of a million.
+    """
+    generator = torch.Generator().manual_seed(5)
+    planes = torch.randint(0, 256, (3, 150, 90), dtype=torch.uint8, generator=generator)
+    colours = torch.randint(0, 256, (40, 61, 3), dtype=torch.uint8, generator=generator)
+    pictures, which = [planes, colours.permute(2, 0, 1)], torch.tensor([0, 0, 1, 1])
+    boxes = torch.tensor([[3, 5, 147, 60], [70, 1, 33, 88], [0, 0, 40, 61], [39, 60, 1, 1]])
+    want = crop_resize_reference.crop_resize(pictures, which, boxes, 37)
+    return _equal(crop_resize([p.to(device) for p in pictures], which, boxes, 37), want)
+
+
+def _equal(got: Tensor, want: Tensor) -> str:
+    wrong = int((got.cpu() != want).sum())
     return f"{'WRONG ' if wrong else ''}{wrong} of {want.numel()} values differ"
 
 
@@ -178,6 +196,7 @@ def check(device: torch.device | str) -> list[Result]:
         ("max_pool", str(dtype)[6:], partial(_check_max_pool, dtype, device)) for dtype in GRADIENT
     )
     cases.append(("photometric", "two views", partial(_check_photometric, device)))
+    cases.append(("crop_resize", "two pictures", partial(_check_crop_resize, device)))
     return [_run(*case) for case in cases]
 
 

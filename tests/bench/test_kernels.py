@@ -11,6 +11,7 @@ import torch
 
 from bench.kernels import main, races, traffic
 from bench.measure.contest import race
+from bench.races.crop_resize import crop_resize_race
 from bench.races.layers import PARTS, convolution_race, in_turns
 from bench.races.loss import enqueue_race
 from bench.races.max_pool import max_pool_race
@@ -89,6 +90,16 @@ def test_both_ways_of_the_views_are_the_references() -> None:
     assert all(way.error(views + (views < 255)) > way.allowed for way in ways)
     built = races(torch.device("cuda"))["photometric"]
     assert [f.args[:2] for f in built if isinstance(f, partial)] == [(512, 224), (64, 224)]
+
+
+def test_both_ways_of_the_crops_are_the_references() -> None:
+    _, case, ways = crop_resize_race(2, 16, CPU)
+    assert case["least_bytes"] > 4 * 16 * 16 * 3
+    assert list(race(ways, CPU, windows=1)) == ["torch", "fastmoco"]
+    views = ways[1].run()
+    assert ways[1].error(views) == 0
+    assert all(way.error(views.roll(1, 2)) > way.allowed for way in ways)
+    assert "crop_resize" in races(torch.device("cuda"))
 
 
 @needs(convolution_cpu.reason())

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmoco.data.backends import choose
+
 
 def photograph(seed: int, width: int, height: int) -> Image.Image:
     """Smooth colour with edges and some noise, so that it compresses and blurs like a photo."""
@@ -31,6 +33,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     patch.setenv("FASTMOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _nvjpeg_decodes_on_the_cpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests with a parameter `backend` nvjpeg: with torchvision's decoder of the CPU for it."""
+    if getattr(request.node, "callspec", None) and "nvjpeg" in map(
+        str, request.node.callspec.params.values()
+    ):
+        monkeypatch.setattr(choose, "why_no_nvjpeg", lambda device: "")
 
 
 @pytest.fixture(scope="session")

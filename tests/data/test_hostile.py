@@ -53,7 +53,9 @@ def run(config: Config, steps: int, between: Callable[[int], None] = lambda _: N
     return views, np.concatenate(asked), {Path(row["name"]).name: row["reason"] for row in rows}
 
 
-@pytest.mark.parametrize("backend", ["array", "pil", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize(
+    "backend", ["array", "pil", "nvjpeg", pytest.param("dali", marks=needs_dali)]
+)
 def test_hostile_files_are_replaced_reported_and_harmless(tmp_path: Path, backend: str) -> None:
     assert len(hostile_files()) >= 25
     expected = build_corpus(tmp_path / "bad", hostile=True)
@@ -146,32 +148,33 @@ def test_too_many_bad_files_stop_the_run_with_one_sentence(tmp_path: Path) -> No
 
 @needs_dali
 def test_only_culprits_cost_the_search_a_pipeline() -> None:
-    from fastmoco.data.backends import dali_graph
+    from fastmoco.data.backends.dali import graph
 
     data = [jpeg(quality=50 + number) for number in range(32)]
     for culprit in (0, 13):
         data[culprit] = data[culprit][:400] + b"\xff\xc4\x00\x01 a broken table"
-    with mock.patch.object(dali_graph, "decoder_of_one", wraps=dali_graph.decoder_of_one) as built:
-        assert dali_graph.refused_by_decoder(data, None) == [0, 13]
+    with mock.patch.object(graph, "decoder_of_one", wraps=graph.decoder_of_one) as built:
+        assert graph.refused_by_decoder(data, None) == [0, 13]
     assert built.call_count == 3
 
 
 @needs_dali
 @pytest.mark.parametrize("kind", ["OutOfMemoryError", "AcceleratorError"])
 def test_a_fault_of_the_device_is_no_fault_of_an_image(kind: str) -> None:
-    from fastmoco.data.backends import dali, dali_graph
+    from fastmoco.data.backends.dali import engine as engines
+    from fastmoco.data.backends.dali import graph
 
     error: type[Exception] = getattr(torch, kind)
-    engine = dali.DaliEngine(Config(), mock.Mock(), mock.Mock(), CPU)
+    engine = engines.DaliEngine(Config(), mock.Mock(), mock.Mock(), CPU)
     with (
         mock.patch.object(engine, "_run", side_effect=error),
-        mock.patch.object(dali, "read_work", side_effect=AssertionError("searches for images")),
+        mock.patch.object(engines, "read_work", side_effect=AssertionError("searches for images")),
         pytest.raises(error),
     ):
         engine.next()
     fails = mock.Mock(side_effect=error)
     with (
-        mock.patch.object(dali_graph, "decoder_of_one", return_value=mock.Mock(run=fails)),
+        mock.patch.object(graph, "decoder_of_one", return_value=mock.Mock(run=fails)),
         pytest.raises(error),
     ):
-        dali_graph.refused_by_decoder([jpeg()], None)
+        graph.refused_by_decoder([jpeg()], None)

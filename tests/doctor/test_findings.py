@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
-from fastmoco.config import Config, ConfigError, parse
+from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, parse
+from fastmoco.data.backends import choose
 from fastmoco.doctor import __main__ as doctor
 from fastmoco.doctor import findings, speed
 from fastmoco.machine.ranks import World
@@ -17,7 +20,7 @@ from fastmoco.method import build
 from fastmoco_kernels import launch, preflight
 from tests.support.ranks import Ranks
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
     *("--optim.global_batch_size", "8", "--moco.bn_group_size", "4", "--moco.queue_size", "64"),
@@ -122,3 +125,40 @@ def test_cuda_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
     with mock.patch.object(preflight, "check", return_value=[]):
         assert preflight.short_preflight(torch.device("cuda")) == [launch.NO_TRITON]
         assert preflight.short_preflight(CPU) == []
+
+
+@pytest.mark.parametrize("why", ["", "torchvision cannot decode on this GPU (x)"])
+def test_what_decodes_on_a_gpu_is_told(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (choose, findings):
+        monkeypatch.setattr(module, "has_dali", lambda: False)
+        monkeypatch.setattr(module, "why_no_nvjpeg", lambda device: why)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    lines = list(findings.loader_choices(Config(), CUDA))
+    assert lines[0][1].endswith(f"nvJPEG: {why or 'decodes here'}; data.backend auto")
+    assert [text for _, text in lines[1:]] == ([choose.missing_dali(Config(), CUDA)] if why else [])
+    assert not why or why in lines[1][1]
+    lines = list(findings.loader_choices(Config(), CPU))
+    assert lines == [("loader", "DALI not installed; data.backend auto")]
+
+
+def test_the_views_of_nvjpeg_are_compared_with_pils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU's decoder in its place, and with one that is wrong."""
+    from fastmoco.data.backends.nvjpeg import decoder
+
+    monkeypatch.setattr(choose, "why_no_nvjpeg", lambda device: "")
+    for number in range(4):
+        smooth = Image.radial_gradient("L").resize((60 + number, 50)).convert("RGB")
+        smooth.save(tmp_path / f"{number}.jpg")
+    config = Config(
+        data=DataConfig(root=str(tmp_path), backend="nvjpeg"), augment=AugmentConfig(image_size=32)
+    )
+    assert "nvjpeg agrees with PIL: 0.0" in findings.check_views(config, CPU)[1]
+    right = decoder.decode_all
+    monkeypatch.setattr(
+        decoder,
+        "decode_all",
+        lambda data, device: [one // 2 for one in right(data, device)],
+    )
+    assert "nvjpeg DIFFERS FROM PIL" in findings.check_views(config, CPU)[1]

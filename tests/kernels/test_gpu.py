@@ -13,6 +13,7 @@ from fastmoco.config import AugmentConfig
 from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco_kernels import (
     batch_norm_act,
+    crop_resize,
     ema_,
     info_nce_enqueue,
     max_pool,
@@ -24,6 +25,7 @@ from fastmoco_kernels import (
 from fastmoco_kernels.info_nce_launch import info_nce_triton
 from fastmoco_kernels.network.max_pool import Window
 from tests.kernels.oracle import features
+from tests.support.boxes import apart, drawn_boxes, resized_by_pil
 from tests.support.photometric import by_pil, small_views, table_for
 
 pytestmark = [
@@ -198,6 +200,21 @@ def test_views_are_pils_pixels_and_cost_no_synchronization(side: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
     want = torch.from_numpy(by_pil(views, table, "v2"))
     assert all(torch.equal(one.cpu(), want) for one in found)
+
+
+@pytest.mark.parametrize("side", [224, 97])
+def test_crops_are_pils_pixels_and_cost_no_synchronization(side: int) -> None:
+    pictures, which, boxes = drawn_boxes(64, 700)
+    there = [one.cuda() for one in pictures]
+    crop_resize(there, which, boxes, side)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [crop_resize(there, which, boxes, side) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = resized_by_pil(pictures, which, boxes, side)
+    assert all(apart(one.cpu(), want) <= 0 for one in found)
 
 
 def test_max_pool_adds_gradients_as_near_to_float64_as_bfloat16_is() -> None:

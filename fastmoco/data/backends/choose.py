@@ -18,24 +18,37 @@ DALI_EXTRAS = {"12": "dali-cuda12", "13": "dali"}
 
 
 def choose_backend(config: Config, device: torch.device) -> str:
-    """`dali`, `array` or `pil`, without importing any."""
+    """`dali`, `nvjpeg`, `array` or `pil`. Raises `ConfigError` for one that cannot work here."""
+    backend = config.data.backend
     if config.data.float_views:
-        if config.data.backend == "dali":
+        if backend in ("dali", "nvjpeg"):
             raise ConfigError(
-                "data.backend is dali, which makes views of 8-bit RGB only, but the pictures have "
-                "other channels or more bits: set data.backend to array or pil."
+                f"data.backend is {backend}, which makes views of 8-bit RGB only, but the pictures "
+                "have other channels or more bits: set data.backend to array or pil."
             )
-        return "pil" if config.data.backend == "pil" else "array"
-    if config.data.backend != "auto":
-        missing = config.data.backend == "dali" and not has_dali()
-        if missing:
+        return "pil" if backend == "pil" else "array"
+    if backend != "auto":
+        if backend == "nvjpeg" and (reason := why_no_nvjpeg(device)):
+            raise ConfigError(f"data.backend is nvjpeg, but {reason}: set data.backend to array.")
+        if backend == "dali" and not has_dali():
             raise ConfigError(
                 f"data.backend is dali, but DALI is not installed: {install_dali('dali')}, or set "
                 "data.backend to array."
             )
-        return config.data.backend
+        return backend
     # On the CPU a step fed by DALI takes 1.19 times as long (bench/results/ablation.jsonl).
-    return "dali" if device.type == "cuda" and has_dali() else "array"
+    if device.type != "cuda":
+        return "array"
+    if has_dali():
+        return "dali"
+    return "array" if why_no_nvjpeg(device) else "nvjpeg"
+
+
+def why_no_nvjpeg(device: torch.device) -> str:
+    """Why torchvision cannot decode on this device; empty if it can."""
+    from fastmoco.data.backends.nvjpeg.decoder import why_not
+
+    return why_not(device)
 
 
 def has_dali() -> bool:
@@ -58,12 +71,20 @@ def install_dali(otherwise: str = "") -> str:
 
 
 def missing_dali(config: Config, device: torch.device) -> str:
-    """What this run loses without DALI, and the command that installs it; empty if nothing."""
+    """What this run loses without DALI, and the command that installs it; empty if nothing.
+
+    Where nvJPEG decodes instead, that is not known.
+    """
     data = config.data
     served = data.backend != "auto" or data.source == "synthetic" or data.float_views
     if served or device.type != "cuda" or has_dali() or not (command := install_dali()):
         return ""
-    return f"DALI is not installed, so the CPU does what this GPU could: decode and crop; {command}"
+    if not (reason := why_no_nvjpeg(device)):
+        return ""
+    return (
+        f"DALI is not installed, and {reason}, so the CPU does what this GPU could: decode and "
+        f"crop; {command}"
+    )
 
 
 def build_engine(config: Config, plan: Plan, reader: Reader | None, device: torch.device) -> Engine:
@@ -73,9 +94,13 @@ def build_engine(config: Config, plan: Plan, reader: Reader | None, device: torc
     backend = choose_backend(config, device)
     # Imported on demand: DALI takes seconds to load, and may not be installed.
     if backend == "dali":
-        from fastmoco.data.backends.dali import DaliEngine
+        from fastmoco.data.backends.dali.engine import DaliEngine
 
         return DaliEngine(config, plan, reader, device)
+    if backend == "nvjpeg":
+        from fastmoco.data.backends.nvjpeg.engine import NvjpegEngine
+
+        return NvjpegEngine(config, plan, reader, device)
     from fastmoco.data.backends.workers import WorkerEngine
 
     return WorkerEngine(config, plan, reader, device, backend)

@@ -28,7 +28,7 @@ class Engine(Protocol):
     """An executor of the table that makes micro-batches ahead of time."""
 
     backend: str
-    """Its name: `dali`, `array`, `pil` or `synthetic`."""
+    """Its name: `dali`, `nvjpeg`, `array`, `pil` or `synthetic`."""
     description: str
     """One line: backend, processes, threads and prefetch depth that were chosen."""
 

@@ -3,8 +3,7 @@
 `array` executes the table with array operations, `pil` with the reference itself. For a GPU
 `array` decodes and crops only, and `fastmoco_kernels.photometric` does the rest there. A
 micro-batch is cut into parts so that all workers share its latency, and they fill one ring of
-shared memory. Workers are forked and use neither CUDA nor the network. They end with their parent,
-which torch's loader watches.
+shared memory.
 
 n local batch, S side of a view.
 """
@@ -13,22 +12,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from fastmoco.config import AugmentConfig, Config, ConfigError
 from fastmoco.data.backends.array import Canvas, Cropper
 from fastmoco.data.backends.engine import Executor
 from fastmoco.data.backends.float_views import FloatCanvas
-from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.data.backends.pil import PilExecutor
+from fastmoco.data.backends.processes import end, in_own_words, work_ahead
 from fastmoco.data.backends.ring import Ring, slot_of
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage
@@ -132,30 +129,9 @@ class Parts(Dataset[Part]):
         return self._executor
 
 
-class _From(Sampler[int]):
-    """start, start + 1, ... without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
-
-
-def _as_it_is(part: Any) -> Any:
-    """Instead of torch's conversion, which makes a shared file of every small array."""
-    return part
-
-
 def leaves_colours(backend: str, device: torch.device, rule: PixelRule) -> bool:
     """Whether the device does what comes after the crop."""
     return backend == "array" and device.type == "cuda" and not rule.float_views
-
-
-def _in_worker(_: int) -> None:
-    outlast_the_trainer()
-    # NumPy's products of float views, else on as many threads as there are cores, in each worker.
-    threadpool_limits(1, user_api="blas")
 
 
 def within_limits(workers: int, ahead: int, parts: int, batch_bytes: int) -> tuple[int, int]:
@@ -235,7 +211,7 @@ class WorkerEngine:
         self.dataset.slots = self.ring.slots
         if device.type == "cuda":
             self.ring.pin(device)
-        self._items: Any = None
+        self._items: Iterator[Part] = iter(())
         self._micro_step = 0
 
     def start(self, micro_step: int) -> None:
@@ -243,20 +219,9 @@ class WorkerEngine:
         self.close()
         self.ring.settle()
         self._micro_step = micro_step
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=_From(micro_step * self.parts),
-            num_workers=self.workers,
-            prefetch_factor=self.ahead,
-            worker_init_fn=_in_worker,
-            collate_fn=_as_it_is,
-            timeout=self.timeout_s,
-            # Also in a process that was itself spawned, whose children would be spawned by default:
-            # those import torch again, for seconds, and abort when they are told to end.
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
+        self._items = work_ahead(
+            self.dataset, micro_step * self.parts, self.workers, self.ahead, self.timeout_s
         )
-        self._items = iter(loader)
 
     def next(self) -> Batch:
         """The next micro-batch.
@@ -265,18 +230,8 @@ class WorkerEngine:
         failing, and `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
         """
         self.ring.settle()
-        try:
+        with in_own_words():
             parts = [next(self._items) for _ in range(self.parts)]
-        except ConfigError as error:  # PyTorch puts the worker's traceback before it
-            raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
-        except RuntimeError as error:  # torch's words for both; any other is a fault of our own
-            if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
-                raise
-            raise ChildProcessError(
-                f"{str(error).splitlines()[0].rstrip('. ')}: look for too little memory, for other "
-                f"programs that fill {limits.SHARED_MEMORY}, and for a disk that does not answer; "
-                "the same command goes on."
-            ) from error
         views = self.ring.taken(self._micro_step, self.device)
         self._micro_step += 1
         if self.dataset.crops_only:
@@ -295,6 +250,5 @@ class WorkerEngine:
 
     def close(self) -> None:
         """Ends the workers."""
-        items, self._items = self._items, None
-        if items is not None and hasattr(items, "_shutdown_workers"):
-            items._shutdown_workers()
+        items, self._items = self._items, iter(())
+        end(items)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastmoco.config import Config
 from fastmoco.data.backends.choose import has_dali
-from fastmoco.data.backends.dali_reader import Delivery
+from fastmoco.data.backends.dali.reader import Delivery
 from fastmoco.data.backends.float_views import FloatCanvas
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.backends.synthetic import SyntheticEngine
@@ -85,11 +85,11 @@ def draw_replay(step: replay.SavedStep, path: Path, *, samples: int = 8) -> int:
 
 def _by_dali(config: Config, work: Work) -> list[UInt8]:
     # Imported by name: only where DALI is installed.
-    from fastmoco.data.backends import dali_graph
+    from fastmoco.data.backends.dali import graph
 
-    shape = dali_graph.Shape(config.augment.image_size, "cpu", False)
+    shape = graph.Shape(config.augment.image_size, "cpu", False)
     delivery = Delivery.pack(work, config.augment.recipe)
-    return [batch.numpy() for batch in dali_graph.run_once(delivery, shape)]
+    return [batch.numpy() for batch in graph.run_once(delivery, shape)]
 
 
 def _shown(image: Image.Image | Deep) -> Image.Image:

@@ -17,7 +17,7 @@ from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
 from tests.support.images import open_rgb
 
-pipeline = pytest.importorskip("fastmoco.data.backends.dali_graph", reason="DALI is not installed")
+pipeline = pytest.importorskip("fastmoco.data.backends.dali.graph", reason="DALI is not installed")
 backend = pytest.importorskip("nvidia.dali.backend")
 
 SIDE = 96

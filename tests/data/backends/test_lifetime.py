@@ -20,9 +20,11 @@ import signal
 import sys
 import torch
 from fastmoco.config import AugmentConfig, Config, DataConfig, OptimConfig, RunConfig
+from fastmoco.data.backends import choose
 from fastmoco.data.loader import build_loader
 
 root, run, backend, end = sys.argv[1:]
+choose.why_no_nvjpeg = lambda device: ""  # the decoder of the CPU in its place
 config = Config(
     run=RunConfig(dir=run),
     data=DataConfig(root=root, backend=backend, workers=2, threads=1),
@@ -68,6 +70,9 @@ def shared_memory_of(processes: set[int]) -> set[str]:
         ("array", "interrupt"),
         ("array", "exception"),
         ("array", "kill"),
+        ("nvjpeg", "interrupt"),
+        ("nvjpeg", "exception"),
+        ("nvjpeg", "kill"),
         pytest.param("dali", "interrupt", marks=needs_dali),
         pytest.param("dali", "kill", marks=needs_dali),
     ],

@@ -23,8 +23,9 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
+from fastmoco.data.backends.processes import _in_process
 from fastmoco.data.backends.ring import Ring, slot_of
-from fastmoco.data.backends.workers import WorkerEngine, _in_worker, slots, within_limits
+from fastmoco.data.backends.workers import WorkerEngine, slots, within_limits
 from fastmoco.data.loader import make_plan
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader
@@ -50,7 +51,7 @@ def test_a_worker_multiplies_on_one_thread_and_the_trainer_on_all() -> None:
         ThreadsOfNumpy(),
         batch_size=None,
         num_workers=1,
-        worker_init_fn=_in_worker,
+        worker_init_fn=_in_process,
         multiprocessing_context="fork",
     )
     with threadpool_limits(2, user_api="blas"):

@@ -261,7 +261,7 @@ def all_forms() -> dict[str, bytes]:
 def test_every_form_decodes_as_pil_does(tmp_path: Path) -> None:
     """What the readers hand to DALI decodes there to exactly PIL's RGB."""
     pytest.importorskip("nvidia.dali")
-    from fastmoco.data.backends import dali_graph
+    from fastmoco.data.backends.dali import graph
 
     forms = all_forms()
     for name, data in forms.items():
@@ -270,7 +270,7 @@ def test_every_form_decodes_as_pil_does(tmp_path: Path) -> None:
     assert not source.bad
     reader = Reader(source, 0, RULE)
     handed = [reader.load(sample) for sample in range(len(forms))]
-    decoded = dali_graph.decode_all([one.data for one in handed])
+    decoded = graph.decode_all([one.data for one in handed])
     for sample, (one, image) in enumerate(zip(handed, decoded, strict=True)):
         name = Path(source.name(sample)).name
         expected = np.asarray(open_rgb(forms[name]))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fastmoco.config import Config
-from fastmoco.data.backends import dali_graph
-from fastmoco.data.backends.dali_reader import Delivery
+from fastmoco.data.backends.dali import graph
+from fastmoco.data.backends.dali.reader import Delivery
 from fastmoco.data.batch import Batch
 from fastmoco.data.decode import BadImage, decode
 from fastmoco.data.plan import Plan
@@ -52,13 +52,13 @@ class DaliEngine:
         """Begin at this micro-batch."""
         self.close()
         self._micro_step = micro_step
-        shape = dali_graph.Shape(
+        shape = graph.Shape(
             side=self.augment.image_size,
             device="cpu" if self._device_id is None else "gpu",
             two_decodes=self.plan.key_rows is not None,
             one_view=self.plan.views == 1,
         )
-        self._pipe = dali_graph.build(
+        self._pipe = graph.build(
             Delivery(self.reader, self.plan, self.augment, micro_step),
             shape,
             batch=self.plan.local_batch,
@@ -74,7 +74,7 @@ class DaliEngine:
         for _ in range(_REPAIRS):
             try:
                 views = self._run()
-            except dali_graph.NOT_DALI:
+            except graph.NOT_DALI:
                 raise
             except RuntimeError as error:
                 self._repair(error)
@@ -89,7 +89,7 @@ class DaliEngine:
         # The outputs are bound to torch's stream: DALI reuses them only after the copies below.
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         outputs = self._pipe.run(stream)
-        views, replaced = dali_graph.to_torch(outputs, self.device)
+        views, replaced = graph.to_torch(outputs, self.device)
         n = self.plan.local_batch
         return Batch(views[:n], views[n:], replaced.numpy())
 
@@ -105,7 +105,7 @@ class DaliEngine:
             bad = {sample: why for sample, data in fresh.items() if (why := self._bad(data))}
             self.reader.quarantine(bad)
             good = [sample for sample in fresh if sample not in bad]
-            refused = dali_graph.refused_by_decoder([fresh[s] for s in good], self._device_id)
+            refused = graph.refused_by_decoder([fresh[s] for s in good], self._device_id)
             self.reader.by_pil.update(good[at] for at in refused)
             if bad or refused:
                 return
