@@ -14,7 +14,6 @@ from bench.measure.contest import Contestant, Result
 from bench.measure.program import Options, command, compete, parser
 from bench.measure.rows import Row, case_of, quantiles
 from bench.steps.switches import Switch, switches
-from bench.throughput import summary
 from fastmoco.config import dump, parse
 from fastmoco.method.build import compile_encoders
 
@@ -55,7 +54,7 @@ def rows_of(results: Mapping[str, Result], case: Row) -> list[Row]:
                 "relative": quantiles([a.seconds / b.seconds for a, b in turns]),
                 "relative_cpu": round(busy / of_ours, 4),
                 "step_ms": quantiles([1e3 * w.seconds / w.steps for w in result.windows], 3),
-                **summary(result, case["batch"]),
+                **result.row(case["batch"]),
             }
         )
     return rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,22 +47,13 @@ PARTS = {
     "pooling": ("pool", "Pool"),
 }
 ELEMENTWISE = "elementwise and copies"
+ranged: Any = record_function  # decorates, too
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")
-
-
-def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside a range of that name."""
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        with record_function(name):
-            return function(*arguments, **options)
-
-    return call
 
 
 def ranged_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches; waiting for one is a range."""
-    take = ranged(DATA, lambda: next(batches))
+    take = ranged(DATA)(lambda: next(batches))
     while True:
         yield take()
 
@@ -69,16 +61,16 @@ def ranged_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
 def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     """`run` with the phases of the step named; the step itself stays free of profiling."""
     if isinstance(step, WholeStep):  # one graph: no range fits inside
-        step.run_graph = ranged("fastmoco.graph", step.run_graph)  # type: ignore[method-assign]
+        step.run_graph = ranged("fastmoco.graph")(step.run_graph)  # type: ignore[method-assign]
         return run
-    step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
-    step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
+    step.embed_q.forward = ranged("fastmoco.queries")(step.embed_q.forward)
+    step.optimizer.step = ranged("fastmoco.update")(step.optimizer.step)  # type: ignore[method-assign]
     if step.ema is not None:
-        step.ema = ranged("fastmoco.update", step.ema)
+        step.ema = ranged("fastmoco.update")(step.ema)
     keys = type(step.shuffle)  # a call is looked up in the class
     places = {
-        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss", info_nce_enqueue),
-        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys", keys.__call__),
+        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss")(info_nce_enqueue),
+        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys")(keys.__call__),
     }
 
     def named() -> None:
@@ -106,23 +98,20 @@ def shares(events: Sequence[Any], cuda: bool) -> dict[str, float]:
     On the CPU that is the time of the host, in which waiting for data is a part. On CUDA it is the
     time of kernels, each charged to the operation that launched it.
     """
-    total: dict[str, float] = {}
-    hosted = [event for event in events if event.device_type.name == "CPU"]
-    for event in hosted:
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        part = part_of(event)
-        total[part] = total.get(part, 0.0) + own
+    total: Counter[str] = Counter()
+    for event in events:
+        if event.device_type.name == "CPU":
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            total[part_of(event)] += own
     if cuda:  # kernels without a known operation, as those of a replayed graph
-        kernels = [
-            e
-            for e in events
-            if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)
-        ]
-        rest = sum(e.self_device_time_total for e in kernels) - sum(total.values())
-        total["unknown"] = max(rest, 0.0)
-    everything = sum(total.values()) or 1.0
-    found = sorted(total.items(), key=lambda item: -item[1])
-    return {part: 100 * value / everything for part, value in found if value}
+        everything = sum(
+            event.self_device_time_total
+            for event in events
+            if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+        )
+        total["unknown"] = max(everything - total.total(), 0.0)
+    whole = total.total() or 1.0
+    return {part: 100 * value / whole for part, value in total.most_common() if value}
 
 
 def profile_step(config: Config, out: Path, number: int) -> Row:

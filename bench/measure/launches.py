@@ -7,6 +7,7 @@ what would wait (`tests/support/fake_cuda.py`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,17 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 RANGE = "one step"
-# Calls by the beginnings of their names: runtime and driver, with or without _v2, Ex or ExC.
-LAUNCHES = (
-    *("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel"),
-    *("cudaGraphLaunch", "cuGraphLaunch"),
-)
-WAITS = (
-    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
-    *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
-)
-# These wait by themselves; their asynchronous forms begin with the same letters.
-COPIES = ("cudaMemcpy", "cuMemcpy")
+# Calls of runtime and driver, with or without _v2, Ex or ExC.
+LAUNCHES = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)")
+WAITS = re.compile(r"cu(da)?((Stream|Device|Ctx|Event)Synchronize|Memcpy(?!.*Async))")
 
 
 def count(events: Iterable[Any]) -> dict[str, int]:
@@ -36,21 +29,14 @@ def count(events: Iterable[Any]) -> dict[str, int]:
     # The range exists once more on the device, where it ends after the host has gone on.
     events = [event for event in events if event.device_type.name == "CPU"]
     whole = [event.time_range for event in events if event.name == RANGE]
-    if not whole:
-        return {}
-    begin, end = min(r.start for r in whole), max(r.end for r in whole)
-    inside = [e.name for e in events if begin <= e.time_range.start <= end]
-    launches = sum(name.startswith(LAUNCHES) for name in inside)
-    if not launches:
-        return {}
-    return {
-        "kernel_launches": launches,
-        "host_syncs": sum(name.startswith(WAITS) or _waits(name) for name in inside),
-    }
-
-
-def _waits(name: str) -> bool:
-    return name.startswith(COPIES) and "Async" not in name
+    inside = [
+        event.name
+        for event in events
+        if any(span.start <= event.time_range.start <= span.end for span in whole)
+    ]
+    launches = sum(bool(LAUNCHES.match(name)) for name in inside)
+    waits = sum(bool(WAITS.match(name)) for name in inside)
+    return {"kernel_launches": launches, "host_syncs": waits} if launches else {}
 
 
 def launches_of(step: Callable[[], object], device: torch.device) -> dict[str, int]:

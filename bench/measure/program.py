@@ -1,4 +1,4 @@
-"""What all benchmark programs share: options, exit code, complaints, progress, and what is shown.
+"""What all benchmark programs share: options, exit code, complaints, and what is shown.
 
 A program is a function from its options to the rows that it measured. Rows are printed as they
 come, and with --publish they are kept.
@@ -21,7 +21,7 @@ from fastmoco.machine.gpu_meter import build_meter
 
 Options = argparse.Namespace
 """Of a program: its own, `program`, `publish`, and where it trains `config`, `device`, `rest`."""
-NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config")
+NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config", "kernels")
 
 
 def command(
@@ -116,28 +116,16 @@ def complain(program: str, sentence: str) -> None:
     print(f"{program}: {sentence}", file=sys.stderr)
 
 
-def progress(windows: int) -> Callable[[int], None]:
-    """A function of the windows done that keeps a counter on the terminal until all are."""
-    return partial(_progress, windows=windows)
-
-
-def _progress(done: int, windows: int) -> None:
-    if sys.stderr.isatty():
-        text = f"{done}/{windows} windows" if done < windows else ""
-        print(f"\r{text:24s}\r", end="", file=sys.stderr, flush=True)
-
-
 def compete(
     own: Options, contestants: Sequence[Contestant], warmup: int | None = None
 ) -> dict[str, Result]:
-    """The contest that the options ask for, with a meter of the GPU and a counter of windows."""
+    """The contest that the options ask for, with a meter of the GPU."""
     return contest(
         contestants,
         windows=own.windows,
         steps=own.steps,
         warmup=max(2, own.steps) if warmup is None else warmup,
         meter=build_meter(own.device, partial(complain, own.program)),
-        progress=progress(own.windows),
     )
 
 

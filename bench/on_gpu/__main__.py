@@ -79,7 +79,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
         },
         "compiled": {
             f"step of {batch}": [
-                *("-m", "bench.on_gpu.silent_step", *step, *windows),
+                *(*throughput, "--only", "silent,captured"),
                 f"--optim.global_batch_size={batch}",
             ]
             for batch in ((4, 2) if toy else (256, 32))

@@ -7,11 +7,12 @@ N local batch, S image side.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import count, cycle, islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,19 +24,21 @@ from bench.measure.contest import synchronize
 from bench.measure.launches import launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
-from fastmoco.config import Config, parse_text
+from fastmoco.config import Config, ConfigError, dump, parse_text
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, build_loader
 from fastmoco.machine.host import settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.cuda_graph import GIVES_UP
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.train import join_world
 
 FOREVER = 10**9
+MAY_WAIT = 3  # steps, which compile and capture
 _STORE: Any = dist.HashStore  # type: ignore[attr-defined]
 
 
@@ -130,6 +133,35 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
         synchronize(world.device)
     known = {"first_step_s": round(time.perf_counter() - began, 1)} if compiled else {}
     return Bench(world.device, switch_off(run, step, without), known=known, compiled=compiled)
+
+
+def silent_step(config: str, cuda_graph: Literal["off", "on"] = "off") -> Bench:
+    """Our step where a host synchronization is an error, but for its first `MAY_WAIT` steps.
+
+    Raises `ConfigError` naming a call that waits, and where the step gives up its CUDA graph.
+    """
+    parsed = parse_text(config)
+    machine = our_step(dump(replace(parsed, run=replace(parsed.run, cuda_graph=cuda_graph))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", GIVES_UP)
+        try:
+            machine.run(MAY_WAIT)
+        except RuntimeWarning as refused:
+            raise ConfigError(str(refused)) from refused
+    run = machine.step
+
+    def silent() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise ConfigError(f"A step makes the host wait for the device: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return replace(machine, step=silent) if machine.device.type == "cuda" else machine
 
 
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, World]:

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ledger import absent_gpus, count, count_step
+from bench.ledger import count, count_step
 from fastmoco.config import ModelConfig
 from fastmoco.method.moco import build_moco
+from tests.support.fake_cuda import absent_gpus
 from tests.support.tiny import CONFIG, tiny_encoder
 
 BUILD_ENCODER = "fastmoco.method.moco.build_encoder"

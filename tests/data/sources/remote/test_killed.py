@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure.far_store import FarStore
+from tests.support.far_store import FarStore
 from tests.support.final_state import assert_same_bits, final_state
 
 for module in ("s3fs", "moto"):
