@@ -35,8 +35,9 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.program import Options, command, markdown, parser
+from bench.measure.program import Options, command, parser
 from bench.measure.rows import Row
+from bench.pages.tables import markdown
 from bench.roofline import Kernel, times
 from fastmoco.config import Config, ConfigError, check, parse, recipe_path
 from fastmoco.machine.ranks import World
@@ -267,7 +268,7 @@ def main(own: Options) -> Iterator[list[Row]]:
     ledger = count_step(config, own.ranks)
     row = row_of(ledger, config, own.ranks)
     yield [row]
-    print("\n".join(["", *markdown(*times([[row]])), "", ledger.last_line()]), flush=True)
+    print("\n".join(["", *markdown(*times([{"": row}])), "", ledger.last_line()]), flush=True)
 
 
 if __name__ == "__main__":

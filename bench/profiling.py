@@ -10,10 +10,11 @@ For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profil
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ PARTS = {
 }
 ELEMENTWISE = "elementwise and copies"
 ranged: Any = record_function  # decorates, too
+LAUNCHES = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)")
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")
 
 
@@ -114,6 +116,11 @@ def shares(events: Sequence[Any], cuda: bool) -> dict[str, float]:
     return {part: 100 * value / whole for part, value in total.most_common() if value}
 
 
+def launches(averages: Iterable[Any]) -> int:
+    """Calls of the CUDA runtime and driver that launch a kernel, or a graph of them."""
+    return sum(a.count for a in averages if LAUNCHES.match(a.key))
+
+
 def profile_step(config: Config, out: Path, number: int) -> Row:
     """Profile `number` steps after three, write trace and table into `out`, return a row's fields.
 
@@ -147,6 +154,7 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
         "shares": {part: round(percent, 2) for part, percent in found.items()},
         "step_ms": round(1e3 * seconds / number, 2),
         "data_wait_percent": round(100 * waited / seconds, 2),
+        "launches_per_step": launches(profiler.key_averages()) / number,
         "steps": number,
         "threads": get_num_threads(),
     }

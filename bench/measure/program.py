@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -130,55 +129,13 @@ def compete(
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the case of some rows, then who was timed and a line for each number of it."""
+    """Print the case of some rows, then who was timed and what was found."""
     for at, row in enumerate(rows):
         if not at or row["case"] != rows[at - 1]["case"]:
-            print(f"\n{row['benchmark']}: {_named(row['case'])}")
+            case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
+            print(f"\n{row['benchmark']}: {case}")
         print(row.get("contestant", ""))
-        before = set(lines(rows[at - 1])) if at else set()
-        for name, text in lines(row):
-            if ": " not in name or (name, text) not in before:  # all rows of a contest hold these
-                print(f"    {name:44s}{text}")
+        for name, value in row.items():
+            if name not in NOT_SHOWN and value is not None:
+                print(f"    {name:32s}{value}")
     sys.stdout.flush()
-
-
-def lines(row: Row) -> Iterator[tuple[str, str]]:
-    """Names and figures of a row; a median has p20 and p80 behind it."""
-    for name, value in row.items():
-        if name in NOT_SHOWN or name.startswith(("p20", "p80")) or value is None:
-            continue
-        if name.startswith("p50"):
-            spread = [row[f"p{p}{name[3:]}"] for p in (20, 50, 80)]
-            yield name[4:] or row["case"]["unit"], cell(spread, row["n"])
-        elif isinstance(value, dict):
-            yield from ((f"{name}: {key}", _text(part, row)) for key, part in value.items())
-        else:
-            yield name, _text(value, row)
-
-
-def _text(value: Any, row: Row) -> str:
-    if isinstance(value, list) and len(value) == 3 and isinstance(value[0], float):
-        return cell(value, row["n"])
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _named(case: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in case.items())
-
-
-def figure(value: float) -> str:
-    """About four digits, none of them behind an `e`."""
-    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
-
-
-def cell(quantiles: Sequence[float], n: int, shown_as: Callable[[float], str] = figure) -> str:
-    """A median with p20 and p80, or with n where these would say nothing."""
-    p20, p50, p80 = map(shown_as, quantiles)
-    return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
-
-
-def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; all columns but the first are numbers."""
-    rule = "|---|" + "---:|" * (len(headers) - 1)
-    top = f"| {' | '.join(headers)} |".replace("|  |", "| |")
-    return [top, rule, *(f"| {' | '.join(line)} |" for line in body)]

@@ -6,6 +6,8 @@ N local batch, S image side.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.contest import synchronize
-from bench.measure.launches import launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
 from fastmoco.config import Config, ConfigError, dump, parse_text
@@ -35,6 +36,7 @@ from fastmoco.method.cuda_graph import GIVES_UP
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
+from fastmoco.run.checkpoint import Saver
 from fastmoco.train import join_world
 
 FOREVER = 10**9
@@ -64,13 +66,11 @@ class Bench:
             self.step()
 
     def facts(self) -> dict[str, Any]:
-        """Threads, notes; without a loader also launches and waits on CUDA, FLOPs on the CPU."""
+        """Threads, notes, and the FLOPs of an eager step on the CPU that no loader feeds."""
         known = {"threads": torch.get_num_threads(), **self.known}
-        if self.loader:
-            return known
-        if self.device.type == "cpu" and not self.compiled:
+        if self.device.type == "cpu" and not self.compiled and not self.loader:
             known.setdefault("gflop_per_step", self._gflop())
-        return known | launches_of(self.step, self.device)
+        return known
 
     def _gflop(self) -> float:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
@@ -192,6 +192,36 @@ def fed_step(
     loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
     run = _numbered(step, over(loader.batches(0, FOREVER)), parsed.optim.accumulate)
     return step, Bench(world.device, run, loader=loader, known={"loader": loader.description})
+
+
+@dataclass
+class Saving(Bench):
+    """A contestant that saves as the trainer does, while it goes on."""
+
+    saver: Saver = field(kw_only=True)
+    done: int = 0
+
+    def run(self, steps: int) -> None:
+        """Begin a checkpoint, then do the steps."""
+        if sentence := self.saver.save_if_due(self.done, overdue=True):
+            raise RuntimeError(sentence)
+        super().run(steps)
+        self.done += steps
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and end as the others do."""
+        with self.saver:
+            pass
+        shutil.rmtree(self.saver.folder)
+        super().close()
+
+
+def saving_step(config: str) -> Saving:
+    """Our step, with a checkpoint at the beginning of every window."""
+    parsed = parse_text(config)
+    parsed = replace(parsed, run=replace(parsed.run, dir=tempfile.mkdtemp(prefix="saving-")))
+    step, run, world = numbered_step(config)
+    return Saving(world.device, run, saver=Saver(step, parsed, world, FOREVER))
 
 
 def end_to_end(config: str) -> Bench:

@@ -14,6 +14,7 @@ import torch
 from bench.profiling import (
     DATA,
     PHASES,
+    launches,
     part_of,
     profile_step,
     ranged_batches,
@@ -93,6 +94,14 @@ def test_a_step_that_is_one_graph_has_one_range() -> None:
     assert names.count("fastmoco.graph") == 1
 
 
+def test_launches_of_runtime_and_driver_are_counted() -> None:
+    calls = {
+        *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch"),
+        *("cudaMemcpyAsync", "cudaStreamSynchronize", "aten::convolution"),
+    }
+    assert launches([SimpleNamespace(key=name, count=3) for name in calls]) == 4 * 3
+
+
 def event(
     name: str,
     parent: Any = None,
@@ -166,3 +175,12 @@ def test_our_kernels_of_the_cpu_belong_to_their_layers() -> None:
     for function, part in parts.items():
         assert part_of(event(function.__name__)) == part
         assert part_of(event(f"{function.__name__}Backward")) == part
+
+
+@pytest.mark.gpu
+def test_real_launches() -> None:
+    x = torch.ones(8, device="cuda")
+    activities = [CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        (x + 1).sum().item()
+    assert launches(profiler.key_averages()) >= 2

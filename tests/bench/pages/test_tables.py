@@ -12,9 +12,9 @@ import torch
 
 from bench.kernels import races
 from bench.measure.contest import Result, Window
-from bench.measure.program import cell, figure
 from bench.measure.rows import RESULTS, case_of
 from bench.pages import tables
+from bench.pages.tables import cell, figure
 from bench.throughput import ratios_of
 from fastmoco.config import Config
 
