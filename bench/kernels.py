@@ -24,8 +24,9 @@ from bench.races.loss import enqueue_race, loss_race
 from bench.races.photometric import photometric_race
 from bench.races.race import Race
 from bench.races.updates import ema_race, sgd_ema_race
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from fastmoco_kernels.launch import HAS_TRITON, triton
+from fastmoco_kernels.network import batch_norm_cpu
 
 LOSSES = ((256, torch.float32), (256, torch.bfloat16), (32, torch.float32))
 Cases = list[Callable[[], Race]]

@@ -15,9 +15,9 @@ from torch.nn.functional import conv2d
 
 from bench.races.race import Outputs, Race
 from fastmoco.machine.host import keep_freed_memory
-from fastmoco_kernels import convolution_cpu
-from fastmoco_kernels import direct_convolution_cpu as direct
-from fastmoco_kernels import winograd_cpu as winograd
+from fastmoco_kernels.convolution import convolution_cpu
+from fastmoco_kernels.convolution import direct_convolution_cpu as direct
+from fastmoco_kernels.convolution import winograd_cpu as winograd
 
 # Layers of ResNet-50 at 224 pixels: N, C, side of the input, O, K, stride.
 RESNET50 = (

@@ -16,7 +16,8 @@ from torch.nn.functional import batch_norm, max_pool2d, relu
 
 from bench.races.race import Outputs, Race, forward_backward
 from fastmoco.machine.host import keep_freed_memory
-from fastmoco_kernels import batch_norm_act, batch_norm_cpu, max_pool, reference
+from fastmoco_kernels import batch_norm_act, max_pool, reference
+from fastmoco_kernels.network import batch_norm_cpu
 
 # Layers of ResNet-50 at 224 pixels: N, C, side, whether something is added, groups.
 CUDA_NORMS = (

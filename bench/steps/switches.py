@@ -19,13 +19,9 @@ from fastmoco.config import Config
 from fastmoco.machine.precision import choose_precision
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import NormalizePixels
-from fastmoco_kernels import (
-    InfoNCE,
-    batch_norm_cpu,
-    convolution_cpu,
-    convolution_fp32_cpu,
-    enqueue_,
-)
+from fastmoco_kernels import InfoNCE, enqueue_
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 
 Run = Callable[[], object]
 # Layers with a kernel of ours, by their names in `without`: what decides whether it runs.

@@ -17,7 +17,7 @@ from bench.steps.contestants import numbered_step, saving_step
 from bench.steps.switches import WITHOUT, switch_off, switches
 from fastmoco.config import Config, dump, parse, parse_text
 from fastmoco.run import checkpoint
-from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
 
 TINY = [
@@ -105,7 +105,7 @@ def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
     bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
 
     def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
-        with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value=why):
+        with mock.patch("fastmoco_kernels.convolution.convolution_cpu.reason", return_value=why):
             return "weight gradients" in [s.name for s in switches(config, cuda, compiled)]
 
     assert named(bf16)
@@ -119,7 +119,9 @@ def test_convolutions_are_a_switch_in_fp32_where_our_kernels_compute_them() -> N
     bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
 
     def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
-        with mock.patch("fastmoco_kernels.convolution_fp32_cpu.reason", return_value=why):
+        with mock.patch(
+            "fastmoco_kernels.convolution.convolution_fp32_cpu.reason", return_value=why
+        ):
             return "convolutions" in [s.name for s in switches(config, cuda, compiled)]
 
     assert named(fp32)

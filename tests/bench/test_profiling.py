@@ -27,7 +27,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.step import Step
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),

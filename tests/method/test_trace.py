@@ -20,7 +20,8 @@ from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 from tests.support.fake_cuda import Watch, cuda_without_device, printed_by
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images

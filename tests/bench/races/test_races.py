@@ -18,7 +18,8 @@ from bench.races.loss import enqueue_race, loss_race
 from bench.races.photometric import photometric_race
 from bench.races.race import Outputs, Race, cold_copies, distance, run
 from bench.races.updates import ema_race, sgd_ema_race
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 from tests.support.compiled import needs
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -151,10 +152,12 @@ def test_weight_gradients_of_both_ways_are_those_of_float64() -> None:
 
 
 def test_weight_gradients_are_raced_only_where_our_kernel_computes_them() -> None:
-    with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value=""):
+    with mock.patch("fastmoco_kernels.convolution.convolution_cpu.reason", return_value=""):
         assert "weight_gradient" in races(CPU)
         assert "weight_gradient" not in races(torch.device("cuda"))
-    with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value="no such unit"):
+    with mock.patch(
+        "fastmoco_kernels.convolution.convolution_cpu.reason", return_value="no such unit"
+    ):
         assert "weight_gradient" not in races(CPU)
         assert main(["--device", "cpu", "--only", "weight_gradient"]) == 2
 
