@@ -46,7 +46,7 @@ from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.moco import build_moco
 from fastmoco.method.optim.update import set_lr
 from fastmoco_kernels import aot
-from tests.support.fake_cuda import absent_gpus, to_fake_cuda_
+from tests.support.gpu.fake_cuda import absent_gpus, to_fake_cuda_
 
 # How Inductor names what it generates: triton_poi_fused_add_3 and so on.
 GENERATED = {"poi": "pointwise", "for": "pointwise", "red": "reductions", "per": "reductions"}

@@ -45,7 +45,7 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import Reader, read_work
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.table import ViewTable
-from tests.support.far_store import FarStore
+from tests.support.data.far_store import FarStore
 
 CPU = torch.device("cpu")
 F: Any = functional  # its annotations name tensors only

@@ -10,7 +10,7 @@ import torch
 from bench.ledger import Ledger, main
 from bench.roofline import H100, Kernel
 from fastmoco_kernels.aot import info_nce_cases
-from tests.support.fake_cuda import printed_by
+from tests.support.gpu.fake_cuda import printed_by
 from tests.support.tiny import BATCH, CONFIG
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a machine without GPU")
@@ -19,8 +19,8 @@ Kernels = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What `tests.support.counted_graphs` prints, from a process of its own."""
-    return printed_by("tests.support.counted_graphs")
+    """What `tests.support.gpu.counted_graphs` prints, from a process of its own."""
+    return printed_by("tests.support.gpu.counted_graphs")
 
 
 def part(kernels: Kernels, name: str) -> Kernels:

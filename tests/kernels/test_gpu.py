@@ -24,7 +24,7 @@ from fastmoco_kernels import (
 from fastmoco_kernels.info_nce_launch import info_nce_triton
 from fastmoco_kernels.network.max_pool import Window
 from tests.kernels.oracle import features
-from tests.support.photometric import by_pil, small_views, table_for
+from tests.support.oracles.photometric import by_pil, small_views, table_for
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from bench.steps.contestants import Bench
 from bench.throughput import CONTESTANTS, named
 from fastmoco.config import Config, ConfigError, dump, parse_text
 from fastmoco.method.cuda_graph import GIVES_UP
-from tests.support import one_process
+from tests.support.runs import one_process
 
 CPU = torch.device("cpu")
 BRIEF = 'import sys; print("ran"); sys.exit({})'

@@ -22,7 +22,7 @@ from fastmoco.data.sources.remote import cache as cache_module
 from fastmoco.data.sources.remote import store as store_module
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, look
-from tests.support.far_store import FarStore
+from tests.support.data.far_store import FarStore
 
 for module in ("s3fs", "moto", "pyarrow"):
     pytest.importorskip(module, reason="the extra remote, parquet or dev is not installed")

@@ -281,7 +281,7 @@ def _is_channels_last(t: Tensor) -> bool:
 
 def printed_by(module: str, *arguments: str) -> dict[str, Any]:
     """The JSON of the last line that a module prints which fakes a GPU in a process of its own."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
