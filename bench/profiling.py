@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from unittest import mock
 from torch import get_num_threads
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.measure.contest import synchronize
+from bench.measure.contest import timed
 from bench.measure.program import Options, command, parser
 from bench.measure.rows import Row, case_of
 from bench.steps.contestants import fed_step
@@ -130,20 +129,12 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
     launched = replace(config, run=replace(config.run, cuda_graph="off"))
     step, machine = fed_step(dump(launched), ranged_batches)
     cuda = machine.device.type == "cuda"
-    try:
-        run = with_ranges(step, machine.step)
-        for _ in range(3):
-            run()
-        synchronize(machine.device)
-        waited, began = machine.wait_s, time.perf_counter()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    machine.step = with_ranges(step, machine.step)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with closing(machine):
+        timed(machine, 3)
         with profile(activities=activities) as profiler:
-            for _ in range(number):
-                run()
-            synchronize(machine.device)
-        seconds, waited = time.perf_counter() - began, machine.wait_s - waited
-    finally:
-        machine.close()
+            window = timed(machine, number)
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -152,8 +143,8 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
     found = shares(profiler.events() or [], cuda)
     return {
         "shares": {part: round(percent, 2) for part, percent in found.items()},
-        "step_ms": round(1e3 * seconds / number, 2),
-        "data_wait_percent": round(100 * waited / seconds, 2),
+        "step_ms": round(1e3 * window.seconds / number, 2),
+        "data_wait_percent": round(100 * window.wait_s / window.seconds, 2),
         "launches_per_step": launches(profiler.key_averages()) / number,
         "steps": number,
         "threads": get_num_threads(),

@@ -27,6 +27,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.data.loader import build_loader
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
+from fastmoco.machine import ranks
 from fastmoco.machine.host import settle
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
@@ -105,6 +106,7 @@ def main(own: Options) -> Iterator[list[Row]]:
         for name in STEPS:
             row = {"benchmark": "quality", "case": case_of(config), "contestant": name}
             yield [{**row, "seed": seed, **curve(seeded, world, name), "config": dump(seeded)}]
+            ranks.stop()  # the published step is in a process group even alone
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def named(own: Options) -> list[str]:
             out |= {"official_kept"}
     found = [name for name in chosen(own.only, list(CONTESTANTS)) if name not in out]
     if not found:
-        raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
+        raise ConfigError(
+            f"--only {own.only}: synthetic data has no loader, for which set data.source, and the "
+            "CPU no CUDA graph."
+        )
     return found
 
 

@@ -7,7 +7,6 @@ every contestant a process of its own, and with it its own peak memory, threads 
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -69,8 +68,6 @@ class Window:
     """Processor time of the contestant: it does not grow when others use the machine."""
     wait_s: float
     """Seconds in which the step waited for the loader."""
-    page_faults: int = 0
-    """Pages of memory that the kernel had to map, and zero, for the contestant."""
     gpu: Sequence[Sample] = ()
     """What was read of the GPU meanwhile."""
 
@@ -84,16 +81,15 @@ class Result:
 
     def row(self, images: int) -> Row:
         """Fields of a row about steps of so many images."""
-        steps, seconds, cpu_s, faults, wait_s = (
+        steps, seconds, cpu_s, wait_s = (
             sum(getattr(window, name) for window in self.windows)
-            for name in ("steps", "seconds", "cpu_seconds", "page_faults", "wait_s")
+            for name in ("steps", "seconds", "cpu_seconds", "wait_s")
         )
         rates = [w.steps * images / w.seconds for w in self.windows]
         return {
             **spread(rates, 3, "images_per_second"),
             "steps": steps,
             "cpu_s_per_step": round(cpu_s / steps, 4),
-            "page_faults_per_step": round(faults / steps),
             "data_wait_percent": round(100 * wait_s / seconds, 2),
             **_of_gpu([sample for w in self.windows for sample in w.gpu], seconds, steps * images),
             **self.facts,
@@ -213,15 +209,11 @@ def _close() -> None:
 
 def timed(machine: Any, steps: int) -> Window:
     """Let a contestant do its steps."""
-    waited, used = machine.wait_s, resource.getrusage(resource.RUSAGE_SELF)
-    began = time.perf_counter()
+    waited, used, began = machine.wait_s, time.process_time(), time.perf_counter()
     machine.run(steps)
     synchronize(machine.device)
-    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-    busy = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    # Minor faults: pages that were mapped without reading a disk.
-    faults = now.ru_minflt - used.ru_minflt
-    return Window(steps, seconds, busy, machine.wait_s - waited, faults)
+    seconds, busy = time.perf_counter() - began, time.process_time() - used
+    return Window(steps, seconds, busy, machine.wait_s - waited)
 
 
 def facts(machine: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from bench.steps.switches import Run, layers_off, switch_off
 from fastmoco.config import Config, ConfigError, dump, parse_text
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, build_loader
+from fastmoco.machine import ranks
 from fastmoco.machine.host import settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
@@ -82,8 +83,7 @@ class Bench:
         """End the loader's processes and the process group."""
         if self.loader:
             self.loader.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.stop()
 
 
 def _built(config: str, settled: bool = True) -> tuple[Config, World]:
