@@ -24,6 +24,7 @@ from bench.races.loss import enqueue_race, loss_race
 from bench.races.photometric import photometric_race
 from bench.races.race import Race
 from bench.races.updates import ema_race, sgd_ema_race
+from fastmoco.machine.host import keep_freed_memory
 from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from fastmoco_kernels.launch import HAS_TRITON, triton
 from fastmoco_kernels.network import batch_norm_cpu
@@ -79,13 +80,15 @@ def main(own: Options) -> Iterator[list[Row]]:
     """Race what was asked for: one row per way."""
     known = races(own.device)
     torch.set_num_threads(own.threads)
+    keep_freed_memory()  # as in training: otherwise mapping it would be half of what is timed
     for build in (build for op in chosen(own.only, list(known)) for build in known[op]):
         asked = build()
         timings = race.run(asked, own.device, own.windows)
         if least := asked.case.get("least_bytes"):
             for numbers in timings.values():
                 numbers |= traffic(least, numbers["p50_ms"], own.device)
-        shared = {"benchmark": asked.op, "case": asked.case}
+        case = asked.case | {"device": own.device.type}
+        shared = {"benchmark": asked.op, "case": case}
         yield [{**shared, "contestant": way, **found} for way, found in timings.items()]
 
 

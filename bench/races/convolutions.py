@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from bench.races.race import Outputs, Race
-from fastmoco.machine.host import keep_freed_memory
 from fastmoco_kernels.convolution import convolution_cpu
 from fastmoco_kernels.convolution import direct_convolution_cpu as direct
 from fastmoco_kernels.convolution import winograd_cpu as winograd
@@ -104,7 +103,6 @@ def convolution_race(part: str, dtype: torch.dtype, *sizes: int) -> Race:
     Of a weight gradient in bf16 oneDNN's time includes its conversion to the fp32 that autograd
     makes of it for an fp32 parameter.
     """
-    keep_freed_memory()
     layer, half = Layer(*sizes), dtype == torch.bfloat16
     tensors = layer.tensors(dtype)
 
@@ -116,7 +114,7 @@ def convolution_race(part: str, dtype: torch.dtype, *sizes: int) -> Race:
 
     ways = {"official": way(official)}
     ways |= {name: way(product) for name, product in layer.ours(part, dtype).items()}
-    case = layer._asdict() | {"device": "cpu"} | ({} if half else {"part": part})
+    case = layer._asdict() | ({} if half else {"part": part})
     truth = [layer.aten(part, *(t.double() for t in tensors))]
     op = "weight_gradient" if half else "convolution"
     return Race(op, case, ways, truth, 5e-3 if half else 1e-5, tensors)

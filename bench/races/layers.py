@@ -1,7 +1,7 @@
 """Batch norm with addition and ReLU, and max pooling, in bf16 and channels-last memory.
 
 `official` is what torch computes layer by layer, `compiled` what torch.compile makes of it; of
-batch norm over groups it compiles one reduction over all of them.
+batch norm on CUDA it compiles one reduction over all groups.
 N batch, C channels.
 """
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, max_pool2d, relu
 
 from bench.races.race import Outputs, Race, forward_backward
-from fastmoco.machine.host import keep_freed_memory
 from fastmoco_kernels import batch_norm_act, max_pool, reference
 from fastmoco_kernels.network import batch_norm_cpu
 
@@ -71,7 +70,6 @@ def batch_norm_race(
     n: int, c: int, side: int, added: bool, groups: int, device: torch.device
 ) -> Race:
     """Forward and backward, with the gradients of weight and bias and the running statistics."""
-    keep_freed_memory()
     x, residual, upstream = _normal(n, c, side, side, count=3, device=device)
     norm = [torch.linspace(0.5, 1.5, c, device=device) for _ in range(4)]
     norm.append(torch.zeros((), dtype=torch.int64, device=device))
@@ -88,7 +86,8 @@ def batch_norm_race(
 
     @torch.compile(dynamic=False)
     def compiled(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
-        return batched(x, residual, norm, groups)
+        on_cuda = device.type == "cuda"
+        return batched(x, residual, norm, groups) if on_cuda else official(x, residual, norm)
 
     def fused(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
         if device.type == "cpu":
@@ -109,14 +108,15 @@ def batch_norm_race(
     # In half the bytes: the largest of these is 1.6 GB in float64.
     whole = way(defined, exact)(x.double(), residual.double(), upstream.double())
     truth = [t.float() for t in whole]
-    case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
+    case = {"n": n, "c": c, "side": side, "residual": added}
     if device.type == "cuda":
         # Forward x twice and y once, backward x and dy twice and dx once. An addition: the residual
         # forward, and y and the residual's gradient, which the second pass reads instead of dy.
         case |= {"groups": groups, "least_bytes": (11 if added else 8) * x.nbytes}
     layers: dict[str, Layer] = {"official": official, "compiled": compiled, "fastmoco": fused}
     ways = {name: way(layer, norm) for name, layer in layers.items()}
-    return Race("batch_norm", case, ways, truth, 2e-2, [x, residual, upstream])
+    # torch rounds before the ReLU, at whose kink gradients of weight and bias are off by 2.5e-2.
+    return Race("batch_norm", case, ways, truth, 4e-2, [x, residual, upstream])
 
 
 def max_pool_race(n: int, c: int, side: int, device: torch.device) -> Race:
@@ -138,5 +138,5 @@ def max_pool_race(n: int, c: int, side: int, device: torch.device) -> Race:
     truth = way(official)(x.double(), dy.double())
     # Two passes with a byte index: x, y, index and dy, index, dx, each once.
     least = 2 * (x.nbytes + dy.nbytes + dy.numel())
-    case = {"n": n, "c": c, "side": side, "least_bytes": least, "device": device.type}
+    case = {"n": n, "c": c, "side": side, "least_bytes": least}
     return Race("max_pool", case, ways, truth, 2e-2, [x, dy])

@@ -26,6 +26,6 @@ def photometric_race(n: int, side: int, device: torch.device) -> Race:
         "fastmoco": lambda views, rows: [photometric(views, rows)],
     }
     # Each view is read once and written once.
-    case = {"n": n, "side": side, "least_bytes": 2 * views.numel(), "device": device.type}
+    case = {"n": n, "side": side, "least_bytes": 2 * views.numel()}
     inputs = [views.to(device), rows.to(device)]
     return Race("photometric", case, ways, truth, 0.0, inputs)

@@ -65,7 +65,7 @@ def ema_race(device: torch.device) -> Race:
     }
     starts = zip(_draw(shapes[:CHECKED], 2, device), sources, strict=False)
     truth = [s + MOMENTUM**WARMUP * (t.double() - s) for t, s in starts]
-    return Race("ema", {**CASE, "device": device.type}, ways, truth, 1e-5)
+    return Race("ema", CASE, ways, truth, 1e-5)
 
 
 def sgd_ema_race(device: torch.device) -> Race:
@@ -103,5 +103,4 @@ def sgd_ema_race(device: torch.device) -> Race:
         "foreach SGD, ema_": two_passes(lambda averages, p: ema_(averages, p, MOMENTUM)),
         "fastmoco": fused,
     }
-    case = {**CASE, "device": device.type}
-    return Race("sgd_ema", case, ways, few[0] + few[1], 1e-5)
+    return Race("sgd_ema", CASE, ways, few[0] + few[1], 1e-5)
