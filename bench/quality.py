@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.measure.program import Options, command, parser
 from bench.measure.rows import Row, case_of
 from bench.steps.contestants import published_step
-from fastmoco.config import Config, dump, parse
+from fastmoco.config import Config, dump
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import build_loader
 from fastmoco.data.sources.choose import resolve_folders
@@ -95,10 +95,10 @@ PARSER = parser("quality", __doc__, only=False, windows=False, steps=False)
 PARSER.add_argument("--seeds", type=int, default=3)
 
 
-@command(PARSER)
+@command(PARSER, words=lambda own: [*own.rest, *SAME])
 def main(own: Options) -> Iterator[list[Row]]:
     """Rows of each seed as they come."""
-    config = resolve_folders(parse([*own.rest, *SAME]))
+    config = resolve_folders(own.config)
     world = join_world(config)
     settle(world.device)
     for seed in range(own.seeds):

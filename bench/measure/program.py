@@ -20,22 +20,23 @@ from fastmoco.machine.gpu_meter import build_meter
 
 Options = argparse.Namespace
 """Of a program: its own, `program`, `publish`, and where it trains `config`, `device`, `rest`."""
+Words = Callable[[Options], list[str]]
 NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config", "kernels")
 
 
 def command(
-    made: argparse.ArgumentParser, *, trains: bool = True
+    made: argparse.ArgumentParser, *, trains: bool = True, words: Words = lambda own: own.rest
 ) -> Callable[[Callable[[Options], Iterable[list[Row]]]], Callable[..., int]]:
     """Decorates what measures; it becomes a function of the command line that returns 0 or 2.
 
-    Where the program `trains`, arguments that are not its own are those of `fastmoco.train`. 2
-    follows the sentence of a `ConfigError`.
+    Where the program `trains`, arguments that are not its own are those of `fastmoco.train`, and
+    `words` makes the configuration's of them. 2 follows the sentence of a `ConfigError`.
     """
 
     def decorate(measure: Callable[[Options], Iterable[list[Row]]]) -> Callable[..., int]:
         def main(arguments: Sequence[str] | None = None) -> int:
             try:
-                own = options(made, sys.argv[1:] if arguments is None else arguments, trains)
+                own = options(made, sys.argv[1:] if arguments is None else arguments, trains, words)
                 where = origin(own.device, own.publish)
                 for rows in measure(own):
                     show(rows)
@@ -83,15 +84,20 @@ def _positive(text: str) -> int:
     return value
 
 
-def options(made: argparse.ArgumentParser, arguments: Sequence[str], trains: bool) -> Options:
-    """The options of a program. Raises `ConfigError` where a run in one process cannot be."""
+def options(
+    made: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    trains: bool,
+    words: Words = lambda own: own.rest,
+) -> Options:
+    """The options of a program. Raises `ConfigError` where a run on its ranks cannot be."""
     if not trains:
         own = made.parse_args(arguments)
         own.device = torch.device(getattr(own, "device", "cpu"))
         return own
     own, own.rest = made.parse_known_args(arguments)
-    own.config = parse(own.rest)
-    check(own.config, 1)
+    own.config = parse(words(own))
+    check(own.config, getattr(own, "ranks", 1))
     own.device = device_of(own.config)
     if "steps" in own and not own.steps:  # long enough for the clock of the device
         own.steps = 10 if own.device.type == "cuda" else 1
