@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ledger import Ledger, main
+from bench.ledger import PARSER, Ledger, main, words
+from bench.measure.program import options
 from bench.roofline import H100, Kernel
+from fastmoco.config import ConfigError
 from fastmoco_kernels.aot import info_nce_cases
 from tests.support.gpu.fake_cuda import printed_by
 from tests.support.tiny import BATCH, CONFIG
@@ -107,6 +109,15 @@ def test_a_kernel_takes_the_longest_of_arithmetic_traffic_and_launches() -> None
     product = Kernel("convolutions", 1, 1, 8, 593_400 * 10**6)  # at 60 % of 989 TFLOP/s
     assert product.seconds(H100) == pytest.approx(1e-3)
     assert Kernel("collectives", 1, 1, 3 * 10**9).seconds(H100) == pytest.approx(0.01)  # 300 GB/s
+
+
+def test_options_are_checked_as_those_of_the_step_that_is_counted() -> None:
+    """A queue that is too short for the recipe's batch is long enough for this one."""
+    given = ["--ranks", "2", "--batch", "16", "--moco.queue_size", "64"]
+    own = options(PARSER, given, trains=True, words=words)
+    assert (own.config.optim.global_batch_size, own.config.run.cuda_graph) == (32, "off")
+    with pytest.raises(ConfigError, match="queue_size 64"):
+        options(PARSER, [*given, "--batch", "256"], trains=True, words=words)
 
 
 @needs_no_gpu
