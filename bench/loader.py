@@ -182,7 +182,7 @@ def about(own: Options) -> Row:
     pixels = round(float(sizes.astype(float).prod(axis=1).mean()) / 1e6, 2)
     case = CASE | {"megapixels": pixels, "megabytes": megabytes(own.root)}
     case |= {"packed_megabytes": megabytes(own.packed)} if own.packed else {}
-    return case | ({"delay_ms": own.delay_ms} if own.delay_ms else {})
+    return case | ({"part": "bucket", "delay_ms": own.delay_ms} if own.delay_ms else {})
 
 
 PARSER = parser("loader", __doc__, steps=False)
