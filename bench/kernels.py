@@ -4,8 +4,7 @@
 
 `official` is what the published MoCo code does: einsum, cat, division, cross entropy on a clone of
 the queue, backward; a loop over parameters that allocates each new one; torch.optim.SGD. It takes
-no top-5, which the official step does and the fused op includes. The layers of the encoder are in
-`bench.races.layers` and `norm`. N local batch, C dimension, K queue length.
+no top-5, which the official step does and the fused op includes.
 """
 
 from __future__ import annotations
@@ -16,44 +15,49 @@ from functools import partial
 
 import torch
 
-from bench.measure.contest import Race, race
 from bench.measure.program import Options, chosen, command, parser
 from bench.measure.rows import Row
+from bench.races import race
+from bench.races.convolutions import LAYERS, PARTS, convolution_race
 from bench.races.crop_resize import crop_resize_race
-from bench.races.layers import batch_norm_race, cpu_races
+from bench.races.layers import CPU_NORMS, CUDA_NORMS, batch_norm_race, max_pool_race
 from bench.races.loss import enqueue_race, loss_race
-from bench.races.max_pool import max_pool_race
-from bench.races.norm import CASES, group_batch_norm_race
 from bench.races.photometric import photometric_race
+from bench.races.race import Race
 from bench.races.updates import ema_race, sgd_ema_race
+from fastmoco.machine.host import keep_freed_memory
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from fastmoco_kernels.launch import HAS_TRITON, triton
+from fastmoco_kernels.network import batch_norm_cpu
+
+LOSSES = ((256, torch.float32), (256, torch.bfloat16), (32, torch.float32))
+Cases = list[Callable[[], Race]]
 
 
-def races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
-    """All cases by op, built when they are run."""
-    losses = [(256, torch.float32), (256, torch.bfloat16), (32, torch.float32)]
-    norms = [(32, 64, 112, False), (32, 256, 56, True), (32, 256, 14, False), (32, 1024, 14, True)]
-    on_cuda = device.type == "cuda"
-    return {
-        "info_nce": [partial(loss_race, n, 128, 65536, dtype, device) for n, dtype in losses],
-        "info_nce_enqueue": [lambda: enqueue_race(256, 128, 65536, device)],
-        "ema": [lambda: ema_race(device)],
-        "sgd_ema": [lambda: sgd_ema_race(device)],
-        "batch_norm": [partial(group_batch_norm_race, *case, device) for case in CASES]
-        if on_cuda
-        else [partial(batch_norm_race, *sizes, device) for sizes in norms],
-        **({"max_pool": [partial(max_pool_race, 256, 64, 112, device)]} if on_cuda else {}),
-        # Two views of 256 images, or of 32. On the CPU both ways are the same code.
-        **(
-            {
-                "photometric": [partial(photometric_race, n, 224, device) for n in (512, 64)],
-                "crop_resize": [partial(crop_resize_race, n, 224, device) for n in (256, 32)],
-            }
-            if on_cuda
-            else {}
-        ),
-        **cpu_races(device),
+def races(device: torch.device) -> dict[str, Cases]:
+    """All cases by op that this device has a kernel for, built when they are run."""
+    found: dict[str, Cases] = {
+        "info_nce": [partial(loss_race, n, 128, 65536, dtype, device) for n, dtype in LOSSES],
+        "info_nce_enqueue": [partial(enqueue_race, 256, 128, 65536, device)],
+        "ema": [partial(ema_race, device)],
+        "sgd_ema": [partial(sgd_ema_race, device)],
     }
+    if device.type == "cuda":
+        found["batch_norm"] = [partial(batch_norm_race, *case, device) for case in CUDA_NORMS]
+        found["max_pool"] = [partial(max_pool_race, 256, 64, 112, device)]
+        # Two views of 256 images, or of 32.
+        found["photometric"] = [partial(photometric_race, n, 224, device) for n in (512, 64)]
+        found["crop_resize"] = [partial(crop_resize_race, n, 224, device) for n in (256, 32)]
+        return found
+    if not batch_norm_cpu.reason():
+        found["batch_norm"] = [partial(batch_norm_race, *case, device) for case in CPU_NORMS]
+    if not convolution_cpu.reason():
+        gradient = partial(convolution_race, "weight gradient", torch.bfloat16)
+        found["weight_gradient"] = [partial(gradient, *sizes) for sizes in LAYERS if sizes[2] > 1]
+    if not convolution_fp32_cpu.reason():
+        cases = [(part, torch.float32, *sizes) for sizes in LAYERS for part in PARTS]
+        found["convolution"] = [partial(convolution_race, *case) for case in cases]
+    return found
 
 
 PARSER = parser("kernels", __doc__, steps=False)
@@ -77,15 +81,16 @@ def traffic(least_bytes: int, p50_ms: float, device: torch.device) -> Row:
 def main(own: Options) -> Iterator[list[Row]]:
     """Race what was asked for: one row per way."""
     known = races(own.device)
-    names = chosen(own.only, list(known))
     torch.set_num_threads(own.threads)
-    for build in (build for op in names for build in known[op]):
-        op, case, ways = build()
-        timings = race(ways, own.device, own.windows)
-        if least := case.get("least_bytes"):
+    keep_freed_memory()  # as in training: otherwise mapping it would be half of what is timed
+    for build in (build for op in chosen(own.only, list(known)) for build in known[op]):
+        asked = build()
+        timings = race.run(asked, own.device, own.windows)
+        if least := asked.case.get("least_bytes"):
             for numbers in timings.values():
                 numbers |= traffic(least, numbers["p50_ms"], own.device)
-        shared = {"benchmark": op, "case": case}
+        case = asked.case | {"device": own.device.type}
+        shared = {"benchmark": asked.op, "case": case}
         yield [{**shared, "contestant": way, **found} for way, found in timings.items()]
 
 

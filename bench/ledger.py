@@ -12,13 +12,11 @@ line holds the sums; *ms* is the model of `bench.roofline`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 from unittest import mock
@@ -33,28 +31,22 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.program import complain, markdown
-from bench.measure.rows import Row, append_rows, origin
-from bench.roofline import H100, PARTS, Kernel, by_part
-from fastmoco.config import Config, ConfigError, check, parse, recipe_path
+from bench.measure.program import Options, command, parser
+from bench.measure.rows import Row
+from bench.pages.tables import markdown
+from bench.roofline import Kernel, times
+from fastmoco.config import Config, ConfigError, recipe_path
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.moco import build_moco
 from fastmoco.method.optim.update import set_lr
 from fastmoco_kernels import aot
-from tests.support.fake_cuda import (
-    allow_backward_without_driver,
-    cuda_without_device,
-    fake_world,
-    inductor_without_device,
-    to_fake_cuda_,
-)
+from tests.support.gpu.fake_cuda import absent_gpus, to_fake_cuda_
 
 # How Inductor names what it generates: triton_poi_fused_add_3 and so on.
 GENERATED = {"poi": "pointwise", "for": "pointwise", "red": "reductions", "per": "reductions"}
@@ -83,35 +75,12 @@ class Ledger:
         """Sum over all calls of `launches`, `bytes`, `flops` or `atomics`."""
         return sum(kernel.calls * getattr(kernel, name) for kernel in self.kernels)
 
-    def table(self) -> list[str]:
-        """A line per part: launches, GB moved, TFLOP and modelled time."""
-        times, body = by_part(self.kernels, H100), []
-        for part in PARTS:
-            own = Ledger([k for k in self.kernels if k.part == part], 0, [])
-            figures = (own.total("bytes") / 1e9, own.total("flops") / 1e12, times[part])
-            body.append([part, str(own.total("launches")), *(f"{x:.3f}" for x in figures)])
-        return markdown(["part", "launches", "GB moved", "TFLOP", "*modelled* ms, H100"], body)
-
     def last_line(self) -> str:
         """The sums."""
         return (
             f"launches {self.total('launches')}, GB moved {self.total('bytes') / 1e9:.3f}, "
             f"atomics {self.total('atomics')}, generated kernels {self.generated}"
         )
-
-
-@contextmanager
-def absent_gpus(ranks: int) -> Iterator[None]:
-    """A machine of H100s for whoever traces and compiles; one of `ranks` ranks is here."""
-    allow_backward_without_driver()
-    torch.autograd.set_multithreading_enabled(False)
-    with ExitStack() as stack:
-        stack.enter_context(cuda_without_device())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if ranks > 1:
-            stack.enter_context(fake_world(ranks))
-        stack.enter_context(inductor_without_device())
-        yield
 
 
 def count(run: Callable[[], object]) -> Ledger:
@@ -281,35 +250,27 @@ def row_of(ledger: Ledger, config: Config, ranks: int) -> Row:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and the sums; exit code 2 after the sentence of a `ConfigError`."""
-    made = argparse.ArgumentParser(
-        "bench.ledger",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("--ranks", type=int, choices=range(1, 1025), metavar="W", default=1)
-    made.add_argument("--batch", type=int, default=256, help="images on each rank")
-    made.add_argument("--publish", action="store_true", help="append a row to bench/results")
-    own, rest = made.parse_known_args(arguments)
-    try:
-        if torch.cuda.is_available():
-            raise ConfigError("A GPU is here: this counts for one that is not; hide it.")
-        where = origin(torch.device("cpu"), own.publish)
-        recipe = ["--config", str(recipe_path("moco_v2_r50_200ep"))]
-        batch = f"--optim.global_batch_size={own.ranks * own.batch}"
-        # What a CUDA graph launches is the same.
-        config = parse([*recipe, *rest, batch, "--run.cuda_graph=off"])
-        check(config, own.ranks)
-        ledger = count_step(config, own.ranks)
-    except ConfigError as error:
-        complain("ledger", str(error))
-        return 2
-    if own.publish:
-        append_rows("ledger", [row_of(ledger, config, own.ranks)], where)
-    print("\n".join([*ledger.table(), "", ledger.last_line()]), flush=True)
-    return 0
+PARSER = parser("ledger", __doc__, only=False, windows=False, steps=False)
+PARSER.add_argument("--ranks", type=int, choices=range(1, 1025), metavar="W", default=1)
+PARSER.add_argument("--batch", type=int, default=256, help="images on each rank")
+
+
+def words(own: Options) -> list[str]:
+    """The recipe with what was asked for. What a CUDA graph launches is the same."""
+    recipe = ["--config", str(recipe_path("moco_v2_r50_200ep"))]
+    batch = f"--optim.global_batch_size={own.ranks * own.batch}"
+    return [*recipe, *own.rest, batch, "--run.cuda_graph=off"]
+
+
+@command(PARSER, words=words)
+def main(own: Options) -> Iterator[list[Row]]:
+    """One row; then the modelled times and the sums."""
+    if torch.cuda.is_available():
+        raise ConfigError("A GPU is here: this counts for one that is not; hide it.")
+    ledger = count_step(own.config, own.ranks)
+    row = row_of(ledger, own.config, own.ranks)
+    yield [row]
+    print("\n".join(["", *markdown(*times([{"": row}])), "", ledger.last_line()]), flush=True)
 
 
 if __name__ == "__main__":

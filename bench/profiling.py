@@ -10,10 +10,11 @@ For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profil
 
 from __future__ import annotations
 
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from unittest import mock
 from torch import get_num_threads
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.measure.contest import synchronize
+from bench.measure.contest import timed
 from bench.measure.program import Options, command, parser
 from bench.measure.rows import Row, case_of
 from bench.steps.contestants import fed_step
@@ -46,22 +47,14 @@ PARTS = {
     "pooling": ("pool", "Pool"),
 }
 ELEMENTWISE = "elementwise and copies"
+ranged: Any = record_function  # decorates, too
+LAUNCHES = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)")
 PHASES = ("fastmoco.keys", "fastmoco.queries", "fastmoco.loss", "fastmoco.update")
-
-
-def ranged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside a range of that name."""
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        with record_function(name):
-            return function(*arguments, **options)
-
-    return call
 
 
 def ranged_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches; waiting for one is a range."""
-    take = ranged(DATA, lambda: next(batches))
+    take = ranged(DATA)(lambda: next(batches))
     while True:
         yield take()
 
@@ -69,16 +62,16 @@ def ranged_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
 def with_ranges(step: Step, run: Callable[[], object]) -> Callable[[], object]:
     """`run` with the phases of the step named; the step itself stays free of profiling."""
     if isinstance(step, WholeStep):  # one graph: no range fits inside
-        step.run_graph = ranged("fastmoco.graph", step.run_graph)  # type: ignore[method-assign]
+        step.run_graph = ranged("fastmoco.graph")(step.run_graph)  # type: ignore[method-assign]
         return run
-    step.embed_q.forward = ranged("fastmoco.queries", step.embed_q.forward)
-    step.optimizer.step = ranged("fastmoco.update", step.optimizer.step)  # type: ignore[method-assign]
+    step.embed_q.forward = ranged("fastmoco.queries")(step.embed_q.forward)
+    step.optimizer.step = ranged("fastmoco.update")(step.optimizer.step)  # type: ignore[method-assign]
     if step.ema is not None:
-        step.ema = ranged("fastmoco.update", step.ema)
+        step.ema = ranged("fastmoco.update")(step.ema)
     keys = type(step.shuffle)  # a call is looked up in the class
     places = {
-        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss", info_nce_enqueue),
-        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys", keys.__call__),
+        f"{type(step).__module__}.info_nce_enqueue": ranged("fastmoco.loss")(info_nce_enqueue),
+        f"{keys.__module__}.{keys.__name__}.__call__": ranged("fastmoco.keys")(keys.__call__),
     }
 
     def named() -> None:
@@ -106,23 +99,25 @@ def shares(events: Sequence[Any], cuda: bool) -> dict[str, float]:
     On the CPU that is the time of the host, in which waiting for data is a part. On CUDA it is the
     time of kernels, each charged to the operation that launched it.
     """
-    total: dict[str, float] = {}
-    hosted = [event for event in events if event.device_type.name == "CPU"]
-    for event in hosted:
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        part = part_of(event)
-        total[part] = total.get(part, 0.0) + own
+    total: Counter[str] = Counter()
+    for event in events:
+        if event.device_type.name == "CPU":
+            own = event.self_device_time_total if cuda else event.self_cpu_time_total
+            total[part_of(event)] += own
     if cuda:  # kernels without a known operation, as those of a replayed graph
-        kernels = [
-            e
-            for e in events
-            if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)
-        ]
-        rest = sum(e.self_device_time_total for e in kernels) - sum(total.values())
-        total["unknown"] = max(rest, 0.0)
-    everything = sum(total.values()) or 1.0
-    found = sorted(total.items(), key=lambda item: -item[1])
-    return {part: 100 * value / everything for part, value in found if value}
+        everything = sum(
+            event.self_device_time_total
+            for event in events
+            if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+        )
+        total["unknown"] = max(everything - total.total(), 0.0)
+    whole = total.total() or 1.0
+    return {part: 100 * value / whole for part, value in total.most_common() if value}
+
+
+def launches(averages: Iterable[Any]) -> int:
+    """Calls of the CUDA runtime and driver that launch a kernel, or a graph of them."""
+    return sum(a.count for a in averages if LAUNCHES.match(a.key))
 
 
 def profile_step(config: Config, out: Path, number: int) -> Row:
@@ -134,20 +129,12 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
     launched = replace(config, run=replace(config.run, cuda_graph="off"))
     step, machine = fed_step(dump(launched), ranged_batches)
     cuda = machine.device.type == "cuda"
-    try:
-        run = with_ranges(step, machine.step)
-        for _ in range(3):
-            run()
-        synchronize(machine.device)
-        waited, began = machine.wait_s, time.perf_counter()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    machine.step = with_ranges(step, machine.step)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with closing(machine):
+        timed(machine, 3)
         with profile(activities=activities) as profiler:
-            for _ in range(number):
-                run()
-            synchronize(machine.device)
-        seconds, waited = time.perf_counter() - began, machine.wait_s - waited
-    finally:
-        machine.close()
+            window = timed(machine, number)
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -156,8 +143,9 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
     found = shares(profiler.events() or [], cuda)
     return {
         "shares": {part: round(percent, 2) for part, percent in found.items()},
-        "step_ms": round(1e3 * seconds / number, 2),
-        "data_wait_percent": round(100 * waited / seconds, 2),
+        "step_ms": round(1e3 * window.seconds / number, 2),
+        "data_wait_percent": round(100 * window.wait_s / window.seconds, 2),
+        "launches_per_step": launches(profiler.key_averages()) / number,
         "steps": number,
         "threads": get_num_threads(),
     }

@@ -22,11 +22,12 @@ from torch import Tensor
 from bench.measure.program import Options, command, parser
 from bench.measure.rows import Row, case_of
 from bench.steps.contestants import published_step
-from fastmoco.config import Config, dump, parse
+from fastmoco.config import Config, dump
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import build_loader
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.monitor import KnnMonitor
+from fastmoco.machine import ranks
 from fastmoco.machine.host import settle
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
@@ -94,10 +95,10 @@ PARSER = parser("quality", __doc__, only=False, windows=False, steps=False)
 PARSER.add_argument("--seeds", type=int, default=3)
 
 
-@command(PARSER)
+@command(PARSER, words=lambda own: [*own.rest, *SAME])
 def main(own: Options) -> Iterator[list[Row]]:
     """Rows of each seed as they come."""
-    config = resolve_folders(parse([*own.rest, *SAME]))
+    config = resolve_folders(own.config)
     world = join_world(config)
     settle(world.device)
     for seed in range(own.seeds):
@@ -105,6 +106,7 @@ def main(own: Options) -> Iterator[list[Row]]:
         for name in STEPS:
             row = {"benchmark": "quality", "case": case_of(config), "contestant": name}
             yield [{**row, "seed": seed, **curve(seeded, world, name), "config": dump(seeded)}]
+            ranks.stop()  # the published step is in a process group even alone
 
 
 if __name__ == "__main__":

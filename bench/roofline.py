@@ -7,7 +7,7 @@ overlaps. Every time is *modelled*, none is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.measure.rows import Row
@@ -84,20 +84,21 @@ def about(row: Row) -> str:
     return f"{case['batch']} images on each of {case['ranks']}"
 
 
-def counts(runs: Sequence[Sequence[Row]]) -> Made:
+def counts(runs: Sequence[Mapping[str, Row]]) -> Made:
     """What was counted: a line per case."""
     names = ("launches", "gb_moved", "atomics", "generated_kernels")
     body = [
         [f"{about(row)}: {', '.join(row['case']['ops'])}", *(f"{row[n]:g}" for n in names)]
-        for (row,) in runs
+        for run in runs
+        for row in run.values()
     ]
     return ["step: our ops in it", "launches", "GB moved", "atomics", "generated kernels"], body
 
 
-def times(runs: Sequence[Sequence[Row]]) -> Made:
+def times(runs: Sequence[Mapping[str, Row]]) -> Made:
     """Modelled times of the step as it was counted last: a line per batch and GPU."""
     body = []
-    for row in {about(row): row for (row,) in runs}.values():
+    for row in {about(row): row for run in runs for row in run.values()}.values():
         for gpu in GPUS:
             parts = by_part(kernels_of(row), gpu)
             total = sum(parts.values())

@@ -7,7 +7,9 @@ worth much to it; then the loader alone, and the step fed by the loader. Every w
 device synchronization; p20, p50 and p80 are over windows. Nothing but the device that torch finds
 differs between CPU and CUDA.
 
---only takes some of loader, step, end_to_end, encoder, official, official_kept.
+--only takes some of loader, step, end_to_end, encoder, official, official_kept, and two that run
+only when they are named: silent, the step while a host synchronization is an error, and captured,
+the same as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,10 +19,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.measure import nvml
 from bench.measure.contest import Contestant, Result
 from bench.measure.program import Options, chosen, command, compete, parser
-from bench.measure.rows import Row, case_of, quantiles, spread
+from bench.measure.rows import Row, case_of, quantiles
 from fastmoco.config import ConfigError, dump, flatten
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.machine.environment import LIBGOMP_SPIN_COUNT
@@ -37,8 +38,11 @@ CONTESTANTS = {
         Contestant("encoder", f"{STEPS}:bare_encoder"),
         Contestant("official", f"{STEPS}:official_step", {}, PUBLISHED),
         Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
+        Contestant("silent", f"{STEPS}:silent_step"),
+        Contestant("captured", f"{STEPS}:silent_step", {"cuda_graph": "on"}),
     )
 }
+ONLY_NAMED = {"silent", "captured"}
 FED = ("loader", "end_to_end")
 # On the CPU it runs with them: the rate that their FLOPs are compared with.
 PRODUCT = Contestant("product", f"{STEPS}:matrix_product")
@@ -46,33 +50,26 @@ RATIOS = {
     "our step / published step": ("step", "official"),
     "our step / published step, freed memory kept": ("step", "official_kept"),
     "our step / bare encoder": ("step", "encoder"),
+    "CUDA graph / launched by the host": ("captured", "silent"),
 }
 
 
 def named(own: Options) -> list[str]:
     """The contestants. Raises `ConfigError` for unknown ones, and where none is left."""
     out = set(FED) if own.config.data.source == "synthetic" else set()
-    if own.device.type == "cuda" and not own.only:  # its tensors do not come from malloc
-        out |= {"official_kept"}
+    if own.device.type == "cpu":
+        out |= {"captured"}
+    if not own.only:
+        out |= ONLY_NAMED
+        if own.device.type == "cuda":  # its tensors do not come from malloc
+            out |= {"official_kept"}
     found = [name for name in chosen(own.only, list(CONTESTANTS)) if name not in out]
     if not found:
-        raise ConfigError(f"--only {own.only}: synthetic data has no loader; set data.source.")
+        raise ConfigError(
+            f"--only {own.only}: synthetic data has no loader, for which set data.source, and the "
+            "CPU no CUDA graph."
+        )
     return found
-
-
-def summary(result: Result, images: int) -> Row:
-    """Percentiles and facts of one contestant, as they stand in a row."""
-    seconds = sum(w.seconds for w in result.windows)
-    steps = sum(w.steps for w in result.windows)
-    return {
-        **spread(result.images_per_second(images), 3, "images_per_second"),
-        "steps": steps,
-        "cpu_s_per_step": round(sum(w.cpu_seconds for w in result.windows) / steps, 4),
-        "page_faults_per_step": round(sum(w.page_faults for w in result.windows) / steps),
-        "data_wait_percent": round(100 * sum(w.wait_s for w in result.windows) / seconds, 2),
-        **nvml.summary([s for w in result.windows for s in w.gpu], seconds, steps * images),
-        **result.facts,
-    }
 
 
 def measure(own: Options) -> dict[str, Result]:
@@ -99,9 +96,8 @@ def ratios_of(results: dict[str, Result]) -> dict[str, list[float]]:
     for title, pair in RATIOS.items():
         if all(name in results for name in pair):
             turns = zip(*(results[name].windows for name in pair), strict=True)
-            found[title] = quantiles(
-                [(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns]
-            )
+            speeds = [(b.seconds / b.steps) / (a.seconds / a.steps) for a, b in turns]
+            found[title] = quantiles(speeds)
     return found
 
 
@@ -132,7 +128,7 @@ def main(own: Options) -> Iterator[list[Row]]:
     images = own.config.optim.global_batch_size
     product = results.pop(PRODUCT.name, None)
     yield [
-        {**shared, "contestant": name, **summary(one, images), **share_of(product, one)}
+        {**shared, "contestant": name, **one.row(images), **share_of(product, one)}
         for name, one in results.items()
     ]
 

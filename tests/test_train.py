@@ -22,7 +22,7 @@ from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import REQUEUE
 from fastmoco.train import Run, main
-from tests.support.final_state import assert_same_bits, final_state
+from tests.support.runs.final_state import assert_same_bits, final_state
 
 ROOT = Path(__file__).parent.parent
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")

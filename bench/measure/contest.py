@@ -2,13 +2,11 @@
 
 Taking turns makes a noisy machine noisy for all of them. `in_turns` does only that. `contest` gives
 every contestant a process of its own, and with it its own peak memory, threads and allocator.
-`race` is for single operations in this process, whose outputs are compared with an oracle first.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -23,31 +21,26 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
+from tqdm import tqdm
 
-from bench.measure.nvml import SAMPLE_EVERY_S
-from bench.measure.rows import spread
+from bench.measure.rows import Row, spread
 from fastmoco.config import ConfigError
 from fastmoco.machine.gpu_meter import Meter, Sample
 from fastmoco.run.metrics import peak_memory_gib
 
 T = TypeVar("T")
 CLOSING_S = 20
+SAMPLE_EVERY_S = 0.05
 
 
-def in_turns(
-    work: Mapping[str, Callable[[], T]],
-    windows: int,
-    *,
-    after: Callable[[int], None] = lambda done: None,
-) -> dict[str, list[T]]:
-    """What each function returned in `windows` turns; `after` follows each with their number."""
+def in_turns(work: Mapping[str, Callable[[], T]], windows: int) -> dict[str, list[T]]:
+    """What each function returned in `windows` turns; a terminal shows how many are done."""
     names = list(work)
     found: dict[str, list[T]] = {name: [] for name in names}
-    for done in range(windows):
+    for done in tqdm(range(windows), "windows", leave=False, disable=None):
         shift = done % len(names)  # nobody always runs in the wake of the same one
         for name in [*names[shift:], *names[:shift]]:
             found[name].append(work[name]())
-        after(done + 1)
     return found
 
 
@@ -75,8 +68,6 @@ class Window:
     """Processor time of the contestant: it does not grow when others use the machine."""
     wait_s: float
     """Seconds in which the step waited for the loader."""
-    page_faults: int = 0
-    """Pages of memory that the kernel had to map, and zero, for the contestant."""
     gpu: Sequence[Sample] = ()
     """What was read of the GPU meanwhile."""
 
@@ -88,9 +79,32 @@ class Result:
     windows: list[Window]
     facts: dict[str, Any]
 
-    def images_per_second(self, images_per_step: int) -> list[float]:
-        """Of each window."""
-        return [w.steps * images_per_step / w.seconds for w in self.windows]
+    def row(self, images: int) -> Row:
+        """Fields of a row about steps of so many images."""
+        steps, seconds, cpu_s, wait_s = (
+            sum(getattr(window, name) for window in self.windows)
+            for name in ("steps", "seconds", "cpu_seconds", "wait_s")
+        )
+        rates = [w.steps * images / w.seconds for w in self.windows]
+        return {
+            **spread(rates, 3, "images_per_second"),
+            "steps": steps,
+            "cpu_s_per_step": round(cpu_s / steps, 4),
+            "data_wait_percent": round(100 * wait_s / seconds, 2),
+            **_of_gpu([sample for w in self.windows for sample in w.gpu], seconds, steps * images),
+            **self.facts,
+        }
+
+
+def _of_gpu(samples: Sequence[Sample], seconds: float, images: int) -> Row:
+    """Means of what was read, and with power the energy: its mean times the seconds."""
+    names = samples[0] if samples else ()
+    found: Row = {n: round(sum(s[n] for s in samples) / len(samples), 1) for n in names}
+    if "power_w" in found:
+        found["energy_from"] = "sampled power"
+        kwh = found["power_w"] * seconds / images * 1e6 / 3.6e6
+        found["kwh_per_million_images"] = float(f"{kwh:.4g}")
+    return found
 
 
 def contest(
@@ -100,7 +114,6 @@ def contest(
     steps: int,
     warmup: int,
     meter: Meter | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Result]:
     """`windows` windows of `steps` steps of each contestant, after `warmup` steps of each.
 
@@ -117,7 +130,7 @@ def contest(
         for process in running:
             process.ask(timed, warmup)
         work = {process.name: partial(process.window, steps, meter) for process in running}
-        found = in_turns(work, windows, after=progress)
+        found = in_turns(work, windows)
         return {p.name: Result(found[p.name], p.ask(facts)) for p in running}
 
 
@@ -196,15 +209,11 @@ def _close() -> None:
 
 def timed(machine: Any, steps: int) -> Window:
     """Let a contestant do its steps."""
-    waited, used = machine.wait_s, resource.getrusage(resource.RUSAGE_SELF)
-    began = time.perf_counter()
+    waited, used, began = machine.wait_s, time.process_time(), time.perf_counter()
     machine.run(steps)
     synchronize(machine.device)
-    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-    busy = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    # Minor faults: pages that were mapped without reading a disk.
-    faults = now.ru_minflt - used.ru_minflt
-    return Window(steps, seconds, busy, machine.wait_s - waited, faults)
+    seconds, busy = time.perf_counter() - began, time.process_time() - used
+    return Window(steps, seconds, busy, machine.wait_s - waited)
 
 
 def facts(machine: Any) -> dict[str, Any]:
@@ -217,74 +226,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to compute something in this process."""
-
-    name: str
-    run: Callable[[], Any]
-    error: Callable[[Any], float]
-    """Distance of an output of `run` from the oracle."""
-    allowed: float
-    """Largest `error` with which it is admitted to the timing."""
-
-
-Race = tuple[str, dict[str, Any], list[Way]]
-"""Name of an operation, its case, and the ways to compute it."""
-
-
-def race(
-    ways: Sequence[Way], device: torch.device, windows: int = 20, warmup: int = 3
-) -> dict[str, dict[str, Any]]:
-    """Check every way, then time single calls in turns. Fields of a row by name.
-
-    `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`.
-    Raises `ValueError` when an output is further from its oracle than allowed.
-    """
-    known: dict[str, dict[str, Any]] = {}
-    for way in ways:
-        for _ in range(warmup):
-            output = way.run()
-        error = way.error(output)
-        if not error <= way.allowed:
-            raise ValueError(f"{way.name}: error {error:.2e} > {way.allowed:.0e}")
-        del output
-        known[way.name] = {"error": error, "peak_extra_bytes": peak_extra_bytes(way.run, device)}
-    work = {way.name: partial(_milliseconds, way.run, device) for way in ways}
-    found = in_turns(work, windows)
-    return {name: spread(times, unit="ms") | known[name] for name, times in found.items()}
-
-
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors alive at once during one call, beyond those alive before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        run()
-    alive = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak

@@ -1,4 +1,4 @@
-"""What all benchmark programs share: options, exit code, complaints, progress, and what is shown.
+"""What all benchmark programs share: options, exit code, complaints, and what is shown.
 
 A program is a function from its options to the rows that it measured. Rows are printed as they
 come, and with --publish they are kept.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -21,22 +20,23 @@ from fastmoco.machine.gpu_meter import build_meter
 
 Options = argparse.Namespace
 """Of a program: its own, `program`, `publish`, and where it trains `config`, `device`, `rest`."""
-NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config")
+Words = Callable[[Options], list[str]]
+NOT_SHOWN = ("benchmark", "case", "contestant", "environment", "config", "kernels")
 
 
 def command(
-    made: argparse.ArgumentParser, *, trains: bool = True
+    made: argparse.ArgumentParser, *, trains: bool = True, words: Words = lambda own: own.rest
 ) -> Callable[[Callable[[Options], Iterable[list[Row]]]], Callable[..., int]]:
     """Decorates what measures; it becomes a function of the command line that returns 0 or 2.
 
-    Where the program `trains`, arguments that are not its own are those of `fastmoco.train`. 2
-    follows the sentence of a `ConfigError`.
+    Where the program `trains`, arguments that are not its own are those of `fastmoco.train`, and
+    `words` makes the configuration's of them. 2 follows the sentence of a `ConfigError`.
     """
 
     def decorate(measure: Callable[[Options], Iterable[list[Row]]]) -> Callable[..., int]:
         def main(arguments: Sequence[str] | None = None) -> int:
             try:
-                own = options(made, sys.argv[1:] if arguments is None else arguments, trains)
+                own = options(made, sys.argv[1:] if arguments is None else arguments, trains, words)
                 where = origin(own.device, own.publish)
                 for rows in measure(own):
                     show(rows)
@@ -84,15 +84,20 @@ def _positive(text: str) -> int:
     return value
 
 
-def options(made: argparse.ArgumentParser, arguments: Sequence[str], trains: bool) -> Options:
-    """The options of a program. Raises `ConfigError` where a run in one process cannot be."""
+def options(
+    made: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    trains: bool,
+    words: Words = lambda own: own.rest,
+) -> Options:
+    """The options of a program. Raises `ConfigError` where a run on its ranks cannot be."""
     if not trains:
         own = made.parse_args(arguments)
         own.device = torch.device(getattr(own, "device", "cpu"))
         return own
     own, own.rest = made.parse_known_args(arguments)
-    own.config = parse(own.rest)
-    check(own.config, 1)
+    own.config = parse(words(own))
+    check(own.config, getattr(own, "ranks", 1))
     own.device = device_of(own.config)
     if "steps" in own and not own.steps:  # long enough for the clock of the device
         own.steps = 10 if own.device.type == "cuda" else 1
@@ -116,81 +121,27 @@ def complain(program: str, sentence: str) -> None:
     print(f"{program}: {sentence}", file=sys.stderr)
 
 
-def progress(windows: int) -> Callable[[int], None]:
-    """A function of the windows done that keeps a counter on the terminal until all are."""
-    return partial(_progress, windows=windows)
-
-
-def _progress(done: int, windows: int) -> None:
-    if sys.stderr.isatty():
-        text = f"{done}/{windows} windows" if done < windows else ""
-        print(f"\r{text:24s}\r", end="", file=sys.stderr, flush=True)
-
-
 def compete(
     own: Options, contestants: Sequence[Contestant], warmup: int | None = None
 ) -> dict[str, Result]:
-    """The contest that the options ask for, with a meter of the GPU and a counter of windows."""
+    """The contest that the options ask for, with a meter of the GPU."""
     return contest(
         contestants,
         windows=own.windows,
         steps=own.steps,
         warmup=max(2, own.steps) if warmup is None else warmup,
         meter=build_meter(own.device, partial(complain, own.program)),
-        progress=progress(own.windows),
     )
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the case of some rows, then who was timed and a line for each number of it."""
+    """Print the case of some rows, then who was timed and what was found."""
     for at, row in enumerate(rows):
         if not at or row["case"] != rows[at - 1]["case"]:
-            print(f"\n{row['benchmark']}: {_named(row['case'])}")
+            case = ", ".join(f"{name} {value}" for name, value in row["case"].items())
+            print(f"\n{row['benchmark']}: {case}")
         print(row.get("contestant", ""))
-        before = set(lines(rows[at - 1])) if at else set()
-        for name, text in lines(row):
-            if ": " not in name or (name, text) not in before:  # all rows of a contest hold these
-                print(f"    {name:44s}{text}")
+        for name, value in row.items():
+            if name not in NOT_SHOWN and value is not None:
+                print(f"    {name:32s}{value}")
     sys.stdout.flush()
-
-
-def lines(row: Row) -> Iterator[tuple[str, str]]:
-    """Names and figures of a row; a median has p20 and p80 behind it."""
-    for name, value in row.items():
-        if name in NOT_SHOWN or name.startswith(("p20", "p80")) or value is None:
-            continue
-        if name.startswith("p50"):
-            spread = [row[f"p{p}{name[3:]}"] for p in (20, 50, 80)]
-            yield name[4:] or row["case"]["unit"], cell(spread, row["n"])
-        elif isinstance(value, dict):
-            yield from ((f"{name}: {key}", _text(part, row)) for key, part in value.items())
-        else:
-            yield name, _text(value, row)
-
-
-def _text(value: Any, row: Row) -> str:
-    if isinstance(value, list) and len(value) == 3 and isinstance(value[0], float):
-        return cell(value, row["n"])
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _named(case: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in case.items())
-
-
-def figure(value: float) -> str:
-    """About four digits, none of them behind an `e`."""
-    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
-
-
-def cell(quantiles: Sequence[float], n: int, shown_as: Callable[[float], str] = figure) -> str:
-    """A median with p20 and p80, or with n where these would say nothing."""
-    p20, p50, p80 = map(shown_as, quantiles)
-    return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
-
-
-def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; all columns but the first are numbers."""
-    rule = "|---|" + "---:|" * (len(headers) - 1)
-    top = f"| {' | '.join(headers)} |".replace("|  |", "| |")
-    return [top, rule, *(f"| {' | '.join(line)} |" for line in body)]

@@ -64,12 +64,15 @@ def case_of(config: Config) -> Row:
     }
 
 
-def _git(*arguments: str) -> str:
+def _said(*command: str) -> str:
     try:
-        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # a bare image has no git
         return ""
-    return run.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    return _said("git", "-C", str(ROOT), *arguments)
 
 
 def _differing() -> list[str]:
@@ -79,30 +82,15 @@ def _differing() -> list[str]:
 
 
 def _version(*packages: str) -> str | None:
-    for package in packages:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+    found = (one.version for one in metadata.distributions() if one.name in packages)
+    return next(found, None)
 
 
 def _gpu(device: torch.device) -> dict[str, str]:
     fields = ("driver_version", "power.limit", "clocks.max.sm")
-    query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}"]
-    try:
-        run = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-    except OSError:
-        return {}
-    return dict(zip(fields, (x.strip() for x in run.stdout.split(",")), strict=False))
+    query = (f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}")
+    told = _said("nvidia-smi", *query, "--format=csv,noheader")
+    return dict(zip(fields, told.split(", "), strict=False)) if told else {}
 
 
 def environment(device: torch.device) -> Row:
@@ -111,7 +99,7 @@ def environment(device: torch.device) -> Row:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "gpu": _gpu(device) if cuda else {},
-        "cpu": _cpu_model(),
+        "cpu": next((x.split(": ")[1] for x in processor.lines() if "model name" in x), "unknown"),
         "extension": processor.best(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -158,7 +146,7 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row in rows if not row["environment"]["dirty"]]
 
 
-def latest(rows: Iterable[Row]) -> list[list[Row]]:
+def latest(rows: Iterable[Row]) -> list[dict[str, Row]]:
     """The rows of every case at its latest commit, in the order in which cases first appeared.
 
     Of each contestant the last one: who does not fit into memory beside others has runs of its own.
@@ -173,5 +161,5 @@ def latest(rows: Iterable[Row]) -> list[list[Row]]:
         case_rows.sort(key=lambda row: str(row["environment"]["date"]))
         commit = case_rows[-1]["environment"]["commit"]
         same = [row for row in case_rows if row["environment"]["commit"] == commit]
-        found.append(list({row.get("contestant"): row for row in same}.values()))
+        found.append({row.get("contestant", ""): row for row in same})
     return found

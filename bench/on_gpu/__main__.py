@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
     feeding = ["-m", "bench.throughput", *fed, *windows, "--only", "loader,end_to_end"]
     device = "cpu" if toy else "cuda"
     brief = ["--device", device, *windows, *(["--only", "ema"] if toy else [])]
-    tests = ["tests/bench/measure/test_launches.py"] if toy else ["tests"]
+    tests = ["tests/kernels/test_gpu.py"] if toy else ["tests"]
     stages: dict[str, Parts] = {
         "kernels": {
             "doctor": ["-m", "fastmoco.doctor", *step],
@@ -79,7 +80,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
         },
         "compiled": {
             f"step of {batch}": [
-                *("-m", "bench.on_gpu.silent_step", *step, *windows),
+                *(*throughput, "--only", "silent,captured"),
                 f"--optim.global_batch_size={batch}",
             ]
             for batch in ((4, 2) if toy else (256, 32))
@@ -121,26 +122,21 @@ def run_part(
         return "not begun: the stage is out of time"
     print(f"== {name}", flush=True)
     log = out / f"{name.replace(' ', '_')}.log"
+    command = [sys.executable, *arguments]
     with log.open("w") as file:
-        file.write(f"python {' '.join(arguments)}\n")
-        file.flush()
+        print("python", *arguments, file=file, flush=True)
         # A session of its own: out of time, a part ends with all its contestants.
         process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=variables,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
+            command, cwd=ROOT, env=variables, stdout=file, stderr=file, start_new_session=True
         )
         try:
             code = process.wait(left_s)
-            ended = "done" if code == 0 else f"exit code {code}"
+            ended = f"exit code {code}" if code else "done"
         except subprocess.TimeoutExpired:
             ended = "ended: the stage is out of time"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     print("\n".join(log.read_text().splitlines()[-40:]), flush=True)
     return ended
@@ -155,17 +151,14 @@ def may_publish(variables: Mapping[str, str]) -> bool:
 def run_stage(stage: str, out: Path, limit_s: float, parts: Parts) -> int:
     """Run the parts one after the other, a failed one too; print how each ended; exit code."""
     out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    variables = environment(out)
-    table = []
+    ends_at, variables, ends = time.time() + limit_s, environment(out), {}
     for name, arguments in parts.items():
         start = time.time()
-        left_s = limit_s - (start - began)
-        ended = run_part(name, arguments, out, left_s, variables)
-        table.append(f"| {name} | {ended} | {time.time() - start:.0f} s |")
-    head = [f"\n{stage}: rows and outputs in {out}\n", "| part | how it ended | |", "|---|---|---|"]
-    print("\n".join([*head, *table]), flush=True)
-    return int(any("| done |" not in line for line in table))
+        ended = run_part(name, arguments, out, ends_at - start, variables)
+        ends[name] = f"{ended} | {time.time() - start:.0f} s"
+    print(f"\n{stage}: rows and outputs in {out}\n\n| part | how it ended | |\n|---|---|---|")
+    print("\n".join(f"| {name} | {ended} |" for name, ended in ends.items()), flush=True)
+    return int(any(not ended.startswith("done") for ended in ends.values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

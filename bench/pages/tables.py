@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import roofline
-from bench.measure.program import cell, figure, markdown
 from bench.measure.rows import RESULTS, ROOT, Row, latest, read_rows
 from bench.roofline import Made
 
@@ -36,16 +35,8 @@ REMOVED = ("max_pool", "cpu")
 """The operation and device of a kernel that has been removed since."""
 # Rows of improvements that have been removed since.
 GONE = "max pooling (ATen's instead)"
-Run = Sequence[Row]
-"""The rows of one run of one case: one row for each contestant."""
-
-
-def _spread(row: Row, suffix: str = "") -> list[float]:
-    return [row[f"p{p}{suffix}"] for p in (20, 50, 80)]
-
-
-def _by_name(run: Run) -> dict[str, Row]:
-    return {row["contestant"]: row for row in run}
+Run = dict[str, Row]
+"""The rows of one run of one case, by contestant."""
 
 
 def place(row: Row) -> str:
@@ -61,9 +52,14 @@ def subject(row: Row) -> str:
     return f"{network}, {case['precision']}, {place(row)}"
 
 
+def one(run: Run) -> Row:
+    """Any of its rows: what they say of the case they say alike."""
+    return next(iter(run.values()))
+
+
 def _ratios(run: Run) -> dict[str, list[float]]:
     """Those of all contests in which the case was measured."""
-    return {title: ratio for row in run for title, ratio in row["ratios"].items()}
+    return {title: ratio for row in run.values() for title, ratio in row["ratios"].items()}
 
 
 def speed(runs: Sequence[Run]) -> Made:
@@ -71,14 +67,12 @@ def speed(runs: Sequence[Run]) -> Made:
     headers = ["machine", "network", "ours in", "published, images/s", "ours, images/s", "ratio"]
     body = []
     for run in runs:
-        ratio = _ratios(run).get("our step / published step")
-        if ratio is None:
-            continue
-        by_name, case = _by_name(run), run[0]["case"]
-        machine = "2 cores, " * (run[0]["environment"]["device"] == "cpu") + place(run[0])
-        network = f"{case['arch'].replace('resnet', 'ResNet-')}, {case['image_size']} px"
-        speeds = [figure(by_name[n]["p50_images_per_second"]) for n in ("official", "step")]
-        body.append([machine, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"])
+        if ratio := _ratios(run).get("our step / published step"):
+            where, case = one(run)["environment"], one(run)["case"]
+            machine = "2 cores, " * (where["device"] == "cpu") + place(one(run))
+            network = f"{case['arch'].replace('resnet', 'ResNet-')}, {case['image_size']} px"
+            speeds = [figure(run[n]["p50_images_per_second"]) for n in ("official", "step")]
+            body.append([machine, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"])
     if all(line[0].startswith("2 cores") for line in body):
         body.append(["a CUDA GPU", "ResNet-50, 224 px", "bf16", "-", "-", "not measured yet"])
     return headers, sorted(body, key=lambda line: line[0])
@@ -98,48 +92,39 @@ def throughput(runs: Sequence[Run]) -> Made:
     headers = ["images/s", *names.values(), *ratios, share, "peak GiB, ours and published"]
     body = []
     for run in runs:
-        by_name, known, n = _by_name(run), _ratios(run), run[0]["n"]
-        rates = [by_name.get(name, {}).get("p50_images_per_second") for name in names]
-        memory = [
-            by_name[name]["peak_memory_gib"] for name in ("step", "official") if name in by_name
-        ]
-        body.append(
-            [
-                subject(run[0]),
-                *(figure(rate) if rate else "-" for rate in rates),
-                *(cell(known[title], n) if title in known else "-" for title in ratios),
-                f"{by_name.get('step', {}).get('product_share_percent', '-')}",
-                ", ".join(map(figure, memory)) or "-",
-            ]
-        )
+        if names.keys() & run.keys():
+            known, n = _ratios(run), one(run)["n"]
+            rates = [run[name]["p50_images_per_second"] if name in run else 0 for name in names]
+            cells = [figure(rate) if rate else "-" for rate in rates]
+            cells += [cell(known[title], n) if title in known else "-" for title in ratios]
+            cells.append(f"{run.get('step', {}).get('product_share_percent', '-')}")
+            memory = [run[who]["peak_memory_gib"] for who in ("step", "official") if who in run]
+            body.append([subject(one(run)), *cells, ", ".join(map(figure, memory)) or "-"])
     return headers, body
 
 
 def ablation(runs: Sequence[Run]) -> Made:
     """The time of a step without an improvement, relative to our step; a column per case."""
-    columns: dict[str, dict[str, Row]] = {}
+    columns: dict[str, Run] = {}
     for run in runs:
-        if run[0]["case"]["part"] == "switches":
-            columns.setdefault(subject(run[0]), {}).update(_by_name(run))
+        if one(run)["case"]["part"] == "switches":
+            columns.setdefault(subject(one(run)), {}).update(run)
+
+    def relative(row: Row | None) -> str:
+        return cell(row["relative"], row["n"], "{:.2f}".format) if row else "-"
+
     names = dict.fromkeys(name for column in columns.values() for name in column)
     body = [
-        [name, *(_relative(column.get(name)) for column in columns.values())]
+        [name, *(relative(column.get(name)) for column in columns.values())]
         for name in names
         if name not in ("nothing", GONE)  # the first is our step itself
     ]
     return ["switched off", *columns], body
 
 
-def _relative(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    # What all others are relative to is 1 in every turn.
-    return "1" if set(row["relative"]) == {1} else cell(row["relative"], row["n"], "{:.2f}".format)
-
-
 def profile(runs: Sequence[Run]) -> Made:
     """Percent of the parts of a step fed by its loader; small ones are left out."""
-    rows = [run[-1] for run in runs]
+    rows = [one(run) for run in runs]
     most: dict[str, float] = {}
     for part, share in (item for row in rows for item in row["shares"].items()):
         most[part] = max(share, most.get(part, 0.0))
@@ -156,11 +141,11 @@ def loader(runs: Sequence[Run]) -> Made:
         [
             f"{row['case'].get('megapixels', 0.2)} megapixels, {row['environment']['extension']}",
             row["contestant"],
-            cell(_spread(row), row["n"]),
+            cell([row["p20"], row["p50"], row["p80"]], row["n"]),
             cell(row["ratios"], row["n"]) if "ratios" in row else "-",
         ]
         for run in runs
-        for row in run
+        for row in run.values()
         if row["case"]["part"] == "pipeline"
     ]
     return ["images, processor", "", "images/s", "times torchvision"], body
@@ -168,19 +153,18 @@ def loader(runs: Sequence[Run]) -> Made:
 
 def kernels(runs: Sequence[Run]) -> Made:
     """Every operation by itself: the range of its cases, on each class of machine."""
-    groups: dict[str, list[dict[str, Row]]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        name, case = OPERATIONS.get(run[0]["benchmark"]), run[0]["case"]
-        if name is None or (run[0]["benchmark"], case["device"]) == REMOVED:
-            continue
-        operation = " ".join(filter(None, (name, case.get("dtype"))))
-        groups.setdefault(f"{operation}, {place(run[0])}", []).append(_by_name(run))
+        op, case = one(run)["benchmark"], one(run)["case"]
+        if op in OPERATIONS and (op, case["device"]) != REMOVED:
+            operation = " ".join(filter(None, (OPERATIONS[op], case.get("dtype"))))
+            groups.setdefault(f"{operation}, {place(one(run))}", []).append(run)
     body = []
     for key, cases in groups.items():
         # What nobody has published is compared with its reference.
-        official = [rows["official" if "official" in rows else "eager"] for rows in cases]
-        ours = [_ours(rows) for rows in cases]
-        compiled = [rows.get("compiled", rows.get("official compiled", {})) for rows in cases]
+        official = [run["official" if "official" in run else "eager"] for run in cases]
+        ours = [_ours(run) for run in cases]
+        compiled = [run.get("compiled", run.get("official compiled", {})) for run in cases]
         shown = [_range([row["p50_ms"] for row in way]) for way in (official, ours)]
         shown += [f"**{_gain(official, ours)}**", _gain(compiled, ours) if all(compiled) else "-"]
         memory = [_range([row["peak_extra_bytes"] / 2**20 for row in x]) for x in (ours, official)]
@@ -189,9 +173,9 @@ def kernels(runs: Sequence[Run]) -> Made:
     return [*headers, "gain over torch.compile", "memory, MiB"], body
 
 
-def _ours(by_name: dict[str, Row]) -> Row:
+def _ours(run: Run) -> Row:
     """Our way; of several, of which the layer takes one, the fastest."""
-    ways = [by_name[way] for way in ("fastmoco", "direct", "winograd") if way in by_name]
+    ways = [run[way] for way in ("fastmoco", "direct", "winograd") if way in run]
     return min(ways, key=lambda row: float(row["p50_ms"]))
 
 
@@ -213,11 +197,11 @@ def scaling(runs: Sequence[Run]) -> Made:
     headers += [f"{title}, ms *modelled*" for title in shown.values()]
     body = []
     for run in runs:
-        by_name, ranks = _by_name(run), run[0]["case"]["ranks"]
+        ranks = one(run)["case"]["ranks"]
         if ranks in (2, 8, 64, 1024):
-            received = [by_name[name]["received_bytes"] for name in shown]
+            received = [run[name]["received_bytes"] for name in shown]
             sizes = [sum(found.values()) - found["gradients"] for found in received]
-            times = [by_name[name]["modelled_ms"] for name in shown]
+            times = [run[name]["modelled_ms"] for name in shown]
             cells = [f"{size / 1e6:,.1f}" for size in sizes] + [f"{ms:.3g}" for ms in times]
             body.append([str(ranks), *cells])
     return headers, body
@@ -234,6 +218,24 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Run]], Made]]] = {
     "ledger": ("ledger", roofline.counts),
     "model": ("ledger", roofline.times),
 }
+
+
+def figure(value: float) -> str:
+    """About four digits, none of them behind an `e`."""
+    return f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
+
+
+def cell(quantiles: Sequence[float], n: int, shown_as: Callable[[float], str] = figure) -> str:
+    """A median with p20 and p80, or with n where these would say nothing."""
+    p20, p50, p80 = map(shown_as, quantiles)
+    return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
+
+
+def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; all columns but the first are numbers."""
+    rule = "|---|" + "---:|" * (len(headers) - 1)
+    top = f"| {' | '.join(headers)} |".replace("|  |", "| |")
+    return [top, rule, *(f"| {' | '.join(line)} |" for line in body)]
 
 
 def table(name: str, results: Path = RESULTS) -> str:

@@ -1,204 +1,142 @@
-"""Op by op, the layers of a ResNet: batch norm, convolutions.
+"""Batch norm with addition and ReLU, and max pooling, in bf16 and channels-last memory.
 
-`bench.kernels` runs these. `official` is what torchvision's network does. Tensors are
-channels-last and come from memory as in a step, and freed memory is kept as in training: otherwise
-mapping it would be half of what is timed.
-N batch, C channels, O outputs, H W spatial, K side of the kernel.
+`official` is what torch computes layer by layer, `compiled` what torch.compile makes of it; of
+batch norm on CUDA it compiles one reduction over all groups.
+N batch, C channels.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, conv2d, relu
+from torch.nn.functional import batch_norm, max_pool2d, relu
 
-from bench.measure.contest import Race, Way
-from fastmoco.machine.host import keep_freed_memory
-from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu, reference
-from fastmoco_kernels import direct_convolution_cpu as direct
-from fastmoco_kernels import winograd_cpu as winograd
-from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
+from bench.races.race import Outputs, Race, forward_backward
+from fastmoco_kernels import batch_norm_act, max_pool, reference
+from fastmoco_kernels.network import batch_norm_cpu
 
-COLD_BYTES = 400 << 20
-# Layers of ResNet-50 at 224 pixels: N, C, side of the input, O, K, stride.
-RESNET50 = (
-    (32, 64, 56, 64, 3, 1),
-    (32, 64, 56, 256, 1, 1),
-    (32, 128, 28, 128, 3, 1),
-    (32, 1024, 14, 256, 1, 1),
-    (32, 512, 14, 512, 3, 2),
-    (32, 512, 7, 2048, 1, 1),
-    (32, 512, 7, 512, 3, 1),
+# Layers of ResNet-50 at 224 pixels: N, C, side, whether something is added, groups.
+CUDA_NORMS = (
+    (256, 64, 112, False, 8),
+    (256, 64, 56, False, 8),
+    (256, 256, 56, True, 8),
+    (256, 128, 28, False, 8),
+    (256, 1024, 14, True, 8),
+    (256, 512, 7, False, 8),
+    (256, 2048, 7, True, 8),
+    (32, 256, 56, True, 1),
+    (32, 1024, 14, True, 1),
 )
-# And of ResNet-18 at 32, 64 and 96 pixels.
-RESNET18 = (
-    (64, 64, 8, 64, 3, 1),
-    (64, 128, 4, 256, 3, 2),
-    (64, 512, 1, 512, 3, 1),
-    (64, 256, 4, 256, 3, 1),
-    (64, 512, 2, 512, 3, 1),
-    (64, 64, 24, 64, 3, 1),
-    (64, 512, 3, 512, 3, 1),
+CPU_NORMS = (
+    (32, 64, 112, False, 1),
+    (32, 256, 56, True, 1),
+    (32, 256, 14, False, 1),
+    (32, 1024, 14, True, 1),
 )
-PARTS = ("forward", "input gradient", "weight gradient")
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+MOMENTUM, EPS = 0.1, 1e-5
+Layer = Callable[[Tensor, Tensor | None, Sequence[Any]], Tensor]
+"""Of images, what is added, and weight, bias, running statistics and counter."""
+DEFINITION: Callable[..., Tensor] = reference.batch_norm_act
+ON_CPU: Callable[..., Tensor] = batch_norm_cpu.batch_norm_act
+POOL = (3, 2, 1)
 
 
-def in_turns(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Copies of the tensors in turns for ever, so many of the first that no cache holds it."""
-    copies = max(2, -(-COLD_BYTES // tensors[0].nbytes))
-    return itertools.cycle([[t.clone() for t in tensors] for _ in range(copies)])
+def _normal(*shape: int, count: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    made = (torch.randn(shape, generator=generator, device=device) for _ in range(count))
+    return [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in made]
 
 
-def _normal(generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    values = torch.randn(shape, generator=generator).to(dtype)
-    return values.to(memory_format=torch.channels_last)
+def batched(x: Tensor, residual: Tensor | None, norm: Sequence[Any], groups: int) -> Tensor:
+    """The formulation that torch.compile fuses best: every group in one reduction."""
+    weight, bias, running_mean, running_var, counter = norm
+    n, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(groups, -1, c).float()
+    var, mean = torch.var_mean(rows, dim=1, correction=0)
+    scale = torch.rsqrt(var + EPS) * weight
+    out = (rows * scale[:, None] + (bias - mean * scale)[:, None]).to(x.dtype)
+    with torch.no_grad():
+        running_mean.lerp_(mean.mean(0), MOMENTUM)
+        running_var.lerp_(var.mean(0) * (rows.shape[1] / (rows.shape[1] - 1)), MOMENTUM)
+        counter.add_(1)
+    out = out.view(n, h, w, c).permute(0, 3, 1, 2)
+    return relu(out if residual is None else out + residual)
 
 
-def batch_norm_race(n: int, c: int, side: int, added: bool, device: torch.device) -> Race:
-    """Forward and backward of batch norm, addition and ReLU in bf16."""
-    keep_freed_memory()
-    generator = torch.Generator().manual_seed(0)
-    shape, dtype = (n, c, side, side), torch.bfloat16
-    x, residual, upstream = (_normal(generator, shape, dtype) for _ in range(3))
-    weight, bias, mean, var = (torch.linspace(0.5, 1.5, c, device=device) for _ in range(4))
-    tensors = tuple(t.to(device) for t in (x, residual, upstream))
-    turn = in_turns(*tensors)
+def batch_norm_race(
+    n: int, c: int, side: int, added: bool, groups: int, device: torch.device
+) -> Race:
+    """Forward and backward, with the gradients of weight and bias and the running statistics."""
+    x, residual, upstream = _normal(n, c, side, side, count=3, device=device)
+    norm = [torch.linspace(0.5, 1.5, c, device=device) for _ in range(4)]
+    norm.append(torch.zeros((), dtype=torch.int64, device=device))
+    settings: tuple[Any, ...] = (MOMENTUM, EPS, groups, True)
 
-    def official(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = batch_norm(x, mean, var, weight, bias, True)
+    def defined(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
+        return DEFINITION(x, residual, *norm[:4], True, *settings)
+
+    def official(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
+        weight, bias, mean, var, _ = norm
+        parts = [batch_norm(part, mean, var, weight, bias, True) for part in x.chunk(groups)]
+        y = parts[0] if groups == 1 else torch.cat(parts)
         return relu(y if residual is None else y.add_(residual), inplace=True)
 
-    def fused(x: Tensor, residual: Tensor | None) -> Tensor:
-        return batch_norm_act(x, residual, weight, bias, mean, var, True, 0.1, 1e-5, 1, True)
+    @torch.compile(dynamic=False)
+    def compiled(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
+        on_cuda = device.type == "cuda"
+        return batched(x, residual, norm, groups) if on_cuda else official(x, residual, norm)
 
-    def step(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        def run() -> tuple[Tensor, ...]:
-            a, b, dy = next(turn)
-            leaves = [t.detach().requires_grad_() for t in ((a, b) if added else (a,))]
-            y = function(leaves[0], leaves[1] if added else None)
-            return y.detach(), *torch.autograd.grad(y, leaves, dy)
+    def fused(x: Tensor, residual: Tensor | None, norm: Sequence[Any]) -> Tensor:
+        if device.type == "cpu":
+            return ON_CPU(x, residual, *norm[:4], True, *settings)
+        return batch_norm_act(x, residual, *norm, *settings)
 
-        return run
+    def way(layer: Layer, norm: Sequence[Any]) -> Callable[..., Outputs]:
+        def call(x: Tensor, residual: Tensor, upstream: Tensor) -> Outputs:
+            def of(x: Tensor, a: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
+                return layer(x, residual, [a, b, *norm[2:]])
 
-    def error(got: tuple[Tensor, ...]) -> float:
-        # On average: beside the kink of the ReLU single gradients are right either way.
-        pairs = zip(got, truth, strict=True)
-        return max(float((g.double() - w).abs().mean() / w.abs().mean()) for g, w in pairs)
+            wanted = [x, *norm[:2], residual] if added else [x, *norm[:2]]
+            return forward_backward(of, wanted, upstream)
 
-    leaves = [t.double().requires_grad_() for t in ((x, residual) if added else (x,))]
-    w, b, m, v = (t.double().cpu() for t in (weight, bias, mean, var))
-    y = reference.batch_norm_act(
-        leaves[0], leaves[1] if added else None, w, b, m, v, True, 0.1, 1e-5, 1, True
-    )
-    truth = [t.to(device) for t in (y.detach(), *torch.autograd.grad(y, leaves, upstream.double()))]
-    ways = [Way("official", step(official), error, 2e-2)]
-    ways += [Way("compiled", step(torch.compile(official)), error, 2e-2)]
-    if supports(tensors[0], tensors[1], (weight, bias, mean, var), 1):
-        ways.append(Way("fastmoco", step(fused), error, 2e-2))
-    case = {"n": n, "c": c, "side": side, "residual": added, "device": device.type}
-    return "batch_norm", case, ways
+        return call
 
-
-class Layer(NamedTuple):
-    """Sizes of a convolution that is padded by half its kernel."""
-
-    n: int
-    c: int
-    side: int
-    o: int
-    k: int
-    stride: int
-
-    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
-        """Input (N, C, H, W), upstream gradient (N, O, H', W') and weight (O, C, K, K)."""
-        generator = torch.Generator().manual_seed(0)
-        out = -(-self.side // self.stride)
-        shapes = (
-            (self.n, self.c, self.side, self.side),
-            (self.n, self.o, out, out),
-            (self.o, self.c, self.k, self.k),
-        )
-        return [_normal(generator, shape, dtype) for shape in shapes]
-
-    def aten(self, part: str, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """One of `PARTS` as torch computes it."""
-        step, edge = [self.stride] * 2, [self.k // 2] * 2
-        if part == "forward":
-            return conv2d(x, weight, None, step, edge)
-        mask = [part == "input gradient", part == "weight gradient", False]
-        both: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, step, edge, [1, 1], False, [0, 0], 1, mask
-        )
-        return both[mask.index(True)]
+    exact = [t.double() if t.is_floating_point() else t for t in norm]
+    # In half the bytes: the largest of these is 1.6 GB in float64.
+    whole = way(defined, exact)(x.double(), residual.double(), upstream.double())
+    truth = [t.float() for t in whole]
+    case = {"n": n, "c": c, "side": side, "residual": added}
+    if device.type == "cuda":
+        # Forward x twice and y once, backward x and dy twice and dx once. An addition: the residual
+        # forward, and y and the residual's gradient, which the second pass reads instead of dy.
+        case |= {"groups": groups, "least_bytes": (11 if added else 8) * x.nbytes}
+    layers: dict[str, Layer] = {"official": official, "compiled": compiled, "fastmoco": fused}
+    ways = {name: way(layer, norm) for name, layer in layers.items()}
+    # torch rounds before the ReLU, at whose kink gradients of weight and bias are off by 2.5e-2.
+    return Race("batch_norm", case, ways, truth, 4e-2, [x, residual, upstream])
 
 
-def _ours(layer: Layer, part: str, dtype: torch.dtype) -> dict[str, Product]:
-    """Our ways of a part of a layer that can do it, as functions of input, upstream and weight."""
-    where = layer.stride, layer.k // 2
-    if dtype == torch.bfloat16:
-        gradient = convolution_cpu.weight_gradient
-        return {"fastmoco": lambda x, dy, w: gradient(x, dy, w.shape, *where)}
-    products: dict[str, Product] = {
-        "forward": lambda x, dy, w: direct.forward(x, w, *where),
-        "input gradient": lambda x, dy, w: direct.input_gradient(dy, w, x.shape, *where),
-        "weight gradient": lambda x, dy, w: direct.weight_gradient(x, dy, w.shape, *where),
+def max_pool_race(n: int, c: int, side: int, device: torch.device) -> Race:
+    """Max pooling behind the stem, forward and backward."""
+    (x,) = _normal(n, c, side, side, count=1, device=device)
+    (dy,) = _normal(*max_pool2d(x, *POOL).shape, count=1, device=device)
+
+    def official(x: Tensor) -> Tensor:
+        return max_pool2d(x, *POOL)
+
+    def way(pool: Callable[[Tensor], Tensor]) -> Callable[..., Outputs]:
+        return lambda x, dy: forward_backward(pool, [x], dy)
+
+    ways = {
+        "official": way(official),
+        "compiled": way(torch.compile(official, dynamic=False)),
+        "fastmoco": way(lambda x: max_pool(x, *POOL)),
     }
-    tiles: dict[str, Product] = {
-        "forward": lambda x, dy, w: winograd.forward(x, w),
-        "input gradient": lambda x, dy, w: winograd.input_gradient(dy, w),
-        "weight gradient": lambda x, dy, w: winograd.weight_gradient(x, dy),
-    }
-    fits = layer.k == 3 and layer.stride == 1
-    return {"direct": products[part]} | ({"winograd": tiles[part]} if fits else {})
-
-
-def convolution_race(part: str, dtype: torch.dtype, *sizes: int) -> Race:
-    """One of `PARTS` of a convolution; the error is relative to float64.
-
-    `official` is oneDNN's, of a weight gradient with its conversion to the fp32 that autograd
-    makes of it for an fp32 parameter. In bf16 only weight gradients are ours.
-    """
-    keep_freed_memory()
-    layer = Layer(*sizes)
-    tensors = layer.tensors(dtype)
-    turn, truth = in_turns(*tensors), layer.aten(part, *(t.double() for t in tensors))
-
-    def official(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        return layer.aten(part, x, dy, weight).float()
-
-    def error(got: Tensor) -> float:
-        return float((got.double() - truth).norm() / truth.norm())
-
-    def way(name: str, product: Product, allowed: float) -> Way:
-        return Way(name, lambda: product(*next(turn)), error, allowed)
-
-    half = dtype == torch.bfloat16
-    ways = [way("official", official, 5e-3 if half else 1e-5)]
-    ways += [way(name, product, 1e-5) for name, product in _ours(layer, part, dtype).items()]
-    case = layer._asdict() | {"device": "cpu"}
-    return (
-        ("weight_gradient", case, ways) if half else ("convolution", {"part": part, **case}, ways)
-    )
-
-
-def cpu_races(device: torch.device) -> dict[str, list[Callable[[], Race]]]:
-    """The races of the kernels in C++ that work on this device; batch norm is not among them."""
-    found: dict[str, list[Callable[[], Race]]] = {}
-    cases = (*RESNET50, *RESNET18)
-    if device.type == "cpu" and not convolution_cpu.reason():
-        bf16 = partial(convolution_race, "weight gradient", torch.bfloat16)
-        wide = [sizes for sizes in cases if sizes[2] > 1]
-        found["weight_gradient"] = [partial(bf16, *sizes) for sizes in wide]
-    if device.type == "cpu" and not convolution_fp32_cpu.reason():
-        found["convolution"] = [
-            partial(convolution_race, part, torch.float32, *sizes)
-            for sizes in cases
-            for part in PARTS
-        ]
-    return found
+    truth = way(official)(x.double(), dy.double())
+    # Two passes with a byte index: x, y, index and dy, index, dx, each once.
+    least = 2 * (x.nbytes + dy.nbytes + dy.numel())
+    case = {"n": n, "c": c, "side": side, "least_bytes": least}
+    return Race("max_pool", case, ways, truth, 2e-2, [x, dy])

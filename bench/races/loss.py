@@ -6,67 +6,56 @@ N local batch, C dimension, K queue length.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from bench.measure.contest import Race, Way
-from fastmoco_kernels import info_nce, info_nce_enqueue
+from bench.races.race import Outputs, Race, forward_backward
+from fastmoco_kernels import info_nce, info_nce_enqueue, reference
+
+TEMPERATURE = 0.2
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of queries, keys and the queue (K, C)."""
 
 
-def official_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The loss of the published code on a clone of the queue (K, C), which it stores transposed."""
+def official_loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """The loss of the published code on a clone of the queue, which it stores transposed."""
     positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
-    negative = torch.einsum("nc,kc->nk", [q, queue.clone().detach()])
-    logits = torch.cat([positive, negative], dim=1) / temperature
+    negative = torch.einsum("nc,kc->nk", [q, queue.to(q.dtype).clone().detach()])
+    logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
     return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def _oracle(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[float, Tensor]:
-    """Loss and gradient in float64, a few rows at a time."""
-    losses, gradients = [], []
-    for a, b in zip(q.split(16), k.split(16), strict=True):
-        rows = a.double().requires_grad_(True)
-        loss = official_loss(rows, b.double(), queue.double(), temperature) * len(a) / len(q)
-        gradients.append(torch.autograd.grad(loss, rows)[0])
-        losses.append(loss.item())
-    return sum(losses), torch.cat(gradients)
+def fused_loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """Ours, which takes the queue as it is."""
+    return info_nce(q, k, queue, TEMPERATURE).loss
+
+
+def loss_and_gradient(loss: Loss, q: Tensor, k: Tensor, queue: Tensor) -> Outputs:
+    """The loss and its gradient by the queries."""
+    return forward_backward(lambda q: loss(q, k, queue), [q])
 
 
 def loss_race(n: int, c: int, k: int, dtype: torch.dtype, device: torch.device) -> Race:
-    """Forward and backward of the loss, T = 0.2; the queue is float32, as the trainer keeps it."""
+    """Forward and backward of the loss; the queue is float32, as the trainer keeps it."""
     generator = torch.Generator().manual_seed(0)
     q, key, queue = (
         normalize(torch.randn(rows, c, generator=generator), dim=1).to(device) for rows in (n, n, k)
     )
     q, key = q.to(dtype), normalize(q + 0.7 * key, dim=1).to(dtype)
-    loss, gradient = _oracle(q, key, queue, 0.2)
-
-    def step(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
-        def run() -> tuple[Tensor, Tensor]:
-            leaf = q.detach().requires_grad_(True)
-            value = function(leaf, key, queue.to(dtype) if function is not fused else queue, 0.2)
-            return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-        return run
-
-    def fused(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-        return info_nce(q, k, queue, temperature).loss
-
-    def error(output: tuple[Tensor, Tensor]) -> float:
-        far = (output[1].double() - gradient).norm() / gradient.norm()
-        return max(abs(float(output[0]) - loss) / loss, float(far))
-
-    allowed = 1e-5 if dtype == torch.float32 else 5e-2
-    functions = {
+    losses = {
         "official": official_loss,
         "official compiled": torch.compile(official_loss),
-        "fastmoco": fused,
+        "fastmoco": fused_loss,
     }
-    ways = [Way(name, step(f), error, allowed) for name, f in functions.items()]
-    case = {"N": n, "C": c, "K": k, "dtype": str(dtype)[6:], "device": device.type}
-    return "info_nce", case, ways
+    ways = {name: partial(loss_and_gradient, loss) for name, loss in losses.items()}
+    exact = q.double(), key.double(), queue.double()
+    each, _, gradient = reference.info_nce(*exact, TEMPERATURE)
+    allowed = 1e-5 if dtype == torch.float32 else 5e-2
+    case = {"N": n, "C": c, "K": k, "dtype": str(dtype)[6:]}
+    return Race("info_nce", case, ways, [each.mean(), gradient], allowed, [q, key, queue])
 
 
 def enqueue_race(n: int, c: int, k: int, device: torch.device) -> Race:
@@ -75,24 +64,24 @@ def enqueue_race(n: int, c: int, k: int, device: torch.device) -> Race:
     q, queue = (normalize(torch.randn(r, c, generator=generator), dim=1).to(device) for r in (n, k))
     pointer = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def official(leaf: Tensor, ring: Tensor) -> Tensor:
-        loss, at = official_loss(leaf, q, ring, 0.2), int(pointer)
-        ring[at : at + n] = q
+    def official(leaf: Tensor, keys: Tensor, ring: Tensor) -> Tensor:
+        loss, at = official_loss(leaf, keys, ring), int(pointer)
+        ring[at : at + n] = keys
         return loss
 
-    def fused(leaf: Tensor, ring: Tensor) -> Tensor:
-        return info_nce_enqueue(leaf, q, q, ring, pointer, 0.2).loss
+    def fused(leaf: Tensor, keys: Tensor, ring: Tensor) -> Tensor:
+        return info_nce_enqueue(leaf, keys, keys, ring, pointer, TEMPERATURE).loss
 
-    def way(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Way:
+    def way(loss: Loss) -> Callable[[], Outputs]:
         ring = queue.clone()
 
-        def run() -> Tensor:
-            leaf = q.detach().requires_grad_(True)
+        def call() -> Outputs:
             pointer.zero_()
-            torch.autograd.grad(function(leaf, ring), leaf)
-            return ring
+            loss_and_gradient(loss, q, q, ring)
+            return [ring[:n]]
 
-        return Way(name, run, lambda ring: float((ring[:n] - q).abs().max()), 0.0)
+        return call
 
-    case = {"N": n, "C": c, "K": k, "dtype": "float32", "device": device.type}
-    return "info_nce_enqueue", case, [way("official", official), way("fastmoco", fused)]
+    case = {"N": n, "C": c, "K": k, "dtype": "float32"}
+    ways = {"official": way(official), "fastmoco": way(fused)}
+    return Race("info_nce_enqueue", case, ways, [q], 0.0)

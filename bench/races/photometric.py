@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from torch import Tensor
 
-from bench.measure.contest import Race, Way
-from bench.races.layers import in_turns
+from bench.races.race import Race
 from fastmoco.config import AugmentConfig
 from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.table import draw_uniforms, view_table
@@ -24,19 +20,12 @@ def photometric_race(n: int, side: int, device: torch.device) -> Race:
     sizes = np.full((n, 2), side, np.int32)
     table = view_table(AugmentConfig(), draw_uniforms(0, 0, 0, 0, n), sizes)
     rows = torch.from_numpy(photometric_rows(table, "v2"))
-    truth = reference.photometric(views, rows).to(device)
-    turn = in_turns(views.to(device), rows.to(device))
-
-    def error(got: Tensor) -> float:
-        return float((got.int() - truth.int()).abs().max())
-
-    def made_by(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        return lambda: op(*next(turn))
-
-    ways = [
-        Way("eager", made_by(reference.photometric), error, 0.5),
-        Way("fastmoco", made_by(photometric), error, 0.5),
-    ]
+    truth = [reference.photometric(views, rows).to(device)]
+    ways = {
+        "eager": lambda views, rows: [reference.photometric(views, rows)],
+        "fastmoco": lambda views, rows: [photometric(views, rows)],
+    }
     # Each view is read once and written once.
-    case = {"n": n, "side": side, "least_bytes": 2 * views.numel(), "device": device.type}
-    return "photometric", case, ways
+    case = {"n": n, "side": side, "least_bytes": 2 * views.numel()}
+    inputs = [views.to(device), rows.to(device)]
+    return Race("photometric", case, ways, truth, 0.0, inputs)

@@ -1,125 +1,106 @@
-"""The momentum update and SGD with it, beside torch's and the published loops."""
+"""The momentum update of ResNet-50, and SGD with it, beside torch's and the published loops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure.contest import Race, Way
+from bench.races.race import WARMUP, Outputs, Race
+from fastmoco.config import ModelConfig
+from fastmoco.network.encoder import build_encoder
 from fastmoco_kernels import ema_, reference, sgd_ema_
 
-MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY, LR = 0.999, 0.9, 1e-4, 0.03
-RATES: dict[str, Any] = {
-    **{"lr": torch.tensor(LR), "momentum": SGD_MOMENTUM, "weight_decay": WEIGHT_DECAY},
-    "ema_momentum": MOMENTUM,
-}
+MOMENTUM = 0.999
+SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
+LR = 0.03
+CASE = {"model": "resnet50 mlp"}
+CHECKED = 3
+"""Tensors that are compared with the truth."""
 
 
 def resnet50_shapes() -> list[torch.Size]:
     """Parameter shapes of the MoCo v2 encoder: ResNet-50 with a two-layer head."""
-    from torchvision.models import resnet50
-
     with torch.device("meta"):
-        encoder = resnet50(num_classes=128)
-        encoder.fc = torch.nn.Sequential(
-            torch.nn.Linear(2048, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 128)
-        )
-    return [p.shape for p in encoder.parameters()]
+        return [p.shape for p in build_encoder(ModelConfig()).parameters()]
 
 
-def _draw(shapes: list[torch.Size], seed: int, device: torch.device) -> list[Tensor]:
+def _draw(shapes: Sequence[torch.Size], seed: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
 
+def published_ema(averages: list[Tensor], parameters: Sequence[Tensor]) -> None:
+    """The published loop, which allocates every average anew."""
+    for i, parameter in enumerate(parameters):
+        averages[i] = averages[i] * MOMENTUM + parameter * (1.0 - MOMENTUM)
+
+
 def ema_race(device: torch.device) -> Race:
-    """The momentum update of ResNet-50."""
+    """The momentum update alone."""
     shapes = resnet50_shapes()
     sources = _draw(shapes, 1, device)
 
-    def official(targets: list[torch.nn.Parameter]) -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.data = target.data * MOMENTUM + source.data * (1.0 - MOMENTUM)
-
     @torch.compile
-    def compiled(targets: list[Tensor]) -> None:
+    def compiled(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(target * MOMENTUM + source * (1.0 - MOMENTUM))
 
-    def way(name: str, update: Callable[[Any], None], parameters: bool = False) -> Way:
-        plain = _draw(shapes, 2, device)
-        targets: list[Any] = (
-            [torch.nn.Parameter(t, requires_grad=False) for t in plain] if parameters else plain
-        )
+    def way(update: Callable[[list[Tensor], list[Tensor]], object]) -> Callable[[], Outputs]:
+        targets = _draw(shapes, 2, device)
 
-        def run() -> list[Any]:
-            with torch.no_grad():
-                update(targets)
-            return targets
+        def call() -> Outputs:
+            update(targets, sources)
+            return targets[:CHECKED]
 
-        return Way(name, run, lambda out: error(out), 1e-5)
+        return call
 
-    def error(targets: list[Tensor], calls: int = 3) -> float:
-        start = _draw(shapes[:3], 2, device)
-        worst = 0.0
-        for at, (t, s) in enumerate(zip(start, sources, strict=False)):
-            want = s.double() + MOMENTUM**calls * (t.double() - s.double())
-            worst = max(worst, float((targets[at].double() - want).abs().max()))
-        return worst
-
-    ways = [
-        way("official", official, parameters=True),
-        way("official compiled", compiled),
-        way("timm: foreach lerp", lambda t: torch._foreach_lerp_(t, sources, 1 - MOMENTUM)),
-        way("fastmoco", lambda t: ema_(t, sources, MOMENTUM)),
-    ]
-    return "ema", {"model": "resnet50 mlp", "device": device.type}, ways
+    ways = {
+        "official": way(published_ema),
+        "official compiled": way(compiled),
+        "timm: foreach lerp": way(lambda t, s: torch._foreach_lerp_(t, s, 1 - MOMENTUM)),
+        "fastmoco": way(lambda t, s: ema_(t, s, MOMENTUM)),
+    }
+    starts = zip(_draw(shapes[:CHECKED], 2, device), sources, strict=False)
+    truth = [s + MOMENTUM**WARMUP * (t.double() - s) for t, s in starts]
+    return Race("ema", CASE, ways, truth, 1e-5)
 
 
 def sgd_ema_race(device: torch.device) -> Race:
-    """SGD with momentum and weight decay, then the momentum update, of ResNet-50."""
+    """SGD with momentum and weight decay, then the momentum update."""
     shapes = resnet50_shapes()
     grads = [0.01 * g for g in _draw(shapes, 1, device)]
-    few = [[t.double() for t in _draw(shapes[:3], seed, device)] for seed in (3, 4)]
-    momenta = [torch.zeros_like(t) for t in few[0]]
-    for _ in range(3):  # as often as a race runs a way before it looks at its output
-        reference.sgd_ema_(few[0], [g.double() for g in grads[:3]], momenta, few[1], **RATES)
-    want = few[0] + few[1]
+    rates: dict[str, Any] = SGD | {"lr": torch.tensor(LR, device=device), "ema_momentum": MOMENTUM}
 
-    def stepper(official: bool) -> Callable[[], list[Tensor]]:
-        params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
+    def two_passes(update: Callable[[list[Tensor], list[Tensor]], object]) -> Callable[[], Outputs]:
+        params, averages = _draw(shapes, 3, device), _draw(shapes, 4, device)
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        sgd = torch.optim.SGD(params, LR, SGD_MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
+        sgd = torch.optim.SGD(params, LR, foreach=True, **SGD)
 
-        def run() -> list[Tensor]:
+        def call() -> Outputs:
             sgd.step()
-            if official:
-                for i, p in enumerate(params):
-                    ema[i] = ema[i] * MOMENTUM + p * (1.0 - MOMENTUM)
-            else:
-                ema_(ema, params, MOMENTUM)
-            return params[:3] + ema[:3]
+            update(averages, params)
+            return params[:CHECKED] + averages[:CHECKED]
 
-        return run
+        return call
 
-    params, ema = _draw(shapes, 3, device), _draw(shapes, 4, device)
-    buffers = [torch.zeros_like(p) for p in params]
-    rates = RATES | {"lr": torch.tensor(LR, device=device)}
+    params, averages = _draw(shapes, 3, device), _draw(shapes, 4, device)
+    momenta = [torch.zeros_like(p) for p in params]
 
-    def fused() -> list[Tensor]:
-        sgd_ema_(params, grads, buffers, ema, **rates)
-        return params[:3] + ema[:3]
+    def fused() -> Outputs:
+        sgd_ema_(params, grads, momenta, averages, **rates)
+        return params[:CHECKED] + averages[:CHECKED]
 
-    def error(got: list[Tensor]) -> float:
-        return max(float((g.double() - w).abs().max()) for g, w in zip(got, want, strict=True))
-
-    ways = [
-        Way("official", stepper(True), error, 1e-5),
-        Way("foreach SGD, ema_", stepper(False), error, 1e-5),
-        Way("fastmoco", fused, error, 1e-5),
-    ]
-    return "sgd_ema", {"model": "resnet50 mlp", "device": device.type}, ways
+    few = [[t.double() for t in _draw(shapes[:CHECKED], seed, device)] for seed in (3, 4)]
+    few_grads, few_momenta = [g.double() for g in grads[:CHECKED]], [p * 0 for p in few[0]]
+    for _ in range(WARMUP):  # as often as a race runs a way before it looks at its output
+        reference.sgd_ema_(few[0], few_grads, few_momenta, few[1], **rates)
+    ways = {
+        "official": two_passes(published_ema),
+        "foreach SGD, ema_": two_passes(lambda averages, p: ema_(averages, p, MOMENTUM)),
+        "fastmoco": fused,
+    }
+    return Race("sgd_ema", CASE, ways, few[0] + few[1], 1e-5)

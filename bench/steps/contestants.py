@@ -6,12 +6,15 @@ N local batch, S image side.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import count, cycle, islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,22 +23,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.contest import synchronize
-from bench.measure.launches import launches_of
 from bench.steps.published import OfficialMoCo, OfficialStep, as_published
 from bench.steps.switches import Run, layers_off, switch_off
-from fastmoco.config import Config, parse_text
+from fastmoco.config import Config, ConfigError, dump, parse_text
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, build_loader
+from fastmoco.machine import ranks
 from fastmoco.machine.host import settle
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step, compile_encoders
+from fastmoco.method.cuda_graph import GIVES_UP
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
+from fastmoco.run.checkpoint import Saver
 from fastmoco.train import join_world
 
 FOREVER = 10**9
+MAY_WAIT = 3  # steps, which compile and capture
 _STORE: Any = dist.HashStore  # type: ignore[attr-defined]
 
 
@@ -61,13 +67,11 @@ class Bench:
             self.step()
 
     def facts(self) -> dict[str, Any]:
-        """Threads, notes; without a loader also launches and waits on CUDA, FLOPs on the CPU."""
+        """Threads, notes, and the FLOPs of an eager step on the CPU that no loader feeds."""
         known = {"threads": torch.get_num_threads(), **self.known}
-        if self.loader:
-            return known
-        if self.device.type == "cpu" and not self.compiled:
+        if self.device.type == "cpu" and not self.compiled and not self.loader:
             known.setdefault("gflop_per_step", self._gflop())
-        return known | launches_of(self.step, self.device)
+        return known
 
     def _gflop(self) -> float:
         """Nominal FLOPs of one step with ATen's layers, for torch cannot look into ours; / 1e9."""
@@ -79,8 +83,7 @@ class Bench:
         """End the loader's processes and the process group."""
         if self.loader:
             self.loader.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.stop()
 
 
 def _built(config: str, settled: bool = True) -> tuple[Config, World]:
@@ -132,6 +135,35 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
     return Bench(world.device, switch_off(run, step, without), known=known, compiled=compiled)
 
 
+def silent_step(config: str, cuda_graph: Literal["off", "on"] = "off") -> Bench:
+    """Our step where a host synchronization is an error, but for its first `MAY_WAIT` steps.
+
+    Raises `ConfigError` naming a call that waits, and where the step gives up its CUDA graph.
+    """
+    parsed = parse_text(config)
+    machine = our_step(dump(replace(parsed, run=replace(parsed.run, cuda_graph=cuda_graph))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", GIVES_UP)
+        try:
+            machine.run(MAY_WAIT)
+        except RuntimeWarning as refused:
+            raise ConfigError(str(refused)) from refused
+    run = machine.step
+
+    def silent() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            raise ConfigError(f"A step makes the host wait for the device: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return replace(machine, step=silent) if machine.device.type == "cuda" else machine
+
+
 def numbered_step(config: str, without: Sequence[str] = ()) -> tuple[Step, Run, World]:
     """Our step, and a function that runs it once on the next synthetic images."""
     parsed, world = _built(config, settled="kept_memory" not in without)
@@ -160,6 +192,36 @@ def fed_step(
     loader = build_loader(parsed, device=world.device, key_rows=step.shuffle.key_rows)
     run = _numbered(step, over(loader.batches(0, FOREVER)), parsed.optim.accumulate)
     return step, Bench(world.device, run, loader=loader, known={"loader": loader.description})
+
+
+@dataclass
+class Saving(Bench):
+    """A contestant that saves as the trainer does, while it goes on."""
+
+    saver: Saver = field(kw_only=True)
+    done: int = 0
+
+    def run(self, steps: int) -> None:
+        """Begin a checkpoint, then do the steps."""
+        if sentence := self.saver.save_if_due(self.done, overdue=True):
+            raise RuntimeError(sentence)
+        super().run(steps)
+        self.done += steps
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and end as the others do."""
+        with self.saver:
+            pass
+        shutil.rmtree(self.saver.folder)
+        super().close()
+
+
+def saving_step(config: str) -> Saving:
+    """Our step, with a checkpoint at the beginning of every window."""
+    parsed = parse_text(config)
+    parsed = replace(parsed, run=replace(parsed.run, dir=tempfile.mkdtemp(prefix="saving-")))
+    step, run, world = numbered_step(config)
+    return Saving(world.device, run, saver=Saver(step, parsed, world, FOREVER))
 
 
 def end_to_end(config: str) -> Bench:

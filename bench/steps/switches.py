@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -19,13 +19,9 @@ from fastmoco.config import Config
 from fastmoco.machine.precision import choose_precision
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import NormalizePixels
-from fastmoco_kernels import (
-    InfoNCE,
-    batch_norm_cpu,
-    convolution_cpu,
-    convolution_fp32_cpu,
-    enqueue_,
-)
+from fastmoco_kernels import InfoNCE, enqueue_
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 
 Run = Callable[[], object]
 # Layers with a kernel of ours, by their names in `without`: what decides whether it runs.
@@ -39,8 +35,7 @@ LAYERS = {
 WITHOUT = ("channels_last", "fused_loss", "kept_memory", "uint8_input", *LAYERS)
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """One improvement: its name, what stands in its place, and how it is switched off."""
 
     name: str
@@ -54,31 +49,30 @@ def switches(config: Config, cuda: bool, compiled: bool) -> list[Switch]:
     device = torch.device("cuda" if cuda else "cpu")
     asked = config.run.precision  # by name, without asking a device that may not be there
     precision = choose_precision(asked, device).name if asked == "auto" else asked
-    found = [
-        Switch("freed memory kept", "default malloc", without=("kept_memory",)),
-        Switch("channels-last", "NCHW", without=("channels_last",)),
-        Switch(precision, "fp32", ("--run.precision", "fp32")),
-        Switch("uint8 input", "fp32 images", without=("uint8_input",)),
-        Switch("fused batch norm", "ATen's, addition, ReLU", without=("fused_norm",)),
-        Switch("batch norm in Triton", "Inductor's", without=("fused_norm_cuda",)),
-        Switch("convolutions", "oneDNN's", without=("convolutions",)),
-        Switch("weight gradients", "oneDNN's", without=("weight_gradients",)),
-        Switch("fused loss", "N x K logits", without=("fused_loss",)),
-        Switch("fused update", "torch SGD, then EMA", ("--optim.name", "sgd")),
-        Switch("torch.compile", "eager", ("--run.compile", "off")),
-    ]
-    elsewhere = cuda or compiled  # our layers are those of the eager CPU
-    out = {
-        "freed memory kept": cuda,  # CUDA tensors do not come from malloc
-        "fused batch norm": elsewhere or batch_norm_cpu.reason(),
-        "batch norm in Triton": not (cuda and compiled),
-        "convolutions": elsewhere or precision != "fp32" or convolution_fp32_cpu.reason(),
-        "weight gradients": elsewhere or precision != "bf16" or convolution_cpu.reason(),
-        "fp32": precision == "fp32",
-        "fused update": config.optim.name != "sgd_ema",
-        "torch.compile": not compiled,
+    eager_cpu = not (cuda or compiled)  # where our layers in C++ are
+    fp32, bf16 = (eager_cpu and precision == name for name in ("fp32", "bf16"))
+    plain_update = ("--optim.name", "sgd")
+    found = {
+        # CUDA tensors do not come from malloc.
+        Switch("freed memory kept", "default malloc", (), ("kept_memory",)): not cuda,
+        Switch("channels-last", "NCHW", (), ("channels_last",)): True,
+        Switch(precision, "fp32", ("--run.precision", "fp32")): precision != "fp32",
+        Switch("uint8 input", "fp32 images", (), ("uint8_input",)): True,
+        Switch("fused batch norm", "ATen's, addition, ReLU", (), ("fused_norm",)): (
+            eager_cpu and not batch_norm_cpu.reason()
+        ),
+        Switch("batch norm in Triton", "Inductor's", (), ("fused_norm_cuda",)): cuda and compiled,
+        Switch("convolutions", "oneDNN's", (), ("convolutions",)): (
+            fp32 and not convolution_fp32_cpu.reason()
+        ),
+        Switch("weight gradients", "oneDNN's", (), ("weight_gradients",)): (
+            bf16 and not convolution_cpu.reason()
+        ),
+        Switch("fused loss", "N x K logits", (), ("fused_loss",)): True,
+        Switch("fused update", "torch SGD, then EMA", plain_update): config.optim.name == "sgd_ema",
+        Switch("torch.compile", "eager", ("--run.compile", "off")): compiled,
     }
-    return [switch for switch in found if not out.get(switch.name, False)]
+    return [switch for switch, matters in found.items() if matters]
 
 
 def switch_off(run: Run, step: Step, without: Sequence[str]) -> Run:

@@ -232,12 +232,10 @@ class OptimConfig:
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0, linearly, at every step."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """After the warm-up, set once per epoch: half a cosine to 0, or times `optim.gamma` at each
-    milestone."""
+    """After the warm-up, set once per epoch: half a cosine to 0, or a tenth of the rate at
+    each milestone."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which the step schedule decays."""
-    gamma: float = 0.1
-    """Factor of the step schedule."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4

@@ -37,7 +37,10 @@ _Words.yaml_implicit_resolvers = {
 
 
 # Fields of older versions, with the value that they had unless somebody chose another.
-REMOVED: dict[str, object] = {"knn.temperature": 0.07, "knn.batch_size": 256}
+REMOVED: dict[str, object] = {
+    **{"knn.temperature": 0.07, "knn.batch_size": 256},
+    **{"optim.gamma": 0.1},
+}
 
 
 def _without_removed(values: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmoco_kernels import batch_norm_act as batch_norm_act_cuda
 from fastmoco_kernels import launch, reference
-from fastmoco_kernels.batch_norm_cpu import batch_norm_act, reason, supports
+from fastmoco_kernels.network.batch_norm_cpu import batch_norm_act, reason, supports
 
 
 def norm_choice(device: torch.device, compiled: bool) -> str:

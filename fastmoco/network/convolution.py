@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 
 
 def convolution_choice(device: torch.device, precision: str, compiled: bool) -> str:

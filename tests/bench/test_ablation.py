@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from bench.ablation import ALL_OFF, OURS, PUBLISHED, rows_of, variants
+from bench.ablation import ALL_OFF, OURS, PUBLISHED, rows_of, safety, variants
 from bench.measure.contest import Contestant, Result, Window
 from bench.measure.program import options, parser
-from bench.steps.contestants import numbered_step
+from bench.steps.contestants import numbered_step, saving_step
 from bench.steps.switches import WITHOUT, switch_off, switches
-from fastmoco.config import Config, dump, parse
-from fastmoco_kernels import convolution_cpu, convolution_fp32_cpu
+from fastmoco.config import Config, dump, parse, parse_text
+from fastmoco.run import checkpoint
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from tests.support.compiled import needs
 
 TINY = [
@@ -102,7 +105,7 @@ def test_weight_gradients_are_a_switch_where_our_kernel_computes_them() -> None:
     bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
 
     def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
-        with mock.patch("fastmoco_kernels.convolution_cpu.reason", return_value=why):
+        with mock.patch("fastmoco_kernels.convolution.convolution_cpu.reason", return_value=why):
             return "weight gradients" in [s.name for s in switches(config, cuda, compiled)]
 
     assert named(bf16)
@@ -116,7 +119,9 @@ def test_convolutions_are_a_switch_in_fp32_where_our_kernels_compute_them() -> N
     bf16, fp32 = (parse([*TINY, "--run.precision", name]) for name in ("bf16", "fp32"))
 
     def named(config: Config, cuda: bool = False, compiled: bool = False, why: str = "") -> bool:
-        with mock.patch("fastmoco_kernels.convolution_fp32_cpu.reason", return_value=why):
+        with mock.patch(
+            "fastmoco_kernels.convolution.convolution_fp32_cpu.reason", return_value=why
+        ):
             return "convolutions" in [s.name for s in switches(config, cuda, compiled)]
 
     assert named(fp32)
@@ -155,6 +160,36 @@ def test_one_thing_is_off_at_a_time_and_then_all_of_them() -> None:
     assert set(counts[:-1]) == {1}
     assert counts[-1] == len(found) - 1
     assert list(found)[-1] == ALL_OFF
+
+
+def test_safety_is_a_checkpoint_per_window_and_steps_that_may_be_left_out() -> None:
+    own = options(parser("ablation", ""), TINY, trains=True)
+    ours, saves, skips = safety(own)
+    assert (ours.factory, skips.factory) == (variants(own)[0].factory,) * 2
+    assert parse_text(skips.arguments["config"]).run.nonfinite == "skip"
+    module, name = saves.factory.split(":")
+    assert getattr(import_module(module), name) is saving_step
+
+
+def test_a_contestant_saves_at_the_beginning_of_each_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved: list[int] = []
+    real = checkpoint.Saver.save_if_due
+
+    def spy(saver: checkpoint.Saver, done: int, *, overdue: bool = False, end: bool = False) -> str:
+        saved.append(done)
+        said = real(saver, done, overdue=overdue, end=end)
+        assert Path(saver._config.run.dir).is_dir()
+        return said
+
+    monkeypatch.setattr(checkpoint.Saver, "save_if_due", spy)
+    small = ["--model.stem=cifar", "--model.width=0.125", "--model.dim=8"]
+    contestant = saving_step(dump(parse([*TINY, *small])))
+    for steps in (2, 3, 1):
+        contestant.run(steps)
+    contestant.close()
+    assert saved == [0, 2, 5]
 
 
 def test_variants_that_change_nothing_here_are_left_out() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ledger import Ledger, main
+from bench.ledger import PARSER, Ledger, main, words
+from bench.measure.program import options
 from bench.roofline import H100, Kernel
+from fastmoco.config import ConfigError
 from fastmoco_kernels.aot import info_nce_cases
-from tests.support.fake_cuda import printed_by
+from tests.support.gpu.fake_cuda import printed_by
 from tests.support.tiny import BATCH, CONFIG
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a machine without GPU")
@@ -19,8 +21,8 @@ Kernels = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What `tests.support.counted_graphs` prints, from a process of its own."""
-    return printed_by("tests.support.counted_graphs")
+    """What `tests.support.gpu.counted_graphs` prints, from a process of its own."""
+    return printed_by("tests.support.gpu.counted_graphs")
 
 
 def part(kernels: Kernels, name: str) -> Kernels:
@@ -102,19 +104,21 @@ def test_the_last_line_holds_the_sums_over_all_calls() -> None:
     assert line == "launches 7, GB moved 3.002, atomics 6, generated kernels 1"
 
 
-def test_the_table_has_a_line_per_part() -> None:
-    kernels = [
-        Kernel("our ops", 2, 3, 29 * 10**8),
-        Kernel("convolutions", 1, 1, 8, 593_400 * 10**6),
-    ]
-    lines = Ledger(kernels, 0, []).table()
-    assert "| our ops | 6 | 5.800 | 0.000 | 1.999 |" in lines  # two calls of 1 ms at 2.9 TB/s
-    assert "| convolutions | 1 | 0.000 | 0.593 | 1.000 |" in lines  # at 60 % of 989 TFLOP/s
-
-
 def test_a_kernel_takes_the_longest_of_arithmetic_traffic_and_launches() -> None:
     assert Kernel("pointwise", 10, 2, 8).seconds(H100) == pytest.approx(10 * 2 * 4e-6)
+    assert Kernel("our ops", 2, 3, 29 * 10**8).seconds(H100) == pytest.approx(2e-3, rel=1e-3)
+    product = Kernel("convolutions", 1, 1, 8, 593_400 * 10**6)  # at 60 % of 989 TFLOP/s
+    assert product.seconds(H100) == pytest.approx(1e-3)
     assert Kernel("collectives", 1, 1, 3 * 10**9).seconds(H100) == pytest.approx(0.01)  # 300 GB/s
+
+
+def test_options_are_checked_as_those_of_the_step_that_is_counted() -> None:
+    """A queue that is too short for the recipe's batch is long enough for this one."""
+    given = ["--ranks", "2", "--batch", "16", "--moco.queue_size", "64"]
+    own = options(PARSER, given, trains=True, words=words)
+    assert (own.config.optim.global_batch_size, own.config.run.cuda_graph) == (32, "off")
+    with pytest.raises(ConfigError, match="queue_size 64"):
+        options(PARSER, [*given, "--batch", "256"], trains=True, words=words)
 
 
 @needs_no_gpu

@@ -14,6 +14,7 @@ import torch
 from bench.profiling import (
     DATA,
     PHASES,
+    launches,
     part_of,
     profile_step,
     ranged_batches,
@@ -26,7 +27,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.step import Step
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
 
 TINY = [
     *("--data.source", "synthetic", "--augment.image_size", "32", "--model.arch", "resnet18"),
@@ -91,6 +93,14 @@ def test_a_step_that_is_one_graph_has_one_range() -> None:
         run()
     names = [event.name for event in profiler.events() or []]
     assert names.count("fastmoco.graph") == 1
+
+
+def test_launches_of_runtime_and_driver_are_counted() -> None:
+    calls = {
+        *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch"),
+        *("cudaMemcpyAsync", "cudaStreamSynchronize", "aten::convolution"),
+    }
+    assert launches([SimpleNamespace(key=name, count=3) for name in calls]) == 4 * 3
 
 
 def event(
@@ -166,3 +176,12 @@ def test_our_kernels_of_the_cpu_belong_to_their_layers() -> None:
     for function, part in parts.items():
         assert part_of(event(function.__name__)) == part
         assert part_of(event(f"{function.__name__}Backward")) == part
+
+
+@pytest.mark.gpu
+def test_real_launches() -> None:
+    x = torch.ones(8, device="cuda")
+    activities = [CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        (x + 1).sum().item()
+    assert launches(profiler.key_averages()) >= 2

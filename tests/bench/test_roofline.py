@@ -24,9 +24,9 @@ def test_times_of_equal_parts_add_up() -> None:
 
 
 def test_the_tables_name_case_ops_and_rate() -> None:
-    (line,) = counts([[ROW]])[1]
+    (line,) = counts([{"": ROW}])[1]
     assert line == ["32 images on each of 8: max_pool, sgd_ema_", "700", "12.5", "1", "90"]
-    headers, lines = times([[ROW]])
+    headers, lines = times([{"": ROW}])
     assert len(lines) == 3  # a line per GPU
     h100 = dict(zip(headers, lines[1], strict=True))
     # 256 pairs in 1 ms of pointwise kernels and 10 ms of convolutions

@@ -12,7 +12,7 @@ from PIL import Image
 from bench.measure.contest import Contestant, Result, Window, contest
 from bench.measure.program import Options, options, parser
 from bench.steps.contestants import official_step
-from bench.throughput import main, measure, named, ratios_of, share_of, summary
+from bench.throughput import main, measure, named, ratios_of, share_of
 from fastmoco.config import ConfigError, dump, parse
 
 TINY = [
@@ -28,7 +28,7 @@ def plan(*arguments: str) -> Options:
 
 def test_contest_of_step_and_published_step() -> None:
     results = measure(plan("--windows", "2", "--only", "step,official"))
-    rows = {name: summary(result, 8) for name, result in results.items()}
+    rows = {name: result.row(8) for name, result in results.items()}
     assert list(rows) == ["step", "official", "product"]
     # Two encoders of 37 MFLOP x 2 and the gradients: the loss is the one operation counted apart.
     assert rows["step"]["gflop_per_step"] == pytest.approx(2.3, rel=0.05)

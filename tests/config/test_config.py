@@ -32,7 +32,7 @@ def recipe(name: str, *overrides: str) -> Config:
 PUBLISHED = {
     "moco_v1_r50_200ep": {
         **{"optim.epochs": 200, "optim.schedule": "step", "optim.milestones": (120, 160)},
-        **{"optim.gamma": 0.1, "moco.temperature": 0.07, "model.head": "linear"},
+        **{"moco.temperature": 0.07, "model.head": "linear"},
         **{"augment.recipe": "v1", "augment.jitter_p": 1.0, "augment.hue": 0.4},
         **{"augment.blur_p": 0.0},
     },
@@ -119,11 +119,16 @@ def test_removed_fields_load_where_they_had_their_default(tmp_path: Path) -> Non
     """Files of older versions name every field."""
     config = recipe("cifar10_r18")
     old = dump(config).replace("  k: 200", "  k: 200\n  temperature: 0.07\n  batch_size: 256")
+    old = old.replace("  milestones:", "  gamma: 0.1\n  milestones:")
     assert "batch_size: 256" in old
+    assert "gamma: 0.1" in old
     (tmp_path / "config.yaml").write_text(old)
     assert load(tmp_path / "config.yaml") == parse_text(old) == config
     (tmp_path / "config.yaml").write_text(old.replace("temperature: 0.07", "temperature: 0.5"))
     with pytest.raises(ConfigError, match="temperature"):
+        load(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(old.replace("gamma: 0.1", "gamma: 0.2"))
+    with pytest.raises(ConfigError, match="gamma"):
         load(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="temperature"):
         parse(["--knn.temperature", "0.07"])  # only a file may be old

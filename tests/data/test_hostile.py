@@ -15,7 +15,7 @@ from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, Opti
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.loader import build_loader
 from fastmoco.data.sources.folder import FolderSource
-from tests.support.hostile import build_corpus, hostile_files, jpeg
+from tests.support.data.hostile import build_corpus, hostile_files, jpeg
 
 CPU = torch.device("cpu")
 BATCH = 16

@@ -27,8 +27,8 @@ from fastmoco.data.order import EpochOrder, permute
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco_kernels import photometric
-from tests.support.boxes import PIL_OF_TODAY
-from tests.support.images import open_rgb
+from tests.support.data.boxes import PIL_OF_TODAY
+from tests.support.data.images import open_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

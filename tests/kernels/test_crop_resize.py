@@ -13,7 +13,7 @@ import fastmoco_kernels as ops
 from fastmoco_kernels.views import crop_resize as op_module
 from fastmoco_kernels.views import crop_resize_reference as reference
 from fastmoco_kernels.views import crop_resize_triton as kernels
-from tests.support.boxes import apart, drawn_boxes, noise, resized_by_pil
+from tests.support.data.boxes import apart, drawn_boxes, noise, resized_by_pil
 
 WHICH, BOXES = torch.tensor([1]), torch.tensor([[1, 2, 3, 4]])
 

@@ -25,8 +25,8 @@ from fastmoco_kernels import (
 from fastmoco_kernels.info_nce_launch import info_nce_triton
 from fastmoco_kernels.network.max_pool import Window
 from tests.kernels.oracle import features
-from tests.support.boxes import apart, drawn_boxes, resized_by_pil
-from tests.support.photometric import by_pil, small_views, table_for
+from tests.support.data.boxes import apart, drawn_boxes, resized_by_pil
+from tests.support.oracles.photometric import by_pil, small_views, table_for
 
 pytestmark = [
     pytest.mark.gpu,

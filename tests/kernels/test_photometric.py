@@ -19,7 +19,7 @@ from fastmoco.data.table import HUE
 from fastmoco_kernels.views import photometric as op_module
 from fastmoco_kernels.views import photometric_reference as reference
 from fastmoco_kernels.views import photometric_triton as kernels
-from tests.support.photometric import by_pil, small_views, table_for
+from tests.support.oracles.photometric import by_pil, small_views, table_for
 
 ALWAYS = AugmentConfig(jitter_p=1, grayscale_p=0.3, blur_p=0.7, hue=0.5)
 

@@ -18,7 +18,7 @@ from fastmoco.method.step import Step
 from fastmoco.run import resuming
 from fastmoco_kernels import processor
 from tests.support.ranks import Ranks
-from tests.support.saved import save
+from tests.support.runs.saved import save
 from tests.support.tiny import ONE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.mortal_trainer import DEATH
+from tests.support.runs.mortal_trainer import DEATH
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -80,7 +80,7 @@ def free_port() -> int:
 def test_killed_rank_is_restarted_and_ends_where_two_nodes_end(tmp_path: Path) -> None:
     killed, nodes = tmp_path / "killed", tmp_path / "nodes"
     restarting = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    output = finish([launch(killed, *restarting, trainer="tests.support.mortal_trainer")])
+    output = finish([launch(killed, *restarting, trainer="tests.support.runs.mortal_trainer")])
     # It goes on from the last checkpoint, at the end of an epoch of 3; every step has one record.
     assert f"resumed   after step {(DEATH - 1) // 3 * 3}" in output
     assert steps_logged(killed) == list(range(1, STEPS + 1))

@@ -22,7 +22,7 @@ from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.cuda_graph import WARMUP, CapturedStep, Run
 from fastmoco.method.optim.update import SGDWithEMA, set_lr
 from fastmoco.method.step import StepResult
-from tests.support.fake_cuda import cuda_without_device
+from tests.support.gpu.fake_cuda import cuda_without_device
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images
 

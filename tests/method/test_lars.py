@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmoco.method.build import build_step
 from fastmoco.method.optim.lars import LARS
 from fastmoco.method.optim.update import build_ema, build_optimizer
-from tests.support.fake_cuda import Watch
+from tests.support.gpu.fake_cuda import Watch
 from tests.support.tiny import CONFIG, ONE, build_tiny, images
 
 MOMENTUM, DECAY = 0.9, 1e-2

@@ -13,7 +13,7 @@ from fastmoco.config import Config, ConfigError
 from fastmoco.machine.ranks import World
 from fastmoco.method.agreement import DisagreementError, require_agreement
 from fastmoco.method.memory_bank import allocate_bank, outside, renew_
-from tests.support.oracle import OracleMemoryBank
+from tests.support.oracles.oracle import OracleMemoryBank
 from tests.support.ranks import Ranks
 from tests.support.tiny import (
     BATCH,

@@ -19,7 +19,7 @@ from fastmoco.method.build import build_step
 from fastmoco.method.quality import PAIRED_ROWS, FeatureSums, quality
 from fastmoco.method.step import StepResult
 from fastmoco.run.metrics import Metrics
-from tests.support.fake_cuda import Watch
+from tests.support.gpu.fake_cuda import Watch
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, ONE, build_tiny, images
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config, ShuffleBN
 from fastmoco.method.build import build_step
-from tests.support.oracle import MEAN, STD, OracleEndToEnd, OracleMoCo, plain_double
+from tests.support.oracles.oracle import MEAN, STD, OracleEndToEnd, OracleMoCo, plain_double
 from tests.support.ranks import Ranks
 from tests.support.tiny import (
     BATCH,

@@ -20,8 +20,9 @@ from fastmoco.method.compiled_step import WholeStep
 from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
-from fastmoco_kernels import batch_norm_cpu, convolution_cpu, convolution_fp32_cpu
-from tests.support.fake_cuda import Watch, cuda_without_device, printed_by
+from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
+from fastmoco_kernels.network import batch_norm_cpu
+from tests.support.gpu.fake_cuda import Watch, cuda_without_device, printed_by
 from tests.support.ranks import Ranks
 from tests.support.tiny import BATCH, CONFIG, LR, ONE, build_tiny, images
 
@@ -29,8 +30,8 @@ COMPILED = replace(CONFIG, run=replace(CONFIG.run, compile="on"))
 
 
 def traced(arch: str, how: str, mechanism: str = "queue") -> dict[str, Any]:
-    """What `tests.support.traced_step` prints, from a process of its own."""
-    return printed_by("tests.support.traced_step", arch, how, mechanism)
+    """What `tests.support.gpu.traced_step` prints, from a process of its own."""
+    return printed_by("tests.support.gpu.traced_step", arch, how, mechanism)
 
 
 # To the bit the compiled step equals what eager mode does on CUDA; the CPU has a kernel of its own.

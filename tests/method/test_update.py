@@ -14,7 +14,7 @@ from fastmoco.config import Config, ConfigError, MocoConfig, ModelConfig, OptimC
 from fastmoco.method.moco import MoCo
 from fastmoco.method.optim.lars import LARS
 from fastmoco.method.optim.update import build_ema, build_optimizer, lr_at, require_sgd
-from tests.support.fake_cuda import Watch
+from tests.support.gpu.fake_cuda import Watch
 
 V2 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="cosine"))
 V1 = Config(optim=OptimConfig(epochs=200, lr=0.03, schedule="step", milestones=(120, 160)))

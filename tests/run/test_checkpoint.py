@@ -29,9 +29,9 @@ from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
 from fastmoco.run import resuming
 from fastmoco.weights import files
-from tests.support import saved
-from tests.support.narrow import build, config, resume
 from tests.support.ranks import Ranks
+from tests.support.runs import saved
+from tests.support.runs.narrow import build, config, resume
 from tests.support.tiny import ONE
 
 

@@ -17,8 +17,8 @@ from fastmoco.data.batch import Batch
 from fastmoco.machine.ranks import World
 from fastmoco.run import checkpoint, directory
 from fastmoco.weights import files
-from tests.support.narrow import build, config, resume
 from tests.support.ranks import Ranks
+from tests.support.runs.narrow import build, config, resume
 from tests.support.tiny import ONE
 
 

@@ -19,7 +19,7 @@ from fastmoco.method.optim.update import set_lr
 from fastmoco.method.shuffle_bn import AllToAllShuffle, LoaderShuffle, Shuffle
 from fastmoco.method.step import Step
 from fastmoco.network.batchnorm import SplitBatchNorm2d
-from tests.support.oracle import Groups
+from tests.support.oracles.oracle import Groups
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 

@@ -23,7 +23,7 @@ from fastmoco.transfer.resize import SHORT_SIDE
 from fastmoco.transfer.samples import Key, uniforms
 from fastmoco.transfer.training import CHECKPOINT, Training
 from fastmoco.weights.architecture import Architecture
-from tests.support.objects import boxes
+from tests.support.data.objects import boxes
 from tests.support.ranks import Ranks
 
 

@@ -19,7 +19,7 @@ from fastmoco.transfer.detector import Arch, Detector, Task, build_detector, ran
 from fastmoco.transfer.samples import Key
 from fastmoco.transfer.training import backward
 from fastmoco.weights.architecture import Architecture
-from tests.support.objects import boxes
+from tests.support.data.objects import boxes
 from tests.support.ranks import Ranks
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")

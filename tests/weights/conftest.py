@@ -18,7 +18,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
 from fastmoco.method.moco import build_moco
 from fastmoco.method.step import Step
-from tests.support import saved
+from tests.support.runs import saved
 
 ONE = World(0, 0, 1, torch.device("cpu"), "none")
 

@@ -26,7 +26,7 @@ def lr_at(config: Config, epoch: float) -> float:
     With W = `optim.warmup_epochs`: before W it is lr * epoch / W, another one at every step, as in
     MoCo v3 (arXiv 2104.02057). From then on it is constant within an epoch, as published, with e
     the whole epochs done. cosine: lr * (1 + cos(pi * (e - W) / (epochs - W))) / 2, so that it
-    starts at lr and ends near 0 with and without warm-up; step: lr * gamma^(milestones passed).
+    starts at lr and ends near 0 with and without warm-up; step: a tenth for each milestone passed.
     """
     lr, optim = config.resolved_lr(), config.optim
     if epoch < optim.warmup_epochs:
@@ -35,7 +35,7 @@ def lr_at(config: Config, epoch: float) -> float:
     if optim.schedule == "cosine":
         done = (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
         return lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return lr * optim.gamma ** sum(whole >= m for m in optim.milestones)
+    return lr * 0.1 ** sum(whole >= m for m in optim.milestones)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

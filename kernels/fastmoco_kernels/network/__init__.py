@@ -1,1 +1,1 @@
-"""Triton kernels for the layers of the encoder, in channels-last memory."""
+"""Kernels for the layers of the encoder, in channels-last memory: Triton, and batch norm in C++."""

@@ -1,15 +1,12 @@
-"""Turns, the check before a race, and what the rows of a benchmark hold."""
+"""Turns, and what the rows of a benchmark hold."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import pytest
-import torch
-
-from bench.measure.contest import Result, Way, Window, in_turns, race
+from bench.measure.contest import Result, Window, in_turns
 from bench.measure.rows import quantiles, spread
-from bench.throughput import ratios_of, summary
+from bench.throughput import ratios_of
 
 
 def test_quantiles_are_interpolated_between_measurements() -> None:
@@ -25,7 +22,7 @@ def test_a_row_of_throughput_has_speeds_and_turn_by_turn_ratios() -> None:
     theirs = Result([Window(1, seconds, 1.0, 0.0) for seconds in (2.0, 2.0, 3.0)], {})
     ratios = ratios_of({"step": ours, "official": theirs})
     assert ratios == {"our step / published step": [1.7, 2.0, 3.2]}  # of 4, 2 and 1.5
-    row = summary(ours, 8)  # 16, 8 and 4 images per second
+    row = ours.row(8)  # 16, 8 and 4 images per second
     assert [row[f"p{p}_images_per_second"] for p in (20, 50, 80)] == [5.6, 8.0, 12.8]
 
 
@@ -34,17 +31,4 @@ def test_every_turn_begins_with_another_one() -> None:
     work = {name: partial(calls.append, name) for name in "abc"}
     in_turns(work, 4)
     assert "".join(calls) == "abcbcacababc"
-    done: list[int] = []
-    assert in_turns({"a": lambda: 1}, 2, after=done.append) == {"a": [1, 1]}
-    assert done == [1, 2]
-
-
-def test_a_race_checks_its_ways_before_it_times_them() -> None:
-    cpu, calls = torch.device("cpu"), []
-    right = Way("right", lambda: calls.append(1), lambda _: 0.5, 0.5)
-    timing = race([right], cpu, windows=7, warmup=2)["right"]
-    assert timing["p20_ms"] <= timing["p50_ms"] <= timing["p80_ms"]
-    assert (timing["n"], timing["error"], len(calls)) == (7, 0.5, 2 + 1 + 7)
-    wrong = Way("wrong", lambda: None, lambda _: float("nan"), 0.5)
-    with pytest.raises(ValueError, match="wrong: error nan"):
-        race([right, wrong], cpu)
+    assert in_turns({"a": lambda: 1}, 2) == {"a": [1, 1]}

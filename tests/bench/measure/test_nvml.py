@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from bench.measure.contest import Contestant, Result, Window, contest
-from bench.throughput import summary
 from fastmoco.machine.gpu_meter import Sample, build_meter
 
 CUDA = torch.device("cuda")
@@ -40,7 +39,7 @@ def row(**reports: list[int]) -> dict[str, Any]:
         assert meter
         first, second = [meter()], [meter(), meter()]
     windows = [Window(10, 2.0, 1.0, 0.0, gpu=samples) for samples in (first, second)]
-    return summary(Result(windows, {}), 100)
+    return Result(windows, {}).row(100)
 
 
 def test_energy_is_mean_power_times_seconds() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -15,12 +16,13 @@ from PIL import Image
 
 from bench.measure import rows
 from bench.on_gpu import __main__ as on_gpu
-from bench.on_gpu import silent_step
+from bench.steps import contestants
 from bench.steps.contestants import Bench
-from fastmoco.config import Config, ConfigError, parse_text
+from bench.throughput import CONTESTANTS, named
+from fastmoco.config import Config, ConfigError, dump, parse_text
 from fastmoco.data.backends import choose
 from fastmoco.method.cuda_graph import GIVES_UP
-from tests.support import one_process
+from tests.support.runs import one_process
 
 CPU = torch.device("cpu")
 BRIEF = 'import sys; print("ran"); sys.exit({})'
@@ -38,7 +40,7 @@ def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     ("stage", "written"),
     [
         ("kernels", {"ema official", "ema fastmoco"}),
-        ("compiled", {"silent_step step"}),
+        ("compiled", {"throughput silent"}),
         ("throughput", {"throughput step", "throughput official", "throughput encoder"}),
         ("loaders", {"throughput loader", "throughput end_to_end"}),
     ],
@@ -156,9 +158,9 @@ def test_a_silent_step_forbids_waiting_after_its_first_steps_and_only_while_it_r
             raise RuntimeError("called a synchronizing CUDA operation")
 
     machine = Bench(torch.device("cuda"), step)
-    monkeypatch.setattr(silent_step, "our_step", lambda config: machine)
+    monkeypatch.setattr(contestants, "our_step", lambda config: machine)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", calls.append)
-    silent = silent_step.silent_step("")
+    silent = contestants.silent_step(dump(Config()))
     silent.run(1)
     with pytest.raises(ConfigError, match=r"makes the host wait.*synchronizing CUDA"):
         silent.run(1)
@@ -168,17 +170,24 @@ def test_a_silent_step_forbids_waiting_after_its_first_steps_and_only_while_it_r
 def test_a_captured_step_races_the_other_and_one_that_gives_up_its_graph_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = silent_step.ways(Config(), torch.device("cuda"))
-    modes = {c.name: parse_text(c.arguments["config"]).run.cuda_graph for c in made}
-    assert modes == {"step": "off", "captured step": "on"}
-    assert [c.name for c in silent_step.ways(Config(), CPU)] == ["step"]
+    both = Namespace(config=Config(), device=torch.device("cuda"), only="silent,captured")
+    assert named(both) == ["silent", "captured"]
+    assert named(Namespace(**{**vars(both), "device": CPU})) == ["silent"]
+    assert not {"silent", "captured"} & set(named(Namespace(**{**vars(both), "only": ""})))
+    modes: list[str] = []
 
     def gives_up() -> None:
         warnings.warn(f"{GIVES_UP} (rank 0: a reason).", RuntimeWarning, stacklevel=2)
 
-    monkeypatch.setattr(silent_step, "our_step", lambda config: Bench(CPU, gives_up))
-    with pytest.raises(ConfigError, match=r"CUDA graph .rank 0: a reason"):
-        silent_step.silent_step("")
+    def our_step(config: str) -> Bench:
+        modes.append(parse_text(config).run.cuda_graph)
+        return Bench(CPU, gives_up)
+
+    monkeypatch.setattr(contestants, "our_step", our_step)
+    for name in ("silent", "captured"):
+        with pytest.raises(ConfigError, match=r"CUDA graph .rank 0: a reason"):
+            contestants.silent_step(dump(Config()), **CONTESTANTS[name].arguments)
+    assert modes == ["off", "on"]
 
 
 def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from bench.kernels import races
 from bench.measure.contest import Result, Window
-from bench.measure.program import cell, figure
 from bench.measure.rows import RESULTS, case_of
 from bench.pages import tables
-from bench.throughput import ratios_of, summary
+from bench.pages.tables import cell, figure
+from bench.throughput import ratios_of
 from fastmoco.config import Config
 
 WHERE = {
@@ -42,9 +42,7 @@ def rows(date: str, factor: float, dirty: bool = False) -> Rows:
         "ratios": ratios_of(results),
         "environment": {**WHERE, "date": date, "dirty": dirty},
     }
-    return [
-        {**shared, "contestant": name, **summary(result, 256)} for name, result in results.items()
-    ]
+    return [{**shared, "contestant": name, **result.row(256)} for name, result in results.items()]
 
 
 def row_of(case: dict[str, Any], contestant: str, **more: Any) -> dict[str, Any]:

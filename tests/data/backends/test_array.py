@@ -18,7 +18,7 @@ from fastmoco.data.backends.pil import execute
 from fastmoco.data.pixels.banded import box_radius
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
-from tests.support.images import open_rgb
+from tests.support.data.images import open_rgb
 
 NOTHING = AugmentConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
 STILL = replace(NOTHING, jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0)

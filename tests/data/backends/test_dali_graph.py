@@ -15,7 +15,7 @@ from fastmoco.config import AugmentConfig
 from fastmoco.data.backends.pil import execute
 from fastmoco.data.photometric_rows import photometric_rows
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
-from tests.support.images import open_rgb
+from tests.support.data.images import open_rgb
 
 pipeline = pytest.importorskip("fastmoco.data.backends.dali.graph", reason="DALI is not installed")
 backend = pytest.importorskip("nvidia.dali.backend")

@@ -14,8 +14,8 @@ from fastmoco.data.pixels.banded import blur
 from fastmoco.data.pixels.deep import Deep, decode_deep, visible
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.table import ViewTable, draw_uniforms, view_table
-from tests.support import float_oracle
-from tests.support.images import npy, png
+from tests.support.data.images import npy, png
+from tests.support.oracles import float_oracle
 
 SIDE, ROWS = 10, 6
 SIZES = [(31, 23), (9, 40), (12, 11)]

@@ -31,7 +31,7 @@ from fastmoco.data.backends.nvjpeg import decoder, engine, reader
 from fastmoco.data.backends.nvjpeg.engine import NvjpegEngine
 from fastmoco.data.loader import Loader, build_loader
 from tests.data.conftest import photograph
-from tests.support.refusing import Refusing, bytes_of
+from tests.support.data.refusing import Refusing, bytes_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 decode_all = decoder.decode_all

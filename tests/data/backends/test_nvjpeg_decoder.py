@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmoco.data.backends.nvjpeg import decoder
-from tests.support.refusing import Refusing, bytes_of, encoded
+from tests.support.data.refusing import Refusing, bytes_of, encoded
 
 CPU = torch.device("cpu")
 decode_all = decoder.decode_all

@@ -25,8 +25,8 @@ from fastmoco.data.inspect.contents import Contents, contents_of, kind_of_reason
 from fastmoco.data.inspect.findings import Findings
 from fastmoco.data.inspect.rate import rate
 from fastmoco.data.sources.choose import resolve_folders
-from tests.support.hostile import GOOD, build_corpus, hostile_files, jpeg
-from tests.support.images import npy, png
+from tests.support.data.hostile import GOOD, build_corpus, hostile_files, jpeg
+from tests.support.data.images import npy, png
 
 SIDE = 36
 COUNT = 80  # of which a batch has four BN groups of two

@@ -11,8 +11,8 @@ from PIL import Image
 from fastmoco.data.inspect.kinds import Kind, channels_for, kind_of
 from fastmoco.data.pixels.rgb import ORIENTATION
 from fastmoco.data.pixels.rule import BadImage
-from tests.support.hostile import hostile_files
-from tests.support.images import npy, png, tiff
+from tests.support.data.hostile import hostile_files
+from tests.support.data.images import npy, png, tiff
 
 
 def saved(mode: str, form: str, **options: object) -> bytes:

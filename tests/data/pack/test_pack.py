@@ -20,7 +20,7 @@ from fastmoco.data.pixels.rgb import ORIENTATION
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources import shards
 from fastmoco.data.sources.index import load_index
-from tests.support.images import npy, png, tiff
+from tests.support.data.images import npy, png, tiff
 
 SIZE = Size(short_side=32, quality=90)
 

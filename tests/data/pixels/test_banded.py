@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastmoco.data.pixels.banded import blur, resize
-from tests.support import float_oracle
+from tests.support.oracles import float_oracle
 
 
 @pytest.mark.parametrize(

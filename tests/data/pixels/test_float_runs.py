@@ -38,9 +38,9 @@ from fastmoco.evaluate.linear import __main__ as linear
 from fastmoco.train import main
 from fastmoco.weights import export
 from fastmoco.weights.read import load_encoder, read
-from tests.support import float_oracle
-from tests.support.final_state import assert_same_bits, final_state
-from tests.support.images import npy, png, tiff
+from tests.support.data.images import npy, png, tiff
+from tests.support.oracles import float_oracle
+from tests.support.runs.final_state import assert_same_bits, final_state
 
 CPU = torch.device("cpu")
 SIDE = 12

@@ -15,7 +15,7 @@ from fastmoco.data.decode import BadImage, decode, image_size
 from fastmoco.data.pixels.deep import decode_deep
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.pixels.stored import stored
-from tests.support.images import npy, png, tiff
+from tests.support.data.images import npy, png, tiff
 
 H, W = 15, 17  # more than any number of channels here
 GRAY, RGB = PixelRule(channels=1), PixelRule()

@@ -14,7 +14,7 @@ import pytest
 from fastmoco.config import ConfigError
 from fastmoco.data.sources import shards
 from fastmoco.data.sources.shards import open_shards
-from tests.support.images import png
+from tests.support.data.images import png
 
 LIMIT = 10**8
 

@@ -27,7 +27,7 @@ from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.index import Index, load_index, save_index
 from fastmoco.data.sources.shards import open_shards
 from fastmoco.data.sources.verify import verify
-from tests.support.images import open_rgb
+from tests.support.data.images import open_rgb
 
 LIMIT = 10**8
 RULE = PixelRule(max_pixels=LIMIT)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import batch_norm_cpu, reference
-from fastmoco_kernels.batch_norm_cpu import batch_norm_act, supports
+from fastmoco_kernels import reference
+from fastmoco_kernels.network import batch_norm_cpu
+from fastmoco_kernels.network.batch_norm_cpu import batch_norm_act, supports
 from tests.support.compiled import needs, threads
 
 pytestmark = [pytest.mark.processor, needs(batch_norm_cpu.reason())]
@@ -200,7 +201,7 @@ def test_without_a_compiler_there_is_a_reason_and_no_error(compiler: str) -> Non
     code = """if True:
         import torch
         from fastmoco.network.batchnorm import SplitBatchNorm2d
-        from fastmoco_kernels import batch_norm_cpu
+        from fastmoco_kernels.network import batch_norm_cpu
         x = torch.randn(4, 8, 3, 3).to(memory_format=torch.channels_last)
         out = SplitBatchNorm2d(8, 2).train()(x, residual=x, relu=True)
         assert out.shape == x.shape and float(out.min()) == 0.0

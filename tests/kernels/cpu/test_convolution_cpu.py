@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.network.convolution import Conv2d, adopt
-from fastmoco_kernels import convolution_cpu
-from fastmoco_kernels.convolution_cpu import convolution, supports, weight_gradient
+from fastmoco_kernels.convolution import convolution_cpu
+from fastmoco_kernels.convolution.convolution_cpu import convolution, supports, weight_gradient
 from tests.support.compiled import needs, threads
 
 pytestmark = pytest.mark.processor

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.network.convolution import Conv2d, adopt
-from fastmoco_kernels import convolution_fp32_cpu, direct_convolution_cpu, winograd_cpu
-from fastmoco_kernels.convolution_fp32_cpu import by_winograd, convolution, supports
+from fastmoco_kernels.convolution import convolution_fp32_cpu, direct_convolution_cpu, winograd_cpu
+from fastmoco_kernels.convolution.convolution_fp32_cpu import by_winograd, convolution, supports
 from tests.support.compiled import needs, threads
 
 needs_kernel = needs(convolution_fp32_cpu.reason())

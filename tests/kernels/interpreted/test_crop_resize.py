@@ -9,7 +9,7 @@ from triton.runtime.errors import InterpreterError
 from fastmoco_kernels.views import crop_resize_reference as reference
 from fastmoco_kernels.views.crop_resize import crop_resize_triton, launches, table_of
 from tests.kernels.interpreter import watched
-from tests.support.boxes import apart, drawn_boxes, noise, resized_by_pil
+from tests.support.data.boxes import apart, drawn_boxes, noise, resized_by_pil
 
 
 @pytest.mark.parametrize("side", [12, 21])

@@ -14,7 +14,7 @@ from fastmoco.data.photometric_rows import KINDS, photometric_rows
 from fastmoco.data.table import CONTRAST, HUE
 from fastmoco_kernels.views.photometric import launches, photometric_triton
 from tests.kernels.interpreter import watched
-from tests.support.photometric import by_pil, small_views, table_for
+from tests.support.oracles.photometric import by_pil, small_views, table_for
 
 ALWAYS = AugmentConfig(jitter_p=1, grayscale_p=0.4, blur_p=0.5, hue=0.5)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure.far_store import FarStore
-from tests.support.final_state import assert_same_bits, final_state
+from tests.support.data.far_store import FarStore
+from tests.support.runs.final_state import assert_same_bits, final_state
 
 for module in ("s3fs", "moto"):
     pytest.importorskip(module, reason="the extra remote or dev is not installed")
@@ -44,7 +44,7 @@ def test_a_killed_run_goes_on_with_the_same_samples(
     with FarStore() as store:
         monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
         bucket = store.put_folder(shards, "killed")
-        killed = train(bucket, tmp_path / "far", trainer="tests.support.mortal_trainer")
+        killed = train(bucket, tmp_path / "far", trainer="tests.support.runs.mortal_trainer")
         assert killed == -signal.SIGKILL
         assert train(bucket, tmp_path / "far") == 0
     assert_same_bits(final_state(tmp_path / "far"), final_state(tmp_path / "local"))

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from bench.measure.far_store import FarStore
 from fastmoco.config import AugmentConfig, Config, ConfigError, DataConfig, OptimConfig, RunConfig
 from fastmoco.data.loader import build_loader
 from fastmoco.data.sources.choose import open_source
@@ -23,6 +22,7 @@ from fastmoco.data.sources.remote import cache as cache_module
 from fastmoco.data.sources.remote import store as store_module
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, look
+from tests.support.data.far_store import FarStore
 
 for module in ("s3fs", "moto", "pyarrow"):
     pytest.importorskip(module, reason="the extra remote, parquet or dev is not installed")

@@ -1,6 +1,6 @@
 """Small graphs counted by `bench.ledger` for an absent H100; prints the kernels of each as JSON.
 
-    python -m tests.support.counted_graphs
+    python -m tests.support.gpu.counted_graphs
 
 In a process of its own, because the faked GPU replaces functions of torch.
 """
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ledger import absent_gpus, count, count_step
+from bench.ledger import count, count_step
 from fastmoco.config import ModelConfig
 from fastmoco.method.moco import build_moco
+from tests.support.gpu.fake_cuda import absent_gpus
 from tests.support.tiny import CONFIG, tiny_encoder
 
 BUILD_ENCODER = "fastmoco.method.moco.build_encoder"

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmoco_kernels import direct_convolution_cpu as direct
-from fastmoco_kernels import winograd_cpu as winograd
+from fastmoco_kernels.convolution import direct_convolution_cpu as direct
+from fastmoco_kernels.convolution import winograd_cpu as winograd
 
 CHANNELS_LAST = torch.channels_last
 MOST_CHANNELS = 1 << 14

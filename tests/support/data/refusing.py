@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.backends.nvjpeg.decoder import decode_all
-from tests.support.hostile import jpeg
+from tests.support.data.hostile import jpeg
 
 
 def bytes_of(one: Tensor) -> bytes:

@@ -13,8 +13,8 @@ from fastmoco.config import ConfigError, parse
 from fastmoco.config.fields import Mechanism
 from fastmoco.machine.ranks import World
 from fastmoco.train import Run
-from tests.support.final_state import assert_same_bits, final_state
 from tests.support.ranks import Ranks
+from tests.support.runs.final_state import assert_same_bits, final_state
 from tests.support.tiny import ONE
 
 SMALL = [

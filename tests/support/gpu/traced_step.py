@@ -1,6 +1,6 @@
 """One step of the R50 recipe on fake CUDA tensors among eight fake ranks; prints what it found.
 
-    python -m tests.support.traced_step resnet50 whole|eager|code [MECHANISM]
+    python -m tests.support.gpu.traced_step resnet50 whole|eager|code [MECHANISM]
 
 `whole` is the step as torch.compile gets it on CUDA, through AOTAutograd; `eager` is the step of
 one rank without a compiler, for the queue in fp16, operation by operation, with its metrics. `code`
@@ -37,7 +37,7 @@ from fastmoco.method.moco import build_moco
 from fastmoco.method.optim.update import set_lr
 from fastmoco.network.resnet import BACKBONES, BasicBlock, ResNet
 from fastmoco.run.metrics import Metrics
-from tests.support.fake_cuda import (
+from tests.support.gpu.fake_cuda import (
     SYNCHRONIZING,
     Watch,
     allow_backward_without_driver,

@@ -174,6 +174,20 @@ def fake_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def absent_gpus(ranks: int) -> Iterator[None]:
+    """A machine of H100s for whoever traces and compiles; one of `ranks` ranks is here."""
+    allow_backward_without_driver()
+    torch.autograd.set_multithreading_enabled(False)
+    with ExitStack() as stack:
+        stack.enter_context(cuda_without_device())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if ranks > 1:
+            stack.enter_context(fake_world(ranks))
+        stack.enter_context(inductor_without_device())
+        yield
+
+
 def to_fake_cuda_(module: nn.Module) -> None:
     """Replace every parameter and buffer by a fake CUDA tensor of the same shape and strides.
 
@@ -267,7 +281,7 @@ def _is_channels_last(t: Tensor) -> bool:
 
 def printed_by(module: str, *arguments: str) -> dict[str, Any]:
     """The JSON of the last line that a module prints which fakes a GPU in a process of its own."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
