@@ -7,6 +7,7 @@ overlaps. Every time is *modelled*, none is measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,11 +85,17 @@ def about(row: Row) -> str:
     return f"{case['batch']} images on each of {case['ranks']}"
 
 
+def operations(row: Row) -> list[str]:
+    """Our ops in a step, the forward and backward halves of an operation once."""
+    halves = re.compile("_(apply|backward|statistics)$")
+    return list(dict.fromkeys(halves.sub("", name) for name in row["case"]["ops"]))
+
+
 def counts(runs: Sequence[Mapping[str, Row]]) -> Made:
     """What was counted: a line per case."""
     names = ("launches", "gb_moved", "atomics", "generated_kernels")
     body = [
-        [f"{about(row)}: {', '.join(row['case']['ops'])}", *(f"{row[n]:g}" for n in names)]
+        [f"{about(row)}: {', '.join(operations(row))}", *(f"{row[n]:g}" for n in names)]
         for run in runs
         for row in run.values()
     ]

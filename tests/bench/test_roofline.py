@@ -7,7 +7,7 @@ from typing import Any
 from bench.roofline import H100, Kernel, by_part, counts, kernels_of, times
 
 ROW: dict[str, Any] = {
-    "case": {"ranks": 8, "batch": 32, "ops": ["max_pool", "sgd_ema_"]},
+    "case": {"ranks": 8, "batch": 32, "ops": ["max_pool", "max_pool_backward", "sgd_ema_"]},
     **{"launches": 700, "gb_moved": 12.5, "atomics": 1, "generated_kernels": 90},
     "kernels": [["pointwise", 10, 1, 29 * 10**7, 0, 1], ["convolutions", 1, 2, 0, 5934 * 10**9, 0]],
 }
