@@ -135,7 +135,13 @@ def test_bash_completes_verbs_options_and_values(tmp_path: Path) -> None:
     assert complete("fastmoco", "train", "--") == {*fields, "--config", "--help"}
     assert complete("fastmoco", "preview", "--s") == {"--samples"}
     assert complete("fastmoco", "doctor", "--data.back") == {"--data.backend"}
-    assert complete("fastmoco", "train", "--data.backend", "") == {"auto", "array", "dali", "pil"}
+    assert complete("fastmoco", "train", "--data.backend", "") == {
+        "auto",
+        "array",
+        "dali",
+        "nvjpeg",
+        "pil",
+    }
     assert complete("fastmoco", "train", "--data.verify", "t") == {"true"}
     assert complete("fastmoco", "prepare", "ci") == {"cifar10"}
     (tmp_path / "recipe.yaml").touch()

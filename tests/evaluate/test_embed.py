@@ -76,6 +76,7 @@ def test_features_are_those_of_knn_and_linear_bit_for_bit(
 
     labelled = LabelledImages(images, resize=32, image_size=32)
     given = evaluation_parser("x", "x").parse_args(["--checkpoint", str(checkpoint), *OPTIONS])
+    assert given.precision == "fp32"  # as linear, where a machine would choose bf16 too
     trunk = Evaluation.of(given, ALONE).trunk
     normalized = extract_features(trunk, labelled, batch_size=4, device="cpu")
     good = labelled.good(range(10))

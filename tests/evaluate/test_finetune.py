@@ -45,6 +45,7 @@ def place(tmp_path: Path) -> Path:
 def options(place: Path, out: str, *more: str) -> list[str]:
     files = ["--checkpoint", str(place / "encoder.pth"), "--data.root", str(place)]
     small = ["--image_size", "32", "--batch_size", "6", "--epochs", "3", "--workers", "1"]
+    small += ["--precision", "fp32"]
     return [*files, "--out", str(place / out), *small, "--device", "cpu", *more]
 
 
