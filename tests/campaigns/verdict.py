@@ -47,7 +47,8 @@ def end_of(folder: Path) -> End:
     board = {tag: [e.step for e in events.Scalars(tag)] for tag in ("loss", "knn_top1")}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [(r["kind"], r["step"], *(r.get(name) for name in EXACT)) for r in lines]
-    bad = [line for line in (folder / "bad_samples.jsonl").read_text().splitlines() if _whole(line)]
+    text = (folder / "bad_samples.jsonl").read_text(errors="replace")
+    bad = [line for line in text.splitlines() if _whole(line)]
     names = {path.name for path in folder.iterdir()}
     varying = re.compile(r"checkpoint_\d+_step\d+\.pth\.tar|events\.out\.tfevents\..+")
     files = {name for name in names if not varying.fullmatch(name)}
@@ -80,7 +81,7 @@ def differences(folder: Path, whole: End) -> list[str]:
 
 
 def _whole(line: str) -> bool:
-    """Half a line is what a power loss may leave at the end of a file."""
+    """Half a line is what a power loss may leave, and lines that are none are not believed."""
     try:
         return bool(json.loads(line))
     except ValueError:
