@@ -7,6 +7,8 @@ import importlib.util
 from fastmoco.config.fields import Config, ConfigError, flatten
 
 _INFINITE = float("inf")
+RGB8_BACKENDS = ("dali", "nvjpeg")
+"""Values of `data.backend` whose views are of 8-bit RGB only."""
 _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         [f"run.{name}" for name in ("log_every", "checkpoint_every", "timeout_s")]
@@ -176,7 +178,7 @@ def check_pixel_options(config: Config) -> None:
         raise ConfigError(
             f"data.channels is {data.channels}, but {names} are for 3 channels: set to 0."
         )
-    if data.backend in ("dali", "nvjpeg"):
+    if data.backend in RGB8_BACKENDS:
         raise ConfigError(
             f"data.channels is {data.channels}, but data.backend {data.backend} makes views of "
             "8-bit RGB only: set it to array or pil."

@@ -79,11 +79,7 @@ def find(config: Config, world: World) -> Found | None:
     if own:
         found = _newest_good(own, world)
         if world.is_main and found.path.name != LATEST:
-            # After a power loss it may name an older one, and a complete run writes no more.
-            with contextlib.suppress(OSError):
-                named = files.pointed_at(folder)
-                if named is None or files.steps_in(named) not in (-1, files.steps_in(found.path)):
-                    files.point_at(found.path)
+            _mend_pointer(found.path)
         return replace(found, notes=(*found.notes, *_passed_over(config, found.path)))
     if config.run.resume in ("auto", "never"):
         return None
@@ -93,6 +89,17 @@ def find(config: Config, world: World) -> Found | None:
     if not named.is_file():
         raise ConfigError(f"run.resume names {named}, which is not a file.")
     return read(named)
+
+
+def _mend_pointer(newest: Path) -> None:
+    """After a power loss it may name an older file, and a complete run writes no more.
+
+    A pointer that is itself a file stays: a copy by a tool that follows links.
+    """
+    with contextlib.suppress(OSError):
+        named = files.pointed_at(newest.parent)
+        if named is None or files.steps_in(named) not in (-1, files.steps_in(newest)):
+            files.point_at(newest)
 
 
 def _passed_over(config: Config, own: Path) -> Iterator[str]:

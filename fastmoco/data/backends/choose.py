@@ -8,6 +8,7 @@ import sys
 import torch
 
 from fastmoco.config import Config, ConfigError
+from fastmoco.config.checks import RGB8_BACKENDS
 from fastmoco.data.backends.engine import Engine
 from fastmoco.data.backends.synthetic import SyntheticEngine
 from fastmoco.data.plan import Plan
@@ -21,7 +22,7 @@ def choose_backend(config: Config, device: torch.device) -> str:
     """`dali`, `nvjpeg`, `array` or `pil`. Raises `ConfigError` for one that cannot work here."""
     backend = config.data.backend
     if config.data.float_views:
-        if backend in ("dali", "nvjpeg"):
+        if backend in RGB8_BACKENDS:
             raise ConfigError(
                 f"data.backend is {backend}, which makes views of 8-bit RGB only, but the pictures "
                 "have other channels or more bits: set data.backend to array or pil."
