@@ -41,7 +41,7 @@ def draw(grid: Grid, found: Sequence[Result], out: Path) -> None:
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     for place, metric in enumerate(grid.metrics, 1):
         axes = figure.add_subplot(1, panels, place)
-        (_over_points if grid.over == "points" else _over_epochs)(axes, grid, found, metric)
+        (_over_points if grid.over == "points" else _over_time)(axes, grid, found, metric)
         _dress(axes, grid, NAMES[metric])
     if grid.paper is not None:
         axes = figure.add_subplot(1, panels, panels)
@@ -156,28 +156,34 @@ def _cross(axes: Axes, x: float, text: str, colour: str) -> None:
     axes.text(x, 0.08, text, color=colour, fontsize=7, ha="center", transform=across)
 
 
-def _over_epochs(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -> None:
+def _over_time(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -> None:
     for colour, line in zip(COLOURS * 9, grid.lines(), strict=False):
         here = [result for result in found if result.point.line == line]
         failed = sum(bool(result.failure) for result in here)
         label = f"{line} ({failed} of {len(here)} FAILED)" if failed else line
-        at: dict[float, list[float]] = {}
+        at: dict[float, list[tuple[float, float]]] = {}
         for result in here:
             epochs, values = result.curve(metric)
-            axes.plot(epochs, values, color=colour, lw=0.8, alpha=0.45)
-            if result.failure and epochs:
-                axes.plot(epochs[-1:], values[-1:], "x", color=colour, ms=9, mew=2.5)
-            for epoch, value in zip(epochs, values, strict=True):
-                at.setdefault(epoch, []).append(value)
-        # The mean of those places that every run has recorded: a band of fewer runs would jump.
-        full = {e: mean_and_spread(v) for e, v in sorted(at.items()) if len(v) == len(here)}
-        means = [mean for mean, _ in full.values()]
-        axes.plot(list(full), means, "o-", color=colour, lw=2, ms=3, label=label)
+            times = epochs if grid.over == "epochs" else result.cpu_minutes(epochs)
+            values = values[: len(times)]  # none where the times are not known
+            axes.plot(times, values, color=colour, lw=0.8, alpha=0.45)
+            if result.failure and times:
+                axes.plot(times[-1:], values[-1:], "x", color=colour, ms=9, mew=2.5)
+            for epoch, place in zip(epochs, zip(times, values, strict=True), strict=False):
+                at.setdefault(epoch, []).append(place)
+        # The mean of those epochs that every run has recorded: a band of fewer runs would jump.
+        full = [places for _, places in sorted(at.items()) if len(places) == len(here)]
+        middle = [mean_and_spread([time for time, _ in places])[0] for places in full]
+        spreads = [mean_and_spread([value for _, value in places]) for places in full]
+        means = [mean for mean, _ in spreads]
+        axes.plot(middle, means, "o-", color=colour, lw=2, ms=3, label=label)
         if len(here) > 1:
-            low, high = ([m + sign * s for m, s in full.values()] for sign in (-1, 1))
-            axes.fill_between(list(full), low, high, color=colour, alpha=0.15, lw=0)
+            low, high = ([m + sign * s for m, s in spreads] for sign in (-1, 1))
+            axes.fill_between(middle, low, high, color=colour, alpha=0.15, lw=0)
     _level_and_range(axes, found, metric)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(
+        "epoch" if grid.over == "epochs" else "CPU minutes of training, loader included"
+    )
 
 
 def _of_paper(axes: Axes, grid: Grid) -> None:

@@ -3,7 +3,7 @@
     title: Momentum of the key encoder
     recipe: cifar10_r18                  # a file of configs/
     set: {optim.epochs: 100}             # options of all runs
-    over: points                         # the figure's x axis: points (the default) or epochs
+    over: points                         # the x axis: points (the default), epochs or cpu_minutes
     x: {label: m, scale: even}           # linear (the default), log, or one after another
     metrics: [knn_top1]                  # a panel for each
     lines:                               # by name in the legend
@@ -33,6 +33,7 @@ from fastmoco.config.parsing import recipe_path
 GRIDS = Path(__file__).parent / "grids"
 METRICS = ("knn_top1", "pretext_top1", "pretext_top5", "loss")
 SCALES = ("linear", "log", "even")
+OVER = ("points", "epochs", "cpu_minutes")
 X = float | str
 Options = tuple[tuple[str, str], ...]
 """Dotted names of options with their values as text, each name once."""
@@ -68,7 +69,7 @@ class Grid:
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]
-    over: Literal["points", "epochs"] = "points"
+    over: Literal["points", "epochs", "cpu_minutes"] = "points"
     x_label: str = ""
     x_scale: str = "linear"
     note: str = ""
@@ -152,8 +153,8 @@ def _grid(name: str, fields: _Fields) -> Grid:
     for metric in grid.metrics:
         if metric not in METRICS:
             raise ConfigError(f"{fields.place}: {metric} is none of {', '.join(METRICS)}.")
-    if grid.over not in ("points", "epochs"):
-        raise ConfigError(f"{fields.place}: over is {grid.over}, but must be points or epochs.")
+    if grid.over not in OVER:
+        raise ConfigError(f"{fields.place}: over is {grid.over}, none of {', '.join(OVER)}.")
     if grid.x_scale not in SCALES:
         raise ConfigError(f"{axis.place}: scale is {grid.x_scale}, none of {', '.join(SCALES)}.")
     words = {isinstance(point.x, str) for point in points}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,20 @@ class Result:
         scale = 100 if metric in PER_CENT else 1
         epochs, values = series(self.records, kind, metric)
         return epochs, [scale * value for value in values]
+
+    def cpu_minutes(self, epochs: Sequence[float]) -> list[float]:
+        """Processor time of training and its loader until each of these epochs, in minutes.
+
+        Evaluation does not count. Empty where the records do not tell (before 2026-11-27).
+        """
+        spent, done, minutes, at = 0.0, 0, [0.0], [0.0]
+        for record in self.records:
+            if record.kind == "train" and "cpu_ms_per_step" in record.values:
+                spent += (record.step - done) * record.values["cpu_ms_per_step"] / 60e3
+                done = record.step
+                minutes.append(spent)
+                at.append(record.epoch)
+        return [minutes[bisect_right(at, epoch) - 1] for epoch in epochs] if done else []
 
     def final(self, metric: str) -> float | None:
         """The last value of a run that did not fail, None where there is none."""
@@ -79,6 +94,9 @@ def write_rows(grid: Grid, found: Sequence[Result], file: Path) -> None:
             numbers: dict[str, object] = {m: result.final(m) for m in ("loss", *PER_CENT)}
             numbers["untrained_knn_top1"] = result.untrained()
             steps = max((record.step for record in result.records), default=0)
+            last = max((record.epoch for record in result.records), default=0.0)
+            for minutes in result.cpu_minutes([last]):
+                numbers["cpu_minutes"] = round(minutes, 2)
             row = {**place, "seed": result.seed, "steps": steps, **numbers}
             out.write(json.dumps({**row, **(result.run.ended() or {"code": None})}) + "\n")
 

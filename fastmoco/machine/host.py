@@ -7,6 +7,7 @@ large tensor is mapped, zeroed and unmapped again (rows "freed memory kept" of b
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,24 @@ def peak_memory_bytes() -> int | None:
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cpu_seconds(proc: Path = Path("/proc")) -> float:
+    """Processor time of this process and its children so far, in seconds.
+
+    A child that still runs, as the loader's workers, counts on Linux only; elsewhere and when it
+    has ended it counts as a whole.
+    """
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in multiprocessing.active_children():
+        try:
+            # From the state on, as the name before it may hold blanks: proc(5), utime and stime.
+            fields = (proc / str(child.pid) / "stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, IndexError, ValueError, AttributeError):
+            continue  # it has just ended, or the system has no such files
+    return total
 
 
 def memory_bytes() -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.machine.collectives import all_reduce_mean_
-from fastmoco.machine.host import peak_memory_bytes
+from fastmoco.machine.host import cpu_seconds, peak_memory_bytes
 from fastmoco.machine.ranks import World
 from fastmoco.method.quality import FeatureSums, quality
 from fastmoco.method.step import StepResult
@@ -23,6 +23,8 @@ class Window:
     steps: int
     seconds: float
     step_ms_p50: float
+    cpu_seconds: float
+    """Processor time of this rank and its loader workers."""
 
 
 class Clock:
@@ -34,7 +36,7 @@ class Clock:
 
     def restart(self) -> None:
         """Begin a new window now; call it right after a host synchronization."""
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), cpu_seconds()
         self._marks: list[float | torch.cuda.Event] = []
         self.mark()
 
@@ -56,7 +58,8 @@ class Clock:
             for a, b in zip(self._marks[:-1], self._marks[1:], strict=True)
         )
         p50 = steps[len(steps) // 2] if steps else math.nan
-        return Window(len(steps), time.perf_counter() - self._start, p50)
+        seconds, busy = time.perf_counter() - self._start, cpu_seconds() - self._cpu_start
+        return Window(len(steps), seconds, p50, busy)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Progress:
             "lr": lr,
             "images_per_second": window.steps * batch / window.seconds,
             "step_ms_p50": window.step_ms_p50,
+            "cpu_ms_per_step": 1e3 * window.cpu_seconds / window.steps,
             "data_wait_percent": 100 * (waited_s - self._waited) / window.seconds,
             "bad_samples": len(bad.reasons),
         }

@@ -57,7 +57,7 @@ def test_points_have_the_options_of_all_of_their_line_and_their_own(tmp_path: Pa
         ({"seeds": [0.5]}, "whole numbers"),
         ({"seeds": []}, "whole numbers"),
         ({"metrics": ["accuracy"]}, "accuracy is none of knn_top1"),
-        ({"over": "time"}, "must be points or epochs"),
+        ({"over": "time"}, "over is time, none of points, epochs, cpu_minutes"),
         ({"set": {"moco.mass": 1}}, "no option moco.mass"),
         ({"lines": {"a": {"option": "moco.mass", "values": [1]}}}, "mine.yaml, a: there is no"),
         ({"lines": {"a": {"values": [1]}}}, "a lacks option"),

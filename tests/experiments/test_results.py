@@ -151,6 +151,42 @@ def test_curves_show_where_a_run_failed(tmp_path: Path) -> None:
     assert [25.0, 25.0] in lines  # the untrained encoder, across the panel
 
 
+def test_a_curve_over_processor_time_adds_up_what_training_took(tmp_path: Path) -> None:
+    """10 steps of 3 s, 10 of 6 s: 0.5 and 1.5 minutes; the other seed took twice as long."""
+    grid = replace(GRID, points=POINTS[:1], over="cpu_minutes", metrics=("knn_top1",), paper=None)
+    plan = Plan([grid], tmp_path, lambda _grid, _point: ())
+    for factor, run in enumerate(plan.distinct(), 1):
+        lines = [
+            {"kind": "train", "step": 10, "epoch": 1.0, "cpu_ms_per_step": factor * 3e3},
+            {"kind": "knn", "step": 10, "epoch": 1.0, "knn_top1": 0.3 * factor},
+            {"kind": "train", "step": 20, "epoch": 2.0, "cpu_ms_per_step": factor * 6e3},
+            {"kind": "knn", "step": 20, "epoch": 2.0, "knn_top1": 0.4 * factor},
+        ]
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (run.folder / RESULT).write_text(json.dumps({"code": 0, "sentence": ""}))
+    first, second = results(grid, plan)
+    assert first.cpu_minutes([0.0, 1.0, 2.0]) == pytest.approx([0.0, 0.5, 1.5])
+    write_rows(grid, [first, second], tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["cpu_minutes"] for row in rows] == [1.5, 3.0]
+    axes: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, out, **_: axes.extend(_xs(figure, out)))
+        draw(grid, [first, second], tmp_path / "figure.png")
+    assert axes == [pytest.approx(x) for x in ([0.5, 1.5], [1.0, 3.0], [0.75, 2.25])]
+
+
+def _xs(figure: Figure, out: Path) -> list[list[float]]:
+    out.write_bytes(b"drawn")
+    return [list(map(float, line.get_xdata())) for line in figure.axes[0].lines]  # type: ignore[arg-type]
+
+
+def test_runs_of_before_processor_time_was_recorded_have_none(tmp_path: Path) -> None:
+    (first, *_) = results(GRID, plan_with_a_failure(tmp_path))
+    assert first.cpu_minutes([1.0]) == []
+
+
 def test_words_stand_one_after_another_and_numbers_at_themselves() -> None:
     def grid(*xs: float | str) -> Grid:
         return replace(GRID, points=tuple(Point("a", x, ()) for x in xs))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -130,3 +133,27 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
     assert host.physical_cores([0, 1, 5], tmp_path) == 2
     assert host.physical_cores([4], tmp_path) == 1
     assert host.physical_cores([7, 8], tmp_path) == 2  # nothing known about these
+
+
+def _work_for(seconds: float, began: Event, end: Event) -> None:
+    while time.process_time() < seconds:
+        pass
+    began.set()
+    end.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child that runs counts on Linux only")
+def test_processor_time_counts_a_child_once_while_it_runs_and_after_it() -> None:
+    context = multiprocessing.get_context("spawn")
+    began, end = context.Event(), context.Event()
+    before = host.cpu_seconds(), time.process_time()
+    child = context.Process(target=_work_for, args=(1.0, began, end))
+    child.start()
+    assert began.wait(120)
+    own = time.process_time() - before[1]
+    running = host.cpu_seconds() - before[0]
+    end.set()
+    child.join()
+    ended = host.cpu_seconds() - before[0]
+    assert running - own >= 0.95  # of the second that it worked; /proc counts in hundredths
+    assert running - 0.05 <= ended < running + 0.9  # ending takes little, and it counts once

@@ -76,6 +76,8 @@ def test_window_counts_the_steps_it_saw(monkeypatch: pytest.MonkeyPatch) -> None
     """Steps of 10, 30 and 20 ms, then 40 ms until the flush."""
     times = iter([0.0, 0.0, 0.010, 0.040, 0.060, 0.100])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    busy = iter([7.0, 7.25])
+    monkeypatch.setattr("fastmoco.run.metrics.cpu_seconds", lambda: next(busy))
     clock = Clock(torch.device("cpu"))
     for _ in range(3):
         clock.mark()
@@ -83,3 +85,4 @@ def test_window_counts_the_steps_it_saw(monkeypatch: pytest.MonkeyPatch) -> None
     assert window.steps == 3
     assert window.seconds == pytest.approx(0.1)
     assert window.step_ms_p50 == pytest.approx(20.0)
+    assert window.cpu_seconds == pytest.approx(0.25)

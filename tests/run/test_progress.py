@@ -106,7 +106,7 @@ def told(folder: Path, source: str, step_s: float, stop: int = 1000) -> list[str
             progress.add(result)
             if progress.due(done):
                 steps = WARMUP_STEPS
-                window = Window(steps, steps * step_s, 1e3 * step_s)
+                window = Window(steps, steps * step_s, 1e3 * step_s, 0.0)
                 with mock.patch.object(progress._clock, "window", return_value=window):
                     progress.flush(done, 0.1, LOADER)
     return [line for line in lines if line.startswith(("duration", "WARNING: The demo"))]
