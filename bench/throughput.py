@@ -7,9 +7,9 @@ worth much to it; then the loader alone, and the step fed by the loader. Every w
 device synchronization; p20, p50 and p80 are over windows. Nothing but the device that torch finds
 differs between CPU and CUDA.
 
---only takes some of loader, step, end_to_end, encoder, official, official_kept, and two that run
-only when they are named: silent, the step while a host synchronization is an error, and captured,
-the same as a CUDA graph.
+--only takes some of loader, step, end_to_end, encoder, official, official_kept, and three that run
+only when they are named: silent, the step while a host synchronization is an error, captured, the
+same as a CUDA graph, and cudnn_benchmark, the same with algorithms that cuDNN chose by timing them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ CONTESTANTS = {
         Contestant("official_kept", f"{STEPS}:official_step", {"kept_memory": True}, PUBLISHED),
         Contestant("silent", f"{STEPS}:silent_step"),
         Contestant("captured", f"{STEPS}:silent_step", {"cuda_graph": "on"}),
+        Contestant("cudnn_benchmark", f"{STEPS}:silent_step", {"cudnn_benchmark": True}),
     )
 }
-ONLY_NAMED = {"silent", "captured"}
+NEEDS_CUDA = {"captured", "cudnn_benchmark"}
+ONLY_NAMED = {"silent", *NEEDS_CUDA}
 FED = ("loader", "end_to_end")
 # On the CPU it runs with them: the rate that their FLOPs are compared with.
 PRODUCT = Contestant("product", f"{STEPS}:matrix_product")
@@ -51,6 +53,7 @@ RATIOS = {
     "our step / published step, freed memory kept": ("step", "official_kept"),
     "our step / bare encoder": ("step", "encoder"),
     "CUDA graph / launched by the host": ("captured", "silent"),
+    "cuDNN's algorithms timed / by its rules": ("cudnn_benchmark", "silent"),
 }
 
 
@@ -58,7 +61,7 @@ def named(own: Options) -> list[str]:
     """The contestants. Raises `ConfigError` for unknown ones, and where none is left."""
     out = set(FED) if own.config.data.source == "synthetic" else set()
     if own.device.type == "cpu":
-        out |= {"captured"}
+        out |= NEEDS_CUDA
     if not own.only:
         out |= ONLY_NAMED
         if own.device.type == "cuda":  # its tensors do not come from malloc
@@ -67,7 +70,7 @@ def named(own: Options) -> list[str]:
     if not found:
         raise ConfigError(
             f"--only {own.only}: synthetic data has no loader, for which set data.source, and the "
-            "CPU no CUDA graph."
+            "CPU neither CUDA graphs nor cuDNN."
         )
     return found
 

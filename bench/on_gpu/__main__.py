@@ -80,7 +80,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
         },
         "compiled": {
             f"step of {batch}": [
-                *(*throughput, "--only", "silent,captured"),
+                *(*throughput, "--only", "silent,captured,cudnn_benchmark"),
                 f"--optim.global_batch_size={batch}",
             ]
             for batch in ((4, 2) if toy else (256, 32))

@@ -135,12 +135,16 @@ def our_step(config: str, without: Sequence[str] = ()) -> Bench:
     return Bench(world.device, switch_off(run, step, without), known=known, compiled=compiled)
 
 
-def silent_step(config: str, cuda_graph: Literal["off", "on"] = "off") -> Bench:
+def silent_step(
+    config: str, cuda_graph: Literal["off", "on"] = "off", cudnn_benchmark: bool = False
+) -> Bench:
     """Our step where a host synchronization is an error, but for its first `MAY_WAIT` steps.
 
+    `cudnn_benchmark` lets cuDNN time its algorithms in the first of them, as training never does.
     Raises `ConfigError` naming a call that waits, and where the step gives up its CUDA graph.
     """
     parsed = parse_text(config)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
     machine = our_step(dump(replace(parsed, run=replace(parsed.run, cuda_graph=cuda_graph))))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", GIVES_UP)

@@ -173,21 +173,23 @@ def test_a_captured_step_races_the_other_and_one_that_gives_up_its_graph_is_told
     both = Namespace(config=Config(), device=torch.device("cuda"), only="silent,captured")
     assert named(both) == ["silent", "captured"]
     assert named(Namespace(**{**vars(both), "device": CPU})) == ["silent"]
-    assert not {"silent", "captured"} & set(named(Namespace(**{**vars(both), "only": ""})))
-    modes: list[str] = []
+    alone = {"silent", "captured", "cudnn_benchmark"}
+    assert not alone & set(named(Namespace(**{**vars(both), "only": ""})))
+    modes: list[tuple[str, bool]] = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # put back after the test
 
     def gives_up() -> None:
         warnings.warn(f"{GIVES_UP} (rank 0: a reason).", RuntimeWarning, stacklevel=2)
 
     def our_step(config: str) -> Bench:
-        modes.append(parse_text(config).run.cuda_graph)
+        modes.append((parse_text(config).run.cuda_graph, torch.backends.cudnn.benchmark))
         return Bench(CPU, gives_up)
 
     monkeypatch.setattr(contestants, "our_step", our_step)
-    for name in ("silent", "captured"):
+    for name in ("cudnn_benchmark", "silent", "captured"):
         with pytest.raises(ConfigError, match=r"CUDA graph .rank 0: a reason"):
             contestants.silent_step(dump(Config()), **CONTESTANTS[name].arguments)
-    assert modes == ["off", "on"]
+    assert modes == [("off", True), ("off", False), ("on", False)]
 
 
 def test_rows_of_a_commit_that_nobody_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
