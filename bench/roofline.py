@@ -92,12 +92,15 @@ def operations(row: Row) -> list[str]:
 
 
 def counts(runs: Sequence[Mapping[str, Row]]) -> Made:
-    """What was counted: a line per case."""
+    """What was counted: the first and the last count of each batch, a line each."""
     names = ("launches", "gb_moved", "atomics", "generated_kernels")
+    of_batch: dict[str, list[Row]] = {}
+    for row in (row for run in runs for row in run.values()):
+        of_batch.setdefault(about(row), []).append(row)
     body = [
         [f"{about(row)}: {', '.join(operations(row))}", *(f"{row[n]:g}" for n in names)]
-        for run in runs
-        for row in run.values()
+        for rows in of_batch.values()
+        for row in (rows[0], *rows[1:][-1:])
     ]
     return ["step: our ops in it", "launches", "GB moved", "atomics", "generated kernels"], body
 

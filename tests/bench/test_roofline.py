@@ -26,6 +26,8 @@ def test_times_of_equal_parts_add_up() -> None:
 def test_the_tables_name_case_ops_and_rate() -> None:
     (line,) = counts([{"": ROW}])[1]
     assert line == ["32 images on each of 8: max_pool, sgd_ema_", "700", "12.5", "1", "90"]
+    later = [{"": ROW | {"launches": launches}} for launches in (700, 650, 600)]
+    assert [line[1] for line in counts(later)[1]] == ["700", "600"]  # before and after
     headers, lines = times([{"": ROW}])
     assert len(lines) == 3  # a line per GPU
     h100 = dict(zip(headers, lines[1], strict=True))

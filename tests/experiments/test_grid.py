@@ -104,6 +104,7 @@ def test_the_papers_numbers_are_those_of_the_papers() -> None:
         "mechanism": {"MoCo": {65536.0: 60.6}, "memory bank": {65536.0: 58.0}},
         "temperature": {"MoCo with MLP head": mlp},
         "head": {"MoCo": {"linear": 60.6, "mlp": 66.2}},
+        "versions": {"MoCo": {"v1": 60.6, "+ MLP": 66.2, "+ views": 63.4, "both": 67.3}},
         "width": {"MoCo": {1.0: 60.6, 2.0: 65.4, 4.0: 68.6}},
     }
 
