@@ -15,6 +15,10 @@ import pytest
 import fastmoco
 from fastmoco import cli, completion
 from fastmoco.config import Config, flatten
+from fastmoco.config.command import CommandParser
+from fastmoco.evaluate import options
+from fastmoco.machine import host
+from fastmoco.transfer import command as transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,3 +165,25 @@ def test_scripts_hold_every_option_and_parse(
     if shutil.which(shell):
         (tmp_path / "script").write_text(script)
         subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_commands_that_compute_settle_their_process_before_they_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As training does: else every large tensor is mapped anew."""
+    parser = CommandParser("x")
+    transfer.shared_options(parser)
+    given = ["--checkpoint=x", "--data.root=x", "--out=x", "--device=cpu"]
+    order: list[str] = []
+
+    def work(*_: object) -> bool:
+        order.append("work")
+        return True
+
+    def evaluate(*_: object) -> None:
+        order.append("work")
+
+    monkeypatch.setattr(host, "settle", lambda device: order.append(f"settle {device}"))
+    assert transfer.command(parser, given, work) == 0
+    assert options.command(parser, given, evaluate) == 0
+    assert order == ["settle cpu", "work"] * 2

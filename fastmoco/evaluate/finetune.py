@@ -118,7 +118,7 @@ class Finetuning(LabelledTraining):
         model = Classifier(weights, len(train.class_names), given.seed, world.device)
         groups = stage_rates(model.network, *rates)
         self.optimizer = torch.optim.SGD(
-            groups, given.lr, momentum=0.9, weight_decay=given.weight_decay
+            groups, given.lr, momentum=0.9, weight_decay=given.weight_decay, fused=True
         )
         self.warm = given.warmup_epochs * self.steps_per_epoch
         self.model = model

@@ -16,7 +16,7 @@ from fastmoco.config.command import CommandParser
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import OPEN, resolve_folders
 from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
-from fastmoco.machine import collectives, ranks
+from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import pixel_statistics
@@ -184,6 +184,7 @@ def command(
             world = ranks.start(given.device, Config().run.timeout_s)
         except ValueError as error:
             raise ConfigError(str(error).replace("run.device", "--device")) from error
+        host.settle(world.device)
         with collectives.naming_failures(world, lambda: 0):
             work(given, world)
     except (ConfigError, OSError, collectives.CollectiveError) as error:

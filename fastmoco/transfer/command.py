@@ -12,7 +12,7 @@ import yaml
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.config.command import CommandParser
-from fastmoco.machine import collectives, ranks
+from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.owner import OwnedError
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import INTERRUPTED, StopRequest
@@ -114,6 +114,7 @@ def command(parser: CommandParser, arguments: Sequence[str] | None, work: Work) 
                 world = ranks.start(given.device, Config().run.timeout_s)
             except ValueError as error:
                 raise ConfigError(str(error).replace("run.device", "--device")) from error
+            host.settle(world.device)
             return 0 if work(given, world, request) else request.code
     except OwnedError as error:
         print(f"fastmoco: {str(error).replace('run.dir', '--out')}", file=sys.stderr, flush=True)

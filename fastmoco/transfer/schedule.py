@@ -74,7 +74,8 @@ class Schedule:
             {"params": [p for p in own if id(p) not in norms], "weight_decay": self.weight_decay},
             {"params": [p for p in own if id(p) in norms], "weight_decay": 0.0},
         ]
-        return torch.optim.SGD(groups, self.lr, momentum=self.momentum)
+        # Fused, or every step allocates all decayed gradients once more.
+        return torch.optim.SGD(groups, self.lr, momentum=self.momentum, fused=True)
 
 
 def schedule_options(
