@@ -29,10 +29,8 @@ from fastmoco.method.optim.update import lr_at, set_lr
 from fastmoco.run import directory, resuming
 from fastmoco.run.checkpoint import Saver
 from fastmoco.run.choices import start_lines, start_warnings
-from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook
-from fastmoco.run.progress import DivergedError, Progress
-from fastmoco.run.record import METRICS, knn_summary
+from fastmoco.run.progress import DivergedError, Progress, sum_up
 from fastmoco.run.tracker import tracked
 from fastmoco.weights.export import export_trunk
 from fastmoco.weights.initialize import start_from
@@ -73,7 +71,7 @@ class Run:
         resumed = resuming.resume(found, self.step, config, self.per_epoch, world)
         self.done = resumed.step
         total = self.per_epoch * config.optim.epochs
-        self.stop_at = min(total, config.run.max_steps or total)
+        self.stop_at = max(self.done, min(total, config.run.max_steps or total))
         self.request, self.shared = request or StopRequest(), collectives.SharedRequest(world)
         self.stopping = self.finished = False  # on every rank in the same step
         self.saver = Saver(self.step, config, world, self.per_epoch, self.loader.fingerprint)
@@ -91,7 +89,7 @@ class Run:
             self.saver,  # what it writes is waited for while the folder is ours
             self.loader,
             Logbook(self.folder, enabled=main, done=self.done, total=self.stop_at) as log,
-            tracked(self.config, log.warn, enabled=main) as log.send,
+            tracked(self.config, log.warn, lambda: self.finished, enabled=main) as log.send,
         ):
             for line in self.lines:
                 log.say(line)
@@ -101,9 +99,7 @@ class Run:
                 draw_views(self.config, self.folder / "views.png")
             self._loop(log)
             if main:
-                metrics = self.folder / METRICS
-                draw_curves(metrics, self.folder / "curves.png")
-                log.say(knn_summary(metrics))
+                sum_up(self.folder, log)
             self.finished = self.done == self.stop_at
             if self.finished:
                 with collectives.averaged(self.step.moco.running_statistics(), self.world):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
@@ -27,7 +26,7 @@ from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_part import both_folders, check_numbers, labelled_parser
 from fastmoco.evaluate.labelled_training import LabelledTraining, keep_result, new_head
 from fastmoco.evaluate.options import View, command
-from fastmoco.machine.collectives import averaged
+from fastmoco.machine.collectives import average_gradients, averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.network.encoder import NormalizePixels, pixel_statistics
@@ -122,10 +121,7 @@ class Finetuning(LabelledTraining):
         )
         self.warm = given.warmup_epochs * self.steps_per_epoch
         self.model = model
-        self.parallel: nn.Module = model
-        if world.size > 1:
-            on_gpu = [world.device] if world.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, device_ids=on_gpu)
+        self.parallel = average_gradients(model, world)
 
     def rate(self, step: int) -> float:
         """That of the last stage of the trunk."""

@@ -211,7 +211,8 @@ class SharedRequest:
     """The most urgent request of any rank, known to all of them after the same step.
 
     Requests travel by gloo beside the step: no rank waits for its device, and each learns at step
-    n what was asked for until step n - 1.
+    n what was asked for until step n - 1. Level 1 asks for something once; what ranks ask for in
+    the step in which they learn of it is the same request. Higher levels last.
     """
 
     def __init__(self, world: World) -> None:
@@ -224,7 +225,8 @@ class SharedRequest:
         if self._group is None:
             return level
         asked = self.settle()
-        self._level.fill_(max(level, asked))
+        highest = max(level, asked)
+        self._level.fill_(highest if highest > 1 or not asked else 0)
         self._sent = dist.all_reduce(self._level, dist.ReduceOp.MAX, self._group, async_op=True)
         return asked
 

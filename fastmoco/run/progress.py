@@ -15,10 +15,11 @@ from fastmoco.machine.host import load_average, machine_cores
 from fastmoco.machine.ranks import World
 from fastmoco.method.step import StepResult
 from fastmoco.run.alarms import Watch
+from fastmoco.run.curves import draw_curves
 from fastmoco.run.logbook import Logbook, train_line
 from fastmoco.run.metrics import Clock, Metrics, QueueChange, Trouble, peak_memory_gib
 from fastmoco.run.page.html_report import NAME, write_report
-from fastmoco.run.record import METRICS, WARMUP_STEPS, Record, read_metrics
+from fastmoco.run.record import METRICS, WARMUP_STEPS, Record, knn_summary, read_metrics
 
 # A demo that takes longer than this has gone wrong, and its user should not wait to find out.
 LONG_DEMO_S = 30 * 60
@@ -234,3 +235,15 @@ def why_so_long(seconds: float, wait_percent: float, load: float | None, cores: 
         f"The demo will take about {in_words(seconds)} instead of five minutes, because {reason}: "
         "stop it and run it on an idle or faster machine, or shorten it with --optim.epochs 4."
     )
+
+
+def sum_up(folder: Path, log: Logbook) -> None:
+    """At the end of a run: draw its curves and say what kNN found.
+
+    What fails is a warning: the encoder does not depend on it.
+    """
+    try:
+        draw_curves(folder / METRICS, folder / "curves.png")
+        log.say(knn_summary(folder / METRICS))
+    except (ConfigError, OSError) as error:
+        log.warn(f"curves.png was not drawn: {error}")

@@ -197,7 +197,8 @@ def resume(
         changed = require_same_run(parse_text(ours["config"]), config, place)
         load_model(step, content["state_dict"], place)
         load_optimizer(step, content["optimizer"], place)
-        step.scaler.load_state_dict(ours["scaler"])
+        if ours["scaler"]:  # empty of a run that was not in fp16
+            step.scaler.load_state_dict(ours["scaler"])
         _load_own_statistics(step, ours.get("running_statistics"), world)
         notes = (*found.notes, *([changed] if changed else []), *_other_records(found, config))
         return Resumed(_step_number(ours["step"]), (*notes, *_changes(ours.get("precision"), step)))

@@ -100,11 +100,12 @@ _OPEN: dict[str, Callable[[str, dict[str, Any], str], Tracker]] = {
 
 @contextlib.contextmanager
 def tracked(
-    config: Config, warn: Callable[[str], None], *, enabled: bool
+    config: Config, warn: Callable[[str], None], finished: Callable[[], bool], *, enabled: bool
 ) -> Iterator[Callable[[Record], None]]:
     """Inside, what is yielded sends a record to `run.tracker`; where that is none, nowhere.
 
-    `warn` takes the one sentence for a tracker that fails. The packages are looked for by
+    `warn` takes the one sentence for a tracker that fails. A run that is not `finished` at the end
+    was stopped and will go on. The packages are looked for by
     `fastmoco.config.check`, before anything starts.
     """
     kind, folder = config.run.tracker, Path(config.run.dir)
@@ -137,7 +138,7 @@ def tracked(
         yield send
     finally:
         if (last := tracker) is not None:
-            done = sys.exc_info()[0] is None
+            done = sys.exc_info()[0] is None and finished()
             guarded(lambda: last.close(done))
 
 

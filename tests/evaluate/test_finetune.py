@@ -177,6 +177,27 @@ def on_ranks(world: World, place: str) -> tuple[dict[str, Tensor], tuple[float, 
     return weights, one.validate()
 
 
+def statistics_of(world: World, place: str, number: int | None = None) -> Tensor:
+    """Running means after two steps, too small to move a weight, on images of one's own."""
+    rate = ["--lr", "1e-9", "--head_lr", "1e-9"]
+    one = tuning(Path(place), f"statistics{number}", world, *rate)
+    first = 4 * (world.rank if number is None else number)
+    for step in range(2):
+        images, labels = one.train.load(first, first + 4), one.train.labels[first : first + 4]
+        one.learn(images, labels, 4 * world.size, step)
+    mean = one.model.network.bn1.running_mean
+    assert isinstance(mean, Tensor)
+    return mean.clone()
+
+
+def test_batch_norm_counts_on_each_rank_for_itself(place: Path, two_ranks: Ranks) -> None:
+    alone = [statistics_of(ALONE, str(place), number) for number in range(2)]
+    found = two_ranks.run(statistics_of, str(place))
+    for rank, mean in enumerate(found):
+        torch.testing.assert_close(mean, alone[rank], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(alone[0], alone[1], rtol=1e-2)
+
+
 def test_two_ranks_that_see_the_same_do_what_one_does(place: Path, two_ranks: Ranks) -> None:
     weights, counted = on_ranks(ALONE, str(place))
     for rank_weights, rank_counted in two_ranks.run(on_ranks, str(place)):

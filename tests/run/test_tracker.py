@@ -90,7 +90,7 @@ def test_records_arrive_by_step_and_a_second_start_goes_on_in_the_same_place(
     tmp_path: Path, kind: str, calls: Calls
 ) -> None:
     said: list[str] = []
-    with tracked(config(tmp_path, kind), said.append, enabled=True) as send:
+    with tracked(config(tmp_path, kind), said.append, lambda: True, enabled=True) as send:
         send(train(20, loss=3.5, lr=0.1))
         send(train(40, loss=float("nan"), lr=0.2))
     first = [call for call in calls if call[0] != "params"]
@@ -101,7 +101,7 @@ def test_records_arrive_by_step_and_a_second_start_goes_on_in_the_same_place(
         ("finish", 0),
     ]
     calls.clear()
-    with tracked(config(tmp_path, kind), said.append, enabled=True) as send:
+    with tracked(config(tmp_path, kind), said.append, lambda: True, enabled=True) as send:
         send(train(60, loss=3.0))
     known = tmp_path.name if kind == "trackio" else "abc"
     assert json.loads((tmp_path / "tracker.json").read_text()) == {"tracker": kind, "id": known}
@@ -132,7 +132,7 @@ def test_a_tracker_that_fails_is_a_warning_and_gets_no_more(
         return run
 
     monkeypatch.setattr(module, "init", with_fault)
-    with tracked(config(tmp_path, kind), said.append, enabled=True) as send:
+    with tracked(config(tmp_path, kind), said.append, lambda: True, enabled=True) as send:
         send(train(1, loss=1.0))
         send(train(2, loss=1.0))
     (sentence,) = said
@@ -146,9 +146,17 @@ def test_an_error_of_the_run_passes_and_the_tracker_hears_of_it(
 ) -> None:
     with (
         pytest.raises(RuntimeError, match="of the run"),
-        tracked(config(tmp_path, kind), print, enabled=True),
+        tracked(config(tmp_path, kind), print, lambda: True, enabled=True),
     ):
         raise RuntimeError("of the run")
+    assert calls[-1] == ("finish", 0 if kind == "trackio" else 1)
+
+
+def test_a_run_that_was_stopped_is_not_told_to_be_finished(
+    tmp_path: Path, kind: str, calls: Calls
+) -> None:
+    with tracked(config(tmp_path, kind), print, lambda: False, enabled=True):
+        pass  # a signal: the loop ends without an error
     assert calls[-1] == ("finish", 0 if kind == "trackio" else 1)
 
 
@@ -157,7 +165,7 @@ def test_other_ranks_and_runs_without_a_tracker_are_silent(
     tmp_path: Path, kind: str, calls: Calls
 ) -> None:
     for which, enabled in ((kind, False), ("none", True)):
-        with tracked(config(tmp_path, which), print, enabled=enabled) as send:
+        with tracked(config(tmp_path, which), print, lambda: True, enabled=enabled) as send:
             send(train(1, loss=1.0))
     assert not calls
     assert not (tmp_path / "tracker.json").exists()

@@ -30,6 +30,7 @@ from fastmoco.data.table import draw_uniforms, view_table
 from fastmoco.evaluate.features import FrozenTrunk, filled_up, trunk_of
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.labelled_training import crop_and_flip
+from fastmoco.machine import durable
 from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import read
 
@@ -125,7 +126,7 @@ def stored_features(
     views, shape = max(crops, 1), (max(crops, 1), len(images), trunk.features)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        done = json.loads(note.read_text())["batches"] if note.exists() and path.exists() else 0
+        done = _batches_done(note, batch_size) if path.exists() else 0
         mode = "r+" if done else "w+"
         stored = np.lib.format.open_memmap(path, mode, np.float32, shape)
         starts = [(v, s) for v in range(views) for s in range(0, len(images), batch_size)]
@@ -140,9 +141,19 @@ def stored_features(
             stored[view, [row for row in rows if row in images.bad]] = np.nan
             if number % 64 == 63 or number + 1 == len(starts):
                 stored.flush()
-                note.write_text(json.dumps({"batches": number + 1}))
+                told = json.dumps({"batches": number + 1, "of": batch_size})
+                durable.replace(note, lambda partial, told=told: partial.write_text(told))
             bar.update()
         bar.close()
     except OSError as error:
         raise ConfigError(f"Features cannot be stored in {folder}: {error}.") from error
     return torch.from_numpy(stored)
+
+
+def _batches_done(note: Path, batch_size: int) -> int:
+    """How many batches of this size a note counts; 0 where it is lost, damaged or of others."""
+    try:
+        kept = json.loads(durable.read_regular(note))
+        return int(kept["batches"]) if kept["of"] == batch_size else 0
+    except (OSError, ValueError, TypeError, LookupError):
+        return 0

@@ -122,7 +122,8 @@ def load_optimizer(step: Step, saved: Mapping[str, Any], place: str) -> None:
         )
     kept = {i: entry for i, entry in saved["state"].items() if i < len(params)}
     state = {i: {n: _laid_out(t, params[i]) for n, t in entry.items()} for i, entry in kept.items()}
-    group = {**groups[0], "params": list(range(len(params)))}
+    # The settings are this run's, which may have been allowed to differ from the file's.
+    group = {**step.optimizer.param_groups[0], "params": list(range(len(params)))}
     step.optimizer.load_state_dict({"state": state, "param_groups": [group]})
 
 

@@ -202,10 +202,23 @@ def test_features_of_an_interrupted_computation_are_not_computed_again(place: Pa
     stored = np.load(file, mmap_mode="r+")
     stored[0] = -1.0
     stored.flush()
-    note.write_text(json.dumps({"batches": 2}))
+    note.write_text(json.dumps({"batches": 2, "of": 4}))
     again = stored_features(one.trunk, one.train, place / "store", **options)
     assert (again[0, :8] == -1).all()
     assert torch.equal(again[0, 8:], found[0, 8:])
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", '{"batches": 2}', '{"batches": 2, "of": 8}'])
+def test_features_behind_a_note_that_is_damaged_or_counts_other_batches_are_computed_again(
+    place: Path, note: str
+) -> None:
+    one = protocol(place)
+    options: dict[str, Any] = {"device": CPU, "batch_size": 4}
+    found = stored_features(one.trunk, one.train, place / "store", **options).clone()
+    (file,), (kept,) = (place / "store").glob("*.npy"), (place / "store").glob("*.json")
+    np.load(file, mmap_mode="r+")[:] = -1.0
+    kept.write_text(note)
+    assert torch.equal(stored_features(one.trunk, one.train, place / "store", **options), found)
 
 
 def test_the_command_prints_a_table_and_refuses_in_one_sentence(
