@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastmoco.config import ConfigError, parse
 from fastmoco.data.backends.choose import has_dali
@@ -51,6 +52,26 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, precision: st
     steps = {r["step"]: r["loss"] for r in records(tmp_path / "whole")}
     again = {r["step"]: r["loss"] for r in records(tmp_path / "parts")}
     assert steps[12] == pytest.approx(again[12], rel=1e-6)
+
+
+def test_a_run_past_the_end_that_is_asked_for_is_finished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = [*NARROW, "--run.dir", str(tmp_path)]
+    assert main([*common, "--run.max_steps", "4"]) == 0
+    assert main([*common, "--run.max_steps", "2"]) == 0
+    assert "stopped by a signal" not in capfd.readouterr().out
+    assert [r["step"] for r in records(tmp_path)][-1] == 4
+
+
+def test_a_complete_run_that_goes_on_elsewhere_exports_without_a_record(tmp_path: Path) -> None:
+    assert main([*NARROW, "--run.dir", str(tmp_path / "first")]) == 0
+    resumed = str(tmp_path / "first" / "latest.pth.tar")
+    again = ["--run.resume", resumed, "--run.dir", str(tmp_path / "second")]
+    assert main([*NARROW, *again]) == 0
+    first, second = (load_file(tmp_path / n / "encoder.safetensors") for n in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def images(folder: Path, count: int, seed: int) -> None:

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from fastmoco.config import (
+    Config,
     ConfigError,
     ModelConfig,
+    OptimConfig,
     RunConfig,
     dump,
 )
@@ -33,6 +35,11 @@ from tests.support.ranks import Ranks
 from tests.support.runs import saved
 from tests.support.runs.narrow import build, config, resume
 from tests.support.tiny import ONE
+
+
+def built(settings: Config) -> Step:
+    moco = build_moco(settings, settings.bn_group_size(1), ONE.device)
+    return build_step(settings, moco, ONE, compile_encoders=False)
 
 
 def save(folder: Path, step: Step, steps: int) -> str:
@@ -86,6 +93,34 @@ def test_resume_restores_everything(tmp_path: Path) -> None:
     mine, theirs = first.optimizer.state_dict(), second.optimizer.state_dict()
     for index, buffers in mine["state"].items():
         assert torch.equal(theirs["state"][index]["momentum_buffer"], buffers["momentum_buffer"])
+
+
+@pytest.mark.parametrize("name", ["sgd_ema", "sgd", "lars"])
+def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(
+    tmp_path: Path, name: Literal["sgd_ema", "sgd", "lars"]
+) -> None:
+    """`run.resume_changes allow` says that they changed, and so they have."""
+    then = replace(config(tmp_path), optim=OptimConfig(name=name, momentum=0.9, weight_decay=1e-4))
+    step = built(then)
+    saved.save(tmp_path, step, steps=10, epoch=1, config=then, world=ONE)
+    optim = replace(then.optim, momentum=0.5, weight_decay=0.01)
+    now = replace(then, optim=optim, run=replace(then.run, resume_changes="allow"))
+    again = built(now)
+    resuming.resume(resuming.find(now, ONE), again, now, 10, ONE)
+    (group,) = again.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.01)
+
+
+def test_fp16_goes_on_from_a_checkpoint_without_a_gradient_scale(tmp_path: Path) -> None:
+    first = build(tmp_path, seed=1)
+    save(tmp_path, first, 10)
+    half = replace(config(tmp_path).run, precision="fp16", resume_changes="allow")
+    now = replace(config(tmp_path), run=half)
+    again = built(now)
+    before = again.scaler.state_dict()
+    assert resuming.resume(resuming.find(now, ONE), again, now, 10, ONE).step == 10
+    assert again.scaler.state_dict() == before
+    assert torch.equal(again.moco.queue, first.moco.queue)
 
 
 def test_keeps_the_last_n_by_step_not_by_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +143,16 @@ def stored_features(
             if number % 64 == 63 or number + 1 == len(starts):
                 stored.flush()
                 told = json.dumps({"batches": number + 1, "of": batch_size})
-                durable.replace(note, lambda partial, told=told: partial.write_text(told))
+                durable.replace(note, partial(_write, told))
             bar.update()
         bar.close()
     except OSError as error:
         raise ConfigError(f"Features cannot be stored in {folder}: {error}.") from error
     return torch.from_numpy(stored)
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text)
 
 
 def _batches_done(note: Path, batch_size: int) -> int:
