@@ -208,6 +208,7 @@ class Detection(Training):
                 *(given.arch, given.task, sides, given.max_side, given.proposals, given.difficult),
                 *(train.name, train.classes, checksums(weights.trunk)),
             ],
+            [test.name, len(test), given.test_side, given.test_proposals],
         )
 
     def evaluate(self) -> dict[str, float]:

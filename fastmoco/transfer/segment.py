@@ -113,6 +113,7 @@ class Segmentation(Training):
             given,
             world,
             [given.crop, train.name, train.classes, checksums(weights.trunk)],
+            [test.name, len(test)],
         )
 
     def evaluate(self) -> dict[str, float]:

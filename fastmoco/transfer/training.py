@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import ConfigError
-from fastmoco.machine import collectives, owner
+from fastmoco.machine import collectives, durable, owner
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
@@ -37,6 +37,8 @@ from fastmoco.weights import files
 
 CHECKPOINT = "checkpoint.pth.tar"
 """Name of the file in the folder of a run that it goes on from."""
+TESTED = "tested.json"
+"""What the last test in a folder of results was of."""
 TEST = "test"
 """Kind of the records that hold the scores of the test pictures."""
 
@@ -64,8 +66,10 @@ class Training:
         given: argparse.Namespace,
         world: World,
         identity: list[object],
+        tested: list[object],
     ) -> None:
         """count: number of samples. identity: what decides the result besides the schedule.
+        tested: what else decides the scores.
 
         Raises `ConfigError` for a schedule that cannot train, and as `resume` does.
         """
@@ -88,6 +92,7 @@ class Training:
         whole = [vars(self.schedule), given.seed, count, self.precision.name, *identity]
         text = json.dumps(whole, sort_keys=True, default=str)
         self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.tested = json.dumps([given.root, given.test, *tested], default=str)
         self.done = 0
         on_every_rank(self._resume, world)
 
@@ -177,8 +182,8 @@ class Training:
         return stop
 
     def _test(self, evaluate: Evaluate, log: Logbook) -> dict[str, float]:
-        """Scores of the test pictures; told again where they are known."""
-        known = [r for r in log.kept(TEST) if r.step == self.done]
+        """Scores of the test pictures; told again where these are known."""
+        known = [r for r in log.kept(TEST) if r.step == self.done] if self._same_test() else []
         known = collectives.gather_objects(known, self.world)[0]
         if known:
             return dict(known[-1].values)
@@ -187,7 +192,16 @@ class Training:
         told = "  ".join(f"{name} {scores[name]:.2f}" for name in each)
         epoch = self.done * self.schedule.batch_size / self.deliveries.samples
         log.record(Record(TEST, scores, self.done, epoch), f"step {self.done}  {told}")
+        if self.world.is_main:
+            durable.replace(self.out / TESTED, lambda partial: partial.write_text(self.tested))
         return scores
+
+    def _same_test(self) -> bool:
+        """Whether the last scores in `out` are of the test pictures and options of this command."""
+        try:
+            return (self.out / TESTED).read_text() == self.tested
+        except (OSError, ValueError):
+            return False
 
     def _save(self, log: Logbook, *, last: bool) -> None:
         """Raises `ConfigError`, on every rank, where the last state cannot be written."""

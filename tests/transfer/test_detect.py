@@ -152,6 +152,10 @@ def test_a_run_that_was_killed_or_stopped_goes_on_bit_for_bit(
         assert lines[-1]["kind"] == "test"
         assert 0 <= lines[-1]["AP50"] <= 100
     capsys.readouterr()
+    for more, tests in (((), 2), (("--test_proposals", "2"), 3), (("--test_proposals", "2"), 3)):
+        assert detect.main(command(place, "whole", *more)) == 0
+        lines = [json.loads(line) for line in (place / "whole" / "metrics.jsonl").open()]
+        assert sum(one["kind"] == "test" for one in lines) == tests  # as often as it was asked for
     assert detect.main(command(place, "whole", "--lr", "0.5")) == 2
     assert "choose another --out" in capsys.readouterr().err
 
