@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastmoco.config import ConfigError
 from fastmoco.evaluate.labelled_images import ImageSet
 from fastmoco.machine.collectives import gather_rows
 from fastmoco.machine.ranks import World
@@ -139,13 +140,17 @@ def extract_features(
     See `stream_features`. The share is `rank_share(len(images), rank, world_size)`; concatenated
     in rank order the shares are in data set order.
 
-    Raises `ValueError` when the share is empty (fewer images than ranks) or batch_size < 1.
+    Raises `ConfigError`, on all ranks alike, where there are fewer images than ranks, and
+    `ValueError` for batch_size < 1.
     """
-    share = rank_share(len(images), rank, world_size)
-    if not share or batch_size < 1:
-        raise ValueError(
-            f"nothing to do: {len(images)} images on {world_size} ranks, batch_size {batch_size}"
+    if len(images) < max(1, world_size):
+        raise ConfigError(
+            f"{len(images)} images cannot be shared by {world_size} ranks: give more images, or "
+            "start fewer ranks."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1")
+    share = rank_share(len(images), rank, world_size)
     streamed = stream_features(trunk, images, share, batch_size=batch_size, device=device)
     if normalized:
         return torch.cat([functional.normalize(rows.float(), dim=1) for rows in streamed])

@@ -162,6 +162,13 @@ class LabelledTraining:
         """The training loader, on a list of the images that keep their label."""
         if self.train.in_table:
             raise ConfigError("Training with labels reads class folders and lists, not tables.")
+        for path in self.train.paths:
+            name = str(path.resolve())
+            if "\n" in name or "\r" in name or name != os.fsencode(name).decode(errors="replace"):
+                raise ConfigError(
+                    f"Training with labels cannot list {name!r}: rename it, as its name holds a "
+                    "line break or is no UTF-8 text."
+                )
         listed = self.out / "images.txt"
         text = "".join(f"{path.resolve()}\n" for path in self.train.paths)
         if self.world.is_main and not (listed.exists() and listed.read_text() == text):

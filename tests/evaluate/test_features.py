@@ -231,10 +231,11 @@ def test_at_most_so_many_images_evenly_spaced(folder: Path) -> None:
     assert len(LabelledImages(folder, resize=9, image_size=8, max_images=99)) == 11
 
 
-def test_more_ranks_than_images_is_an_error(folder: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 11])
+def test_more_ranks_than_images_is_a_sentence_on_every_rank(folder: Path, rank: int) -> None:
     images = LabelledImages(folder, resize=9, image_size=8)
-    with pytest.raises(ValueError, match="11 images on 12 ranks"):
-        extract_features(flat_trunk, images, batch_size=4, device="cpu", rank=0, world_size=12)
+    with pytest.raises(ConfigError, match="11 images cannot be shared by 12 ranks"):
+        extract_features(flat_trunk, images, batch_size=4, device="cpu", rank=rank, world_size=12)
 
 
 def test_raw_pixel_cosine_is_the_correlation_of_small_pictures(tmp_path: Path) -> None:

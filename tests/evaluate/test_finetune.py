@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,17 @@ def test_bad_input_is_one_sentence(
     assert finetune.main(options(place, "out", *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert part in line
+
+
+@pytest.mark.parametrize("name", [b"b\nreak.png", b"\xff.png"])
+def test_a_name_that_no_list_can_hold_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    folder = os.fsencode(place / "train" / "a")
+    os.link(os.path.join(folder, b"0.png"), os.path.join(folder, name))
+    assert finetune.main(options(place, "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rename it" in line
 
 
 def test_the_result_is_a_torchvision_network(tmp_path: Path, place: Path) -> None:
