@@ -8,6 +8,7 @@ Further options of training (`--model.width 0.5`) hold for all runs.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,13 @@ def experiment(
 
     def more(grid: Grid, point: Point) -> Options:
         options = merged(point.options, common)
-        return merged(common, found.get(kind(grid, options), ()))
+        name = kind(grid, options)
+        if budget is not None and name not in found:
+            raise ConfigError(
+                f"{out} was measured for runs with other options than {name}: choose another "
+                "--out, or give the options of then."
+            )
+        return merged(common, found.get(name, ()))
 
     plan = Plan(grids, out, more)
     runs = plan.distinct()
@@ -117,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     given, rest = parser.parse_known_args(arguments)
     try:
-        if given.jobs < 1 or (given.budget is not None and given.budget <= 0):
+        budget = 1.0 if given.budget is None else given.budget
+        if given.jobs < 1 or not 0 < budget < math.inf:
             raise ConfigError("--jobs and --budget must be greater than 0.")
         common = training_options(rest)
         if given.root:

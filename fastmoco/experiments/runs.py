@@ -145,7 +145,8 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
                         process.wait()
                 for process in [p for p in running if p.poll() is not None]:
                     run, began = running.pop(process)
-                    if _close(run, process.returncode, time.monotonic() - began):
+                    code, seconds = process.returncode, time.monotonic() - began
+                    if _close(run, code, seconds, stopped=request.made):
                         done += 1
                         say(f"{done}/{len(runs)} {_told(run)}")
                 time.sleep(_POLL_S)
@@ -173,11 +174,14 @@ def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _close(run: Run, code: int, seconds: float) -> bool:
-    """Write down how the run ended; False for one that a signal stopped, which has not."""
+def _close(run: Run, code: int, seconds: float, stopped: bool) -> bool:
+    """Write down how the run ended; False for one that a signal stopped, which has not.
+
+    Where all are `stopped`, also one whose process took no signal yet and was killed by it.
+    """
     log = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line for line in reversed(log) if line.strip()), "")
-    if code in (INTERRUPTED, REQUEUE):
+    if code in (INTERRUPTED, REQUEUE) or (stopped and code < 0):
         return False
     told = next((x for x in reversed(log) if x.startswith("fastmoco: ")), last)
     if code < 0:

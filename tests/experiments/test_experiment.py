@@ -111,6 +111,34 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [json.loads(row)["steps"] for row in rows] == [done + 2, done + 2]
 
 
+def test_a_run_that_was_stopped_before_it_could_listen_goes_on(tmp_path: Path) -> None:
+    arguments = prepared(tmp_path, lines={"MoCo": {"option": "moco.temperature", "values": [0.1]}})
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmoco.experiments", *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    first = tmp_path / "out" / "mine" / "MoCo-0.1-seed0"
+    while not (first / LOG).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # the run is still importing
+    assert process.communicate()
+    assert process.returncode == 130
+    assert not (first / RESULT).exists()
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "0", "-1"])
+def test_a_budget_that_is_no_time_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], budget: str
+) -> None:
+    assert main([*prepared(tmp_path), "--budget", budget]) == 2
+    assert "--budget must be greater than 0" in capfd.readouterr().err
+
+
 def test_a_budget_is_measured_once_and_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
