@@ -289,7 +289,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
     assert records(tmp_path / "run")[-1]["step"] == done + 2
 
 
-@pytest.mark.parametrize("place", ["resuming.find", "draw_curves", "build_moco"])
+@pytest.mark.parametrize("place", ["resuming.find", "sum_up", "build_moco"])
 def test_a_rank_that_dies_at_any_time_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
