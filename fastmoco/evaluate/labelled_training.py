@@ -162,15 +162,15 @@ class LabelledTraining:
         """The training loader, on a list of the images that keep their label."""
         if self.train.in_table:
             raise ConfigError("Training with labels reads class folders and lists, not tables.")
-        for path in self.train.paths:
-            name = str(path.resolve())
+        names = [str(path.resolve()) for path in self.train.paths]
+        for name in names:
             if "\n" in name or "\r" in name or name != os.fsencode(name).decode(errors="replace"):
                 raise ConfigError(
                     f"Training with labels cannot list {name!r}: rename it, as its name holds a "
                     "line break or is no UTF-8 text."
                 )
         listed = self.out / "images.txt"
-        text = "".join(f"{path.resolve()}\n" for path in self.train.paths)
+        text = "".join(f"{name}\n" for name in names)
         if self.world.is_main and not (listed.exists() and listed.read_text() == text):
             listed.write_text(text)
         barrier(self.world)

@@ -95,8 +95,8 @@ def write_rows(grid: Grid, found: Sequence[Result], file: Path) -> None:
             numbers["untrained_knn_top1"] = result.untrained()
             steps = max((record.step for record in result.records), default=0)
             last = max((record.epoch for record in result.records), default=0.0)
-            for minutes in result.cpu_minutes([last]):
-                numbers["cpu_minutes"] = round(minutes, 2)
+            if spent := result.cpu_minutes([last]):
+                numbers["cpu_minutes"] = round(spent[0], 2)
             row = {**place, "seed": result.seed, "steps": steps, **numbers}
             out.write(json.dumps({**row, **(result.run.ended() or {"code": None})}) + "\n")
 

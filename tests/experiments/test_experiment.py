@@ -75,19 +75,24 @@ def test_a_failed_run_is_shown_and_no_run_is_repeated(
     assert {path: path.stat().st_mtime_ns for path in out.glob("mine/*/*")} == written
 
 
-def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
-    """A signal reaches the run, which saves; the same command resumes it and starts the next."""
-    endless = {**GRID["set"], "optim.epochs": 100000, "run.checkpoint_every": 100000}
-    lines = {"MoCo": {"option": "moco.temperature", "values": [0.1, 0.2]}}
-    arguments = prepared(tmp_path, set=endless, lines=lines)
+def started(arguments: list[str]) -> subprocess.Popen[str]:
+    """The experiment as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "fastmoco.experiments", *arguments],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
+    """A signal reaches the run, which saves; the same command resumes it and starts the next."""
+    endless = {**GRID["set"], "optim.epochs": 100000, "run.checkpoint_every": 100000}
+    lines = {"MoCo": {"option": "moco.temperature", "values": [0.1, 0.2]}}
+    arguments = prepared(tmp_path, set=endless, lines=lines)
+    process = started(arguments)
     first = tmp_path / "out" / "mine" / "MoCo-0.1-seed0"
     log = first / "metrics.jsonl"
     while not log.exists() or len(log.read_text()) < 1500:
@@ -113,14 +118,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_run_that_was_stopped_before_it_could_listen_goes_on(tmp_path: Path) -> None:
     arguments = prepared(tmp_path, lines={"MoCo": {"option": "moco.temperature", "values": [0.1]}})
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastmoco.experiments", *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = started(arguments)
     first = tmp_path / "out" / "mine" / "MoCo-0.1-seed0"
     while not (first / LOG).exists():
         assert process.poll() is None, process.communicate()

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from fastmoco.config import (
-    Config,
     ConfigError,
     ModelConfig,
     OptimConfig,
@@ -33,13 +32,8 @@ from fastmoco.run import resuming
 from fastmoco.weights import files
 from tests.support.ranks import Ranks
 from tests.support.runs import saved
-from tests.support.runs.narrow import build, config, resume
+from tests.support.runs.narrow import build, built, config, resume
 from tests.support.tiny import ONE
-
-
-def built(settings: Config) -> Step:
-    moco = build_moco(settings, settings.bn_group_size(1), ONE.device)
-    return build_step(settings, moco, ONE, compile_encoders=False)
 
 
 def save(folder: Path, step: Step, steps: int) -> str:

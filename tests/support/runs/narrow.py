@@ -21,9 +21,13 @@ def config(folder: Path, seed: int = 0) -> Config:
     )
 
 
+def built(settings: Config) -> Step:
+    moco = build_moco(settings, settings.bn_group_size(1), ONE.device)
+    return build_step(settings, moco, ONE, compile_encoders=False)
+
+
 def build(folder: Path, seed: int = 0) -> Step:
-    settings = config(folder, seed)
-    return build_step(settings, build_moco(settings, 4, ONE.device), ONE, compile_encoders=False)
+    return built(config(folder, seed))
 
 
 def resume(folder: Path, step: Step) -> resuming.Resumed:
