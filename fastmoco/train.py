@@ -95,7 +95,7 @@ class Run:
                 log.say(line)
             for sentence in self.warnings:
                 log.warn(sentence)
-            if main and self.done == 0 and self.config.data.source == "folder":
+            if main and self.done == 0 and self.config.data.source != "synthetic":
                 draw_views(self.config, self.folder / "views.png")
             self._loop(log)
             if main:

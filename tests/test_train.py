@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,22 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     assert len(accuracies) >= 2
     assert all(0 <= a <= 1 for a in accuracies)
     assert final_state(run)["module.queue_ptr"].item() == 6 * 8 % 40
+
+
+@pytest.mark.parametrize("source", ["list", "shards"])
+def test_the_views_of_every_source_are_drawn(source: str, tmp_path: Path) -> None:
+    """Alarms ask to look at them."""
+    images(tmp_path / "train", 12, 0)
+    files = sorted((tmp_path / "train").rglob("*.jpg"))
+    (tmp_path / "list").write_text("".join(f"{path}\n" for path in files))
+    with tarfile.open(tmp_path / "shards", "w") as tar:
+        for path in files:
+            tar.add(path, path.name)
+    data = ["--data.source", source, "--data.root", str(tmp_path / source), "--knn.every", "0"]
+    run = tmp_path / "run"
+    assert main([*NARROW, *data, "--run.dir", str(run), "--run.max_steps", "1"]) == 0
+    with Image.open(run / "views.png") as drawn:
+        assert min(drawn.size) > 96 * 3  # three columns, and a row for each of 8 images
 
 
 def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:

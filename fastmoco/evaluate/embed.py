@@ -46,13 +46,17 @@ PART_OF = "of.json"
 
 
 def identity(evaluation: Evaluation, source: Source, batch_size: int) -> str:
-    """Equal exactly where parts may be joined: weights, images, view, precision and batch size."""
+    """Equal exactly where parts may be joined.
+
+    It tells weights, images, view, statistics of pixels, precision and batch size apart.
+    """
     digest = hashlib.sha256(source.fingerprint().encode())
     for name, tensor in sorted(evaluation.weights.trunk.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     view = [evaluation.view.resize, evaluation.view.image_size, evaluation.precision, batch_size]
-    digest.update(f"{json.dumps(view)} {evaluation.view.rule}".encode())
+    seen = f"{json.dumps(view)} {evaluation.view.rule} {evaluation.trunk.statistics}"
+    digest.update(seen.encode())
     return digest.hexdigest()
 
 

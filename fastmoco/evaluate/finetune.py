@@ -221,8 +221,9 @@ def _finetune(given: argparse.Namespace, world: World) -> None:
     recipe = {name: getattr(given, name) for name in ("lr", "head_lr", "layer_decay", "labels")}
     keep_result(given.out, {**result, **recipe, "seed": given.seed})
     print(
-        f"fine-tuned top-1 {100 * training.best:.2f} %; the network, in torchvision's format with "
-        f"{len(train.class_names)} classes, is {given.out / 'classifier.pth'}"
+        f"fine-tuned top-1 {100 * training.last:.2f} % after the last epoch (best "
+        f"{100 * training.best:.2f} %); the network of the last epoch, in torchvision's format "
+        f"with {len(train.class_names)} classes, is {given.out / 'classifier.pth'}"
     )
 
 

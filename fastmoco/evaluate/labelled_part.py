@@ -72,14 +72,15 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def labelled_parser(prog: str, description: str) -> CommandParser:
-    """The options of every command that trains on labels."""
+    """The options of every command that trains on labels; `prog` is "fastmoco COMMAND"."""
     options = CommandParser(prog=prog, description=description)
+    folder = prog.split()[-1]
     add = options.add_argument
     add("--checkpoint", required=True, type=Path, help="any file or folder of weights")
     add("--data.root", default="", dest="root", help="folder with train and test/val")
     add("--train", default="", help="class folders or a labelled list; else from the root")
     add("--test", default="", help="class folders or a labelled list; else from the root")
-    add("--out", type=Path, help="folder of results; default: a new one beside the checkpoint")
+    add("--out", type=Path, help=f"folder of results; default: {folder}/ beside the checkpoint")
     add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
     add("--batch_size", type=int, default=256, help="over all ranks")
     add("--seed", type=int, default=0)

@@ -102,7 +102,7 @@ class LabelledTraining:
     ) -> None:
         self.train, self.test, self.world, self.out = train, test, world, out
         self.epochs, self.batch_size, self.seed, self.workers = epochs, batch_size, seed, workers
-        self.epoch, self.best = 0, 0.0
+        self.epoch, self.best, self.last = 0, 0.0, 0.0  # top-1 of the best and of the last epoch
         view = [train.image_size, train.resize, asdict(train.rule)]
         images = [names_digest(train), names_digest(test)]
         self.identity = json.dumps([epochs, batch_size, seed, *identity, *view, *images])
@@ -150,13 +150,14 @@ class LabelledTraining:
                 self.epoch += 1
                 self.check()
                 top1, top5 = self.validate()
-                self.best = max(self.best, top1)
+                self.best, self.last = max(self.best, top1), top1
                 record |= {"val_top1": top1, "val_top5": top5, "best_top1": self.best}
                 record["bad_samples"] = len(loader.bad_samples.reasons)
                 record["bad_test_images"] = len(self.test.bad)
                 self._save(record)
         images = {"images": len(self.train), "test_images": len(self.test) - len(self.test.bad)}
-        return {"kind": self.kind, "val_top1": self.best, "epochs": self.epoch, **images}
+        found = {"val_top1": self.best, "last_top1": self.last}
+        return {"kind": self.kind, **found, "epochs": self.epoch, **images}
 
     def _loader(self) -> Loader:
         """The training loader, on a list of the images that keep their label."""
@@ -242,7 +243,8 @@ class LabelledTraining:
                 f"val {percent['val_top1']:.2f} %  best {percent['best_top1']:.2f} %",
                 flush=True,
             )
-            content = {"identity": self.identity, "epoch": self.epoch, "best": self.best, **state}
+            place = {"epoch": self.epoch, "best": self.best, "last": self.last}
+            content = {"identity": self.identity, **place, **state}
             files.write_torch(self.out / f"{self.kind}.pth.tar", content)
         barrier(self.world)
 
@@ -257,3 +259,5 @@ class LabelledTraining:
             )
         self.epoch, self.best = content["epoch"], content["best"]
         self.load_state(content)
+        # Files from before 2026-11-27 do not say.
+        self.last = content["last"] if "last" in content else self.validate()[0]

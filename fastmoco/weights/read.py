@@ -18,6 +18,7 @@ from torchvision.models.resnet import ResNet
 
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.weights.architecture import Architecture, recognize
+from fastmoco.weights.checksums import first, not_finite
 from fastmoco.weights.files import METADATA, load, locate
 from fastmoco.weights.names import tensors_of, to_torchvision
 from fastmoco.weights.pixels import pixels_of
@@ -106,6 +107,11 @@ def interpret(content: dict[str, Any], path: Path) -> Weights:
     header, ours = content.get(METADATA, {}), content.get("fastmoco", {})
     epoch = content.get("epoch", header.get("epoch"))
     architecture = recognize(named.trunk, str(path))
+    if wrong := not_finite({**named.trunk, **named.head}):
+        raise ConfigError(
+            f"{path} holds NaN or infinite values, in {first(wrong)}: training diverged before it "
+            "was written; take an earlier checkpoint."
+        )
     return Weights(
         path=path,
         kind="fastmoco" if ours else header.get("source", named.kind),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import tarfile
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.config import ModelConfig
+from fastmoco.config import Config, DataConfig, ModelConfig
+from fastmoco.data.sources.choose import open_source
 from fastmoco.evaluate import embed
-from fastmoco.evaluate.features import extract_features
+from fastmoco.evaluate.features import FrozenTrunk, extract_features
 from fastmoco.evaluate.knn import ALONE
 from fastmoco.evaluate.labelled_images import LabelledImages
 from fastmoco.evaluate.linear.frozen import CheckedTrunk, stored_features
@@ -179,6 +181,18 @@ def test_parts_of_something_else_are_refused(
     assert "holds parts of other weights" in capsys.readouterr().err
     assert run(checkpoint, images, tmp_path / "x.txt") == 2
     assert "must end in .npz, .parquet, .csv" in capsys.readouterr().err
+
+
+def test_parts_of_images_normalized_in_another_way_are_no_parts_of_these(
+    checkpoint: Path, images: Path
+) -> None:
+    given = evaluation_parser("x", "x").parse_args(["--checkpoint", str(checkpoint), *OPTIONS])
+    one = Evaluation.of(given, ALONE)
+    half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    trunk = FrozenTrunk(one.trunk.encoder, torch.float32, "cpu", half)
+    other = dataclasses.replace(one, trunk=trunk)
+    source = open_source(Config(data=DataConfig(source="folder", root=str(images))))
+    assert embed.identity(one, source, 4) != embed.identity(other, source, 4)
 
 
 def on_ranks(world: World, checkpoint: str, root: str, out: str) -> None:

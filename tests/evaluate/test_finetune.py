@@ -137,6 +137,20 @@ def test_it_learns_resumes_exactly_and_refuses_another_recipe(
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_the_accuracy_told_is_that_of_the_network_written(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([(0.5, 1.0), (0.875, 1.0), (0.75, 1.0)])
+    monkeypatch.setattr(Finetuning, "validate", lambda self: next(found))
+    for _ in ("trained", "complete already"):
+        assert finetune.main(options(place, "out")) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert "top-1 75.00 % after the last epoch (best 87.50 %)" in said
+    for line in (place / "out" / "results.jsonl").open():
+        result = json.loads(line)
+        assert (result["last_top1"], result["val_top1"]) == (0.75, 0.875)
+
+
 @pytest.mark.parametrize(
     ("more", "part"),
     [

@@ -107,8 +107,9 @@ def run(
     save(folder, step, 2)
     records = [
         {"kind": "knn_baseline", "step": 0, "chance": 0.1, "raw_pixel": 0.25, "untrained": 0.3},
-        {"kind": "knn", "step": 6, "knn_top1": 0.4},
-        {"kind": "knn", "step": 12, "knn_top1": 0.515},
+        {"kind": "knn", "step": 6, "epoch": 1.0, "knn_top1": 0.4},
+        {"kind": "knn", "step": 12, "epoch": 2.0, "knn_top1": 0.515},
+        {"kind": "knn", "step": 18, "epoch": 3.0, "knn_top1": 0.6},  # after the checkpoint
     ]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines + '{"kind": "kn')

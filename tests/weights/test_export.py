@@ -224,6 +224,14 @@ def test_hub_folder_says_how_it_was_made(run: Path) -> None:
     assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).num_classes == 5
 
 
+def test_the_card_does_not_tell_the_accuracy_of_another_epoch(run: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if '"epoch": 2.0' not in line]
+    metrics.write_text("\n".join(kept))
+    export(run, "hub-folder", run.parent / "hub")
+    assert "Not evaluated." in (run.parent / "hub" / "README.md").read_text()
+
+
 def test_card_of_weights_from_elsewhere(trunk: State, tmp_path: Path) -> None:
     torch.save(trunk, tmp_path / "a.pth")
     export(tmp_path / "a.pth", "hub-folder", tmp_path / "hub")

@@ -297,6 +297,16 @@ def test_nothing_matches(trunk: State) -> None:
     assert "module.encoder_k.conv1.weight" in refused({"state_dict": keys})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layer3.1.conv2.weight", "bn1.running_var"])
+def test_weights_of_a_run_that_diverged_are_refused(trunk: State, name: str, value: float) -> None:
+    """Their features would still have neighbours, and kNN an accuracy."""
+    broken = {**trunk, name: trunk[name].clone()}
+    broken[name].view(-1)[-1] = value
+    with pytest.raises(ConfigError, match=f"weights.pth holds NaN or infinite values, in {name}:"):
+        interpreted(broken)
+
+
 def test_two_encoders_that_claim_the_same_names(trunk: State) -> None:
     twice = prefixed("model.backbone.", trunk) | prefixed("backbone.", trunk)
     assert_same(interpreted(twice).trunk, trunk)  # one module under two names

@@ -79,8 +79,8 @@ class Survey:
             return []
         return [
             f"{self.flat} of {self.looked_at} sampled pictures are nearly one colour, the first is "
-            f"{self.first_flat}: look at views.png; where a transparent background took the colour "
-            "of the drawing, set data.alpha_over to another colour."
+            f"{self.first_flat}: where a transparent background took the colour of the drawing, "
+            "set data.alpha_over to another colour."
         ]
 
 

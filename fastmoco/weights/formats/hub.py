@@ -124,7 +124,7 @@ def _card(weights: Weights, recipe: dict[str, Any], curves: bool) -> str:
         width=weights.features,
         image=_image(weights.architecture.channels),
         training=_training(weights, recipe),
-        quality=_quality(weights.path.parent / "metrics.jsonl"),
+        quality=_quality(weights.path.parent / "metrics.jsonl", weights.epoch),
         curves="\n![Loss, pretext and kNN accuracy over the run](curves.png)\n" * curves,
     )
 
@@ -144,13 +144,17 @@ def _training(weights: Weights, recipe: dict[str, Any]) -> str:
     return f"## Training\n\n{age}Data: {name} ({data['source']}).\n\n```yaml\n{text}```\n"
 
 
-def _quality(metrics: Path) -> str:
-    """The last kNN accuracy of the run beside the marks it had to beat, as a table."""
+def _quality(metrics: Path, epoch: int | None) -> str:
+    """The kNN accuracy after `epoch` epochs beside the marks it had to beat, as a table.
+
+    Of the weights of another epoch it would say nothing. None: the last of the run.
+    """
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    records = [r for r in map(_record, lines) if r.get("kind") in ("knn", "knn_baseline")]
     last: dict[str, Any] = {}
-    for record in records:
-        last |= record
+    for record in map(_record, lines):
+        own = record.get("kind") == "knn" and epoch in (None, record.get("epoch"))
+        if own or record.get("kind") == "knn_baseline":
+            last |= record
     rows = [
         f"| {label} | {100 * float(last[name]):.1f} % |"
         for name, label in (
