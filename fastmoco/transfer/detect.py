@@ -30,7 +30,7 @@ from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
 from fastmoco.transfer.datasets.choose import detection_set
 from fastmoco.transfer.datasets.detection import Detections
-from fastmoco.transfer.detector import Detector, build_detector
+from fastmoco.transfer.detector import FPN_CHANNELS, Detector, build_detector
 from fastmoco.transfer.report import (
     LEAST_SCORE,
     Picture,
@@ -187,6 +187,7 @@ class Detection(Training):
             task=given.task,
             classes=len(train.classes),
             keypoints=max(1, len(train.keypoint_names)),
+            fpn_channels=given.fpn_channels,
             min_size=given.test_side,
             max_size=given.max_side,
             proposals=given.proposals,
@@ -207,6 +208,8 @@ class Detection(Training):
             [
                 *(given.arch, given.task, sides, given.max_side, given.proposals, given.difficult),
                 *(train.name, train.classes, checksums(weights.trunk)),
+                # Folders from before 2026-11-27 do not name it.
+                *([given.fpn_channels] if given.fpn_channels != FPN_CHANNELS else []),
             ],
             [test.name, len(test), given.test_side, given.test_proposals],
         )
@@ -259,6 +262,7 @@ def parser() -> CommandParser:
     add("--test", default="val", help="split to score")
     add("--arch", choices=("c4", "fpn"), default="c4")
     add("--task", choices=("boxes", "masks", "keypoints"), default="boxes")
+    add("--fpn_channels", type=int, default=FPN_CHANNELS, help="width of the pyramid")
     schedule_options(options, iterations=24000, lr=0.02, steps=(18000, 22000), warmup=100)
     add("--short_sides", type=int, nargs="+", default=VOC_SIDES, help="in training; one is drawn")
     add("--test_side", type=int, default=800, help="short side of test pictures")
@@ -282,7 +286,7 @@ def check(given: argparse.Namespace) -> None:
         for value in values if isinstance(values, Sequence) else [values]:
             if value < smallest:
                 raise ConfigError(f"--{name} is {value}, but must be at least {smallest} pixels.")
-    for name in ("proposals", "test_proposals"):
+    for name in ("proposals", "test_proposals", "fpn_channels"):
         if getattr(given, name) < 1:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least 1.")
 

@@ -43,6 +43,8 @@ from fastmoco.weights.read import Weights
 Arch = Literal["c4", "fpn"]
 Task = Literal["boxes", "masks", "keypoints"]
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+FPN_CHANNELS = 256
+"""Of the maps of the pyramid, as published."""
 
 
 def random_weights(architecture: Architecture, seed: int) -> Weights:
@@ -91,6 +93,7 @@ def build_detector(
     task: Task,
     classes: int,
     keypoints: int = 17,
+    fpn_channels: int = FPN_CHANNELS,
     min_size: int | tuple[int, ...] = 800,
     max_size: int = 1333,
     proposals: int = 512,
@@ -102,8 +105,9 @@ def build_detector(
     `classes` counts the classes of objects, without the background. Pictures are float RGB in
     [0, 1] of any size; they are normalized as the trunk's file says, and their short side becomes
     one of `min_size` pixels while the long one is at most `max_size`. Of each picture, `proposals`
-    are learned from in training, and at most `test_proposals` classified in evaluation. `seed`
-    draws the new layers; torch's generator stays as it was.
+    are learned from in training, and at most `test_proposals` classified in evaluation.
+    `fpn_channels` is the width of the pyramid's maps; C4 has none. `seed` draws the new layers;
+    torch's generator stays as it was.
 
     Raises `ConfigError` for a task that the architecture does not have, and as `tuned_trunk` does.
     """
@@ -125,7 +129,8 @@ def build_detector(
         if arch == "c4":
             model: Any = _c4(weights, world, task, classes, options)
         else:
-            model = _fpn(weights, world, task, classes, keypoints, options)
+            backbone = _pyramid(weights, world, fpn_channels)
+            model = _fpn(backbone, world, task, classes, keypoints, options)
     heads = model.roi_heads
     heads.fg_bg_sampler = KeyedSampler(heads.fg_bg_sampler, PROPOSALS)
     rpn = model.rpn
@@ -198,21 +203,25 @@ def _c4(weights: Weights, world: World, task: Task, classes: int, options: dict[
     return model
 
 
+def _pyramid(weights: Weights, world: World, channels: int) -> BackboneWithFPN:
+    network, width = tuned_trunk(weights, world), weights.features
+    norm = partial(SyncBatchNorm2d, world=world)
+    widths = [width // 8, width // 4, width // 2, width]
+    names = {stage: str(level) for level, stage in enumerate(STAGES)}
+    return BackboneWithFPN(network, names, widths, channels, norm_layer=norm)
+
+
 def _fpn(
-    weights: Weights,
+    backbone: BackboneWithFPN,
     world: World,
     task: Task,
     classes: int,
     keypoints: int,
     options: dict[str, Any],
 ) -> Any:
-    network, width = tuned_trunk(weights, world), weights.features
-    norm = partial(SyncBatchNorm2d, world=world)
-    channels = [width // 8, width // 4, width // 2, width]
-    names = {stage: str(level) for level, stage in enumerate(STAGES)}
-    backbone = BackboneWithFPN(network, names, channels, 256, norm_layer=norm)
     if task == "masks":
-        head = MaskRCNNHeads(256, (256, 256, 256, 256), 1, norm_layer=norm)
+        norm = partial(SyncBatchNorm2d, world=world)
+        head = MaskRCNNHeads(backbone.out_channels, (256, 256, 256, 256), 1, norm_layer=norm)
         model: Any = MaskRCNN(backbone, classes + 1, mask_head=head, **options)
     elif task == "keypoints":
         model = KeypointRCNN(backbone, classes + 1, num_keypoints=keypoints, **options)

@@ -26,6 +26,7 @@ KINDS: list[tuple[Arch, Task]] = [
     ("fpn", "masks"),
     ("fpn", "keypoints"),
 ]
+KINDS_AND_CHANNELS = [(*kind, 256) for kind in KINDS] + [(*kind, 24) for kind in KINDS[2:]]
 
 
 def small(width: float = 0.25) -> Weights:
@@ -47,13 +48,19 @@ def pictures() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return images, [target, {name: x[:0] for name, x in target.items()}]
 
 
-@pytest.mark.parametrize(("arch", "task"), KINDS)
-def test_all_of_it_is_tuned_and_the_trunk_that_was_given_stays(arch: Arch, task: Task) -> None:
+@pytest.mark.parametrize(("arch", "task", "channels"), KINDS_AND_CHANNELS)
+def test_all_of_it_is_tuned_and_the_trunk_that_was_given_stays(
+    arch: Arch, task: Task, channels: int
+) -> None:
     weights = small()
     before = {name: x.clone() for name, x in weights.trunk.items()}
+    options: dict[str, Any] = {"min_size": SIDE, "fpn_channels": channels}
     model: Any = build_detector(
-        weights, ALONE, arch=arch, task=task, classes=3, keypoints=2, min_size=SIDE
+        weights, ALONE, arch=arch, task=task, classes=3, keypoints=2, **options
     )
+    if arch == "fpn":
+        widths = {block[0].out_channels for block in model.backbone.fpn.layer_blocks}
+        assert widths == {channels} == {model.roi_heads.box_head.fc6.in_features // 49}
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 16
     torch.manual_seed(0)
     losses = model(*pictures())
