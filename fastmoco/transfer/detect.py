@@ -28,7 +28,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
-from fastmoco.transfer.datasets.choose import detection_set
+from fastmoco.transfer.datasets.choose import check_apart, detection_set, learned_split
 from fastmoco.transfer.datasets.detection import Detections
 from fastmoco.transfer.detector import Detector, build_detector
 from fastmoco.transfer.report import (
@@ -289,7 +289,7 @@ def check(given: argparse.Namespace) -> None:
 
 def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bool:
     weights, column = trunk_of(given.checkpoint, given.seed)
-    train, test, score = _data(given)
+    train, test, score = _data(given, world)
     given.out.mkdir(parents=True, exist_ok=True)
     training = Detection(weights, train, test, given, world, score)
     if world.is_main:
@@ -300,11 +300,15 @@ def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bo
     return bool(scores)
 
 
-def _data(given: argparse.Namespace) -> tuple[Detections, Detections, Score]:
+def _data(given: argparse.Namespace, world: World) -> tuple[Detections, Detections, Score]:
     """Training and test pictures, and how the task is scored. Raises `ConfigError`."""
     parts = {"masks": given.task == "masks", "keypoints": given.task == "keypoints"}
-    train = detection_set(given.root, given.train, **parts)
+    learned, told = learned_split(given.root, given.train, given.test, "objects")
+    if told and world.is_main:
+        print(told, flush=True)
+    train = detection_set(given.root, learned, **parts)
     test = detection_set(given.root, given.test, **parts)
+    check_apart(train, test)
     return train, test, SCORES[given.task]
 
 

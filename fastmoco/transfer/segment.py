@@ -28,7 +28,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
-from fastmoco.transfer.datasets.choose import segmentation_set
+from fastmoco.transfer.datasets.choose import check_apart, learned_split, segmentation_set
 from fastmoco.transfer.datasets.segmentation import IGNORE, Segmentations
 from fastmoco.transfer.report import Picture, beside, chosen, draw_classes, write_report
 from fastmoco.transfer.samples import Key, Prepared, uniforms
@@ -177,7 +177,11 @@ def parser() -> CommandParser:
 
 def _segment(given: argparse.Namespace, world: World, request: StopRequest) -> bool:
     weights, column = trunk_of(given.checkpoint, given.seed)
-    train, test = (segmentation_set(given.root, split) for split in (given.train, given.test))
+    learned, told = learned_split(given.root, given.train, given.test, "pixels")
+    if told and world.is_main:
+        print(told, flush=True)
+    train, test = (segmentation_set(given.root, split) for split in (learned, given.test))
+    check_apart(train, test)
     given.out.mkdir(parents=True, exist_ok=True)
     training = Segmentation(weights, train, test, given, world)
     if world.is_main:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer.datasets.pictures import PictureFiles
 
 Target = dict[str, Any]
 SIGMA = 0.05
@@ -93,6 +94,8 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         self.keypoint_names: list[str] = next(
             (category["keypoints"] for category in categories if category.get("keypoints")), []
         )
+        self.paths = picture.paths if isinstance(picture, PictureFiles) else []
+        """The file of each picture; empty where they are drawn."""
         self._picture = picture
         self._label = {category: i + 1 for i, category in enumerate(self.category_ids)}
         # Reader processes share memory until they count a reference: each of them would end with

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer.datasets.pictures import PictureFiles
 
 IGNORE = 255
 """The label of a pixel that is neither trained on nor scored."""
@@ -29,6 +30,8 @@ class Segmentations(Dataset[tuple[Tensor, Tensor]]):
         count: int,
     ) -> None:
         self.name, self.classes = name, classes
+        self.paths = picture.paths if isinstance(picture, PictureFiles) else []
+        """The file of each picture; empty where they are drawn."""
         self._picture, self._labels, self._count = picture, labels, count
 
     def __len__(self) -> int:

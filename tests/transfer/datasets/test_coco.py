@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer import detect
 from fastmoco.transfer.datasets.choose import detection_set
 from fastmoco.transfer.datasets.coco_checks import run_sums
 from fastmoco.transfer.datasets.detection import run_lengths
@@ -281,6 +282,38 @@ def test_splits_that_are_not_there_or_several_are_named(tmp_path: Path) -> None:
     (annotations / "person_keypoints_val2017.json").write_text(json.dumps(what))
     assert len(detection_set(root, "val2017").coco.anns) == 4
     assert len(detection_set(root, "val2017", keypoints=True).coco.anns) == 0
+
+
+def test_pictures_that_are_scored_are_not_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers and names may be those of other pictures: every set may count from 1."""
+    write(tmp_path, content())
+    annotations = tmp_path / "annotations"
+    whole = (annotations / "instances_val2017.json").read_text()
+    for name in ("train2017", "train2014"):
+        (annotations / f"instances_{name}.json").write_text(whole)
+        (tmp_path / name).mkdir()
+        for image in content()["images"]:
+            picture, size = image["file_name"], (image["width"], image["height"])
+            if (name, picture) == ("train2014", "b.jpg"):  # a copy of that of val2017
+                data = (tmp_path / "val2017" / picture).read_bytes()
+                (tmp_path / name / picture).write_bytes(data)
+            else:
+                Image.new("RGB", size, (9, 9, 9)).save(tmp_path / name / picture)
+    given = ["--checkpoint", "random:resnet18", "--data.root", str(tmp_path), "--device", "cpu"]
+    given += ["--out", str(tmp_path / "out"), "--batch_size", "0"]
+    for train, part in (
+        ("train2017", "--batch_size is 0"),
+        ("train2014", "train2014, to be learned from, holds 1 of the 3 pictures of COCO val2017"),
+        ("val2017", "val2017, to be learned from, holds 3 of the 3 pictures of COCO val2017"),
+    ):
+        assert detect.main([*given, "--train", train, "--test", "val2017"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+    given[3] = "rendered"
+    assert detect.main([*given, "--train", "val"]) == 2
+    assert "--train and --test are both val" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["nothing", "no folder"])
