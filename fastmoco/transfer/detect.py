@@ -44,6 +44,7 @@ from fastmoco.transfer.resize import SHORT_SIDE
 from fastmoco.transfer.samples import Key, Prepared, uniforms
 from fastmoco.transfer.schedule import schedule_options
 from fastmoco.transfer.scores.average_precision import (
+    check_scored,
     compact,
     evaluate_boxes,
     evaluate_keypoints,
@@ -174,11 +175,7 @@ class Detection(Training):
     ) -> None:
         """Raises `ConfigError` for data and options that do not belong together."""
         check(given)
-        if train.classes != test.classes:
-            raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
-        usable = train.with_objects()
-        if not usable:
-            raise ConfigError(f"{train.name} has no object to learn from in {len(train)} pictures.")
+        usable = usable_pictures(train, test, given)
         self.test, self.score = test, score
         self.detector = build_detector(
             weights,
@@ -285,6 +282,24 @@ def check(given: argparse.Namespace) -> None:
     for name in ("proposals", "test_proposals"):
         if getattr(given, name) < 1:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least 1.")
+
+
+def usable_pictures(train: Detections, test: Detections, given: argparse.Namespace) -> list[int]:
+    """Numbers of the pictures to train on. Raises `ConfigError` for data that cannot be scored."""
+    keypoints = given.task == "keypoints"
+    if train.classes != test.classes:
+        raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
+    if keypoints and train.keypoint_names != test.keypoint_names:
+        raise ConfigError(f"{train.name} and {test.name} do not hold the same keypoints.")
+    usable = train.with_objects()
+    if not train.with_objects(difficult=given.difficult == "learn"):
+        rest = " besides those that --difficult ignore leaves out" if usable else ""
+        raise ConfigError(
+            f"{train.name} has no object to learn from in {len(train)} pictures{rest}: name other "
+            "pictures in --train."
+        )
+    check_scored(test, keypoints)
+    return usable
 
 
 def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bool:

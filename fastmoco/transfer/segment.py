@@ -99,8 +99,12 @@ class Segmentation(Training):
             raise ConfigError(f"--crop is {given.crop}, but must be at least {2 * STRIDE} pixels.")
         if train.classes != test.classes:
             raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
-        if not len(train):
-            raise ConfigError(f"{train.name} holds no picture to learn from.")
+        for one, what in ((train, "learn from"), (test, "score")):
+            if not one.labelled:
+                raise ConfigError(
+                    f"{one.name} has no pixel to {what}: in its {len(one)} pictures none has a "
+                    f"label other than {IGNORE}."
+                )
         self.test = test
         self.segmenter = Segmenter(weights, world, len(train.classes), given.seed)
         fill = self.segmenter.mean.flatten().round().byte()

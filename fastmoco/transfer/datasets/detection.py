@@ -118,10 +118,14 @@ class Detections(Dataset[tuple[Tensor, Target]]):
             return [sigma / 1000 for sigma in PERSON_SIGMAS]
         return [SIGMA] * count
 
-    def with_objects(self) -> list[int]:
-        """Numbers of the pictures that a detector can learn objects from."""
+    def with_objects(self, *, difficult: bool = True) -> list[int]:
+        """Numbers of the pictures that a detector can learn objects from, also difficult ones."""
         objects = (self._read(i)[2] for i in range(len(self)))
-        return [i for i, some in enumerate(objects) if any(not one["iscrowd"] for one in some)]
+        return [
+            i
+            for i, some in enumerate(objects)
+            if any(not one["iscrowd"] and (difficult or not one["difficult"]) for one in some)
+        ]
 
     def target(self, number: int) -> Target:
         """The target of item `number`, without its picture."""

@@ -37,6 +37,11 @@ class Segmentations(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def labelled(self) -> bool:
+        """Whether any pixel has a class; labels are read up to the first one."""
+        return any(bool((self._labels(i) != IGNORE).any()) for i in range(len(self)))
+
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         image, labels = self._picture(number), self._labels(number)
         if image.shape[1:] != labels.shape:

@@ -316,6 +316,33 @@ def test_pictures_that_are_scored_are_not_learned_from(
     assert "--train and --test are both val" in capsys.readouterr().err
 
 
+def test_what_cannot_be_scored_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(test: Content, task: str) -> str:
+        write(tmp_path, test)
+        given = ["--checkpoint", "random:resnet18", "--data.root", str(tmp_path), "--out"]
+        given += [str(tmp_path / "out"), "--device", "cpu", "--batch_size", "0", "--arch", "fpn"]
+        assert detect.main([*given, "--task", task]) == 2
+        return capsys.readouterr().err
+
+    what = content()
+    (tmp_path / "train").mkdir()
+    for image in what["images"]:
+        size = image["width"], image["height"]
+        Image.new("RGB", size).save(tmp_path / "train" / image["file_name"])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(what))
+    assert "--batch_size is 0" in told(what, "keypoints")
+    what["annotations"][0]["keypoints"] = [0] * 6
+    assert "COCO val2017 has no object with annotated keypoints" in told(what, "keypoints")
+    assert "--batch_size is 0" in told(what, "boxes")
+    what["categories"][0]["keypoints"] = ["tail", "head"]
+    assert "do not hold the same keypoints" in told(what, "keypoints")
+    what["annotations"] = [one for one in what["annotations"] if one.get("iscrowd")]
+    assert "COCO val2017 has no object to find, none annotated" in told(what, "boxes")
+
+
 @pytest.mark.parametrize("kind", ["nothing", "no folder"])
 def test_a_root_of_no_layout_is_told_what_was_looked_for(kind: str, tmp_path: Path) -> None:
     root = tmp_path if kind == "nothing" else tmp_path / "gone"

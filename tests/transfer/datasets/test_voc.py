@@ -133,6 +133,25 @@ def test_a_picture_of_two_years_is_one_and_another_of_its_name_is_not(
     assert "--batch_size is 0" in told.err
 
 
+def test_objects_that_are_all_difficult_are_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both_years(tmp_path)  # the one object of 2007_test is difficult
+    assert detect.main(command(tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "VOC 2007_test has no object to find, only difficult ones of 1" in line
+    add(tmp_path, "2007", "000008", ("test",), "")
+    add(tmp_path, "2007", "000009", ("test",), PERSON)
+    assert detect.main(command(tmp_path)) == 2
+    assert "--batch_size is 0" in capsys.readouterr().err
+    # In training difficult objects are learned unless the command says no.
+    add(tmp_path, "2012", "2008_000009", ("val",), CAR.format(1, 5, 6, 9, 9))
+    assert detect.main(command(tmp_path, "--train", "2012_val")) == 2
+    assert "--batch_size is 0" in capsys.readouterr().err
+    assert detect.main(command(tmp_path, "--train", "2012_val", "--difficult", "ignore")) == 2
+    assert "VOC 2012_val has no object to learn from" in capsys.readouterr().err
+
+
 def test_classes_of_another_set_are_listed_in_a_file(tmp_path: Path) -> None:
     add(tmp_path, "2007", "a", ("trainval",), CAR.replace("car", "mug").format(0, 1, 1, 9, 9))
     with pytest.raises(ConfigError, match=r"object 1 is of the class 'mug', .* classes\.txt"):
@@ -262,7 +281,7 @@ def test_broken_labels_are_refused_by_name(tmp_path: Path) -> None:
         segmentation_set(str(tmp_path / "VOC2012"), "train")
 
 
-def test_labels_that_are_scored_are_not_learned_from(
+def test_labels_that_are_scored_exist_and_are_not_learned_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, parts in (("a", ("train", "trainval", "trainaug")), ("b", ("val", "trainval"))):
@@ -274,6 +293,9 @@ def test_labels_that_are_scored_are_not_learned_from(
     assert "learned from" not in told.out
     assert segment.main(command(tmp_path, "--train", "2012_trainval")) == 2
     assert "VOC 2012_trainval, to be learned from, holds 1 of the 1" in capsys.readouterr().err
+    labelled(tmp_path, "c", np.full((30, 40), 255), "test")
+    assert segment.main(command(tmp_path, "--test", "2012_test")) == 2
+    assert "VOC 2012_test has no pixel to score" in capsys.readouterr().err
     labelled(tmp_path, "b", np.zeros((30, 40)), "trainaug")
     assert segment.main(command(tmp_path)) == 2
     assert "2012_trainaug, so that 2012_train is learned from" in capsys.readouterr().out
