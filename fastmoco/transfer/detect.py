@@ -29,7 +29,7 @@ from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
 from fastmoco.transfer.datasets.choose import check_apart, detection_set, learned_split
-from fastmoco.transfer.datasets.detection import Detections
+from fastmoco.transfer.datasets.detection import Detections, enclosing
 from fastmoco.transfer.detector import Detector, build_detector
 from fastmoco.transfer.report import (
     LEAST_SCORE,
@@ -40,7 +40,7 @@ from fastmoco.transfer.report import (
     draw_objects,
     write_report,
 )
-from fastmoco.transfer.resize import SHORT_SIDE
+from fastmoco.transfer.resize import OF_OBJECTS, SHORT_SIDE
 from fastmoco.transfer.samples import Key, Prepared, uniforms
 from fastmoco.transfer.schedule import schedule_options
 from fastmoco.transfer.scores.average_precision import (
@@ -102,14 +102,12 @@ def learnable(target: Target, difficult: str) -> Target:
     A box around a crowd is no object. What lies in it may be sampled as background, as in
     Detectron2.
     """
-    boxes = target["boxes"]
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = enclosing(target["boxes"])
     if "iscrowd" in target:
         kept &= target["iscrowd"] == 0
     if difficult == "ignore" and "difficult" in target:
         kept &= ~target["difficult"]
-    names = ("boxes", "labels", "masks", "keypoints")
-    return {name: target[name][kept] for name in names if name in target}
+    return {name: target[name][kept] for name in OF_OBJECTS if name in target}
 
 
 def mirrored_names(names: Sequence[str]) -> list[int]:
@@ -323,6 +321,8 @@ def _data(given: argparse.Namespace, world: World) -> tuple[Detections, Detectio
         print(told, flush=True)
     train = detection_set(given.root, learned, **parts)
     test = detection_set(given.root, given.test, **parts)
+    if train.empty and world.is_main:
+        print(f"boxes of {train.name} that enclose nothing, not learned from: {train.empty}")
     check_apart(train, test)
     return train, test, SCORES[given.task]
 

@@ -120,6 +120,7 @@ def test_boxes_are_clipped_and_those_that_enclose_nothing_are_in_no_target(tmp_p
     assert "masks" not in target
     assert "keypoints" not in target
     assert len(data.coco.imgToAnns[9]) == 2, "the reference scores both"
+    assert data.empty == 1
 
 
 def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path: Path) -> None:
@@ -309,8 +310,10 @@ def test_pictures_that_are_scored_are_not_learned_from(
         ("val2017", "val2017, to be learned from, holds 3 of the 3 pictures of COCO val2017"),
     ):
         assert detect.main([*given, "--train", train, "--test", "val2017"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        printed = capsys.readouterr()
+        (line,) = printed.err.splitlines()
         assert part in line
+        assert f"boxes of COCO {train} that enclose nothing, not learned from: 1" in printed.out
     given[3] = "rendered"
     assert detect.main([*given, "--train", "val"]) == 2
     assert "--train and --test are both val" in capsys.readouterr().err
