@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -87,6 +88,25 @@ def test_bad_input_is_one_sentence(
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("fastmoco: ")
     assert part in line
+
+
+@pytest.mark.parametrize("seed", ["-1", "18446744073709551616"])  # 2 to the power of 64
+@pytest.mark.parametrize("verb", ["detect", "segment", "linear", "finetune", "shapes", "train"])
+def test_a_seed_that_nothing_can_be_drawn_by_is_one_sentence(
+    verb: str, seed: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {
+        "train": ["--run.dir", str(tmp_path / "run"), f"--run.seed={seed}"],
+        "shapes": ["--out", str(tmp_path / "x"), f"--seed={seed}", "--train=1", "--val=1"],
+    }
+    checkpoint = ["--checkpoint", "random:resnet18", "--data.root", "rendered", f"--seed={seed}"]
+    with contextlib.suppress(SystemExit):
+        assert cli.main([verb, *given.get(verb, [*checkpoint, "--out", str(tmp_path / "x")])]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "seed" in line
+    assert f"{seed} " in line or f"{seed}," in line
+    assert "between 0 and 18446744073709551615" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_before_there_is_anything_to_save(

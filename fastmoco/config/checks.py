@@ -7,6 +7,8 @@ import importlib.util
 from fastmoco.config.fields import Config, ConfigError, flatten
 
 _INFINITE = float("inf")
+MOST_SEED = 2**64 - 1
+"""The largest seed that torch and NumPy take."""
 RGB8_BACKENDS = ("dali", "nvjpeg")
 """Values of `data.backend` whose views are of 8-bit RGB only."""
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -17,7 +19,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
         (1, _INFINITE),
     ),
     **dict.fromkeys(
-        [f"run.{name}" for name in ("seed", "keep_checkpoints", "keep_every", "max_steps")]
+        [f"run.{name}" for name in ("keep_checkpoints", "keep_every", "max_steps")]
         + ["run.checkpoint_minutes"]
         + [
             "optim.lr",
@@ -37,6 +39,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(["data.workers", "data.threads"], (0, 1024)),
     **dict.fromkeys(["augment.blur_min", "augment.blur_max"], (0, 16)),
+    "run.seed": (0, MOST_SEED),
     "data.prefetch": (1, 64),
     "data.shuffle_window": (0, 2**62),
     "data.max_pixels": (1, 2**40),
@@ -56,7 +59,8 @@ def check(config: Config, world_size: int) -> None:
     for name, (low, high) in _BOUNDS.items():
         value = flatten(config)[name]
         if not low <= value <= high:  # type: ignore[operator]
-            raise ConfigError(f"{name} is {value}, but must lie between {low:g} and {high:g}.")
+            ends = [f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high)]
+            raise ConfigError(f"{name} is {value}, but must lie between {' and '.join(ends)}.")
     if config.moco.temperature <= 0:
         raise ConfigError("moco.temperature must be greater than 0.")
     if config.augment.blur_min > config.augment.blur_max:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastmoco.config.checks import MOST_SEED
 from fastmoco.config.fields import ConfigError
 from fastmoco.config.paths import spelled_out
 
@@ -26,6 +27,17 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with the sentence."""
         self.exit(2, f"fastmoco: {message} (see {self.prog} --help)\n")
+
+
+def as_seed(text: str) -> int:
+    """Type of an option for a seed: what every generator of random numbers takes."""
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+    if not 0 <= value <= MOST_SEED:
+        raise argparse.ArgumentTypeError(f"{value} does not lie between 0 and {MOST_SEED}")
+    return value
 
 
 def print_any_name() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.config import Config, ConfigError, DataConfig, KnnConfig
-from fastmoco.config.command import CommandParser
+from fastmoco.config.command import CommandParser, as_seed
 from fastmoco.data.order import stream_key
 from fastmoco.data.sources.choose import resolve_folders
 from fastmoco.evaluate.labelled_images import LabelledImages
@@ -83,7 +83,7 @@ def labelled_parser(prog: str, description: str) -> CommandParser:
     add("--out", type=Path, help=f"folder of results; default: {folder}/ beside the checkpoint")
     add("--labels", default="all", help="all, a share such as 1%%, or 5-per-class")
     add("--batch_size", type=int, default=256, help="over all ranks")
-    add("--seed", type=int, default=0)
+    add("--seed", type=as_seed, default=0)
     add("--workers", type=int, default=0, help="reader processes; 0 chooses")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     view_options(options)

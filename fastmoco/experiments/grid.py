@@ -28,6 +28,7 @@ from typing import Any, Literal
 import yaml
 
 from fastmoco.config import Config, ConfigError, flatten
+from fastmoco.config.checks import MOST_SEED
 from fastmoco.config.parsing import recipe_path
 
 GRIDS = Path(__file__).parent / "grids"
@@ -163,6 +164,8 @@ def _grid(name: str, fields: _Fields) -> Grid:
         raise ConfigError(f"{fields.place}: points must be there, all numbers or all words, once.")
     if not grid.seeds or not all(type(s) is int for s in grid.seeds):
         raise ConfigError(f"{fields.place}: seeds must be whole numbers.")
+    if not 0 <= min(grid.seeds) <= max(grid.seeds) <= MOST_SEED:
+        raise ConfigError(f"{fields.place}: seeds must lie between 0 and {MOST_SEED}.")
     return grid
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from fastmoco.config import Config, ConfigError
-from fastmoco.config.command import CommandParser
+from fastmoco.config.command import CommandParser, as_seed
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.owner import OwnedError
 from fastmoco.machine.ranks import World
@@ -36,7 +36,7 @@ def shared_options(parser: CommandParser) -> None:
     )
     add("--data.root", dest="root", required=True, help="folder of the data set, or: rendered")
     add("--out", type=Path, required=True, help="folder of results; a run there goes on")
-    add("--seed", type=int, default=0)
+    add("--seed", type=as_seed, default=0)
     add("--workers", type=int, default=2, help="reader processes per rank; 0: none of their own")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")

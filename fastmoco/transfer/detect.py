@@ -28,8 +28,8 @@ from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
-from fastmoco.transfer.datasets.choose import detection_set
-from fastmoco.transfer.datasets.detection import Detections
+from fastmoco.transfer.datasets.choose import check_apart, detection_set, learned_split
+from fastmoco.transfer.datasets.detection import Detections, enclosing
 from fastmoco.transfer.detector import FPN_CHANNELS, Detector, build_detector
 from fastmoco.transfer.report import (
     LEAST_SCORE,
@@ -40,10 +40,11 @@ from fastmoco.transfer.report import (
     draw_objects,
     write_report,
 )
-from fastmoco.transfer.resize import SHORT_SIDE
+from fastmoco.transfer.resize import OF_OBJECTS, SHORT_SIDE
 from fastmoco.transfer.samples import Key, Prepared, uniforms
 from fastmoco.transfer.schedule import schedule_options
 from fastmoco.transfer.scores.average_precision import (
+    check_scored,
     compact,
     evaluate_boxes,
     evaluate_keypoints,
@@ -101,14 +102,12 @@ def learnable(target: Target, difficult: str) -> Target:
     A box around a crowd is no object. What lies in it may be sampled as background, as in
     Detectron2.
     """
-    boxes = target["boxes"]
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = enclosing(target["boxes"])
     if "iscrowd" in target:
         kept &= target["iscrowd"] == 0
     if difficult == "ignore" and "difficult" in target:
         kept &= ~target["difficult"]
-    names = ("boxes", "labels", "masks", "keypoints")
-    return {name: target[name][kept] for name in names if name in target}
+    return {name: target[name][kept] for name in OF_OBJECTS if name in target}
 
 
 def mirrored_names(names: Sequence[str]) -> list[int]:
@@ -174,11 +173,7 @@ class Detection(Training):
     ) -> None:
         """Raises `ConfigError` for data and options that do not belong together."""
         check(given)
-        if train.classes != test.classes:
-            raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
-        usable = train.with_objects()
-        if not usable:
-            raise ConfigError(f"{train.name} has no object to learn from in {len(train)} pictures.")
+        usable = usable_pictures(train, test, given)
         self.test, self.score = test, score
         self.detector = build_detector(
             weights,
@@ -291,9 +286,27 @@ def check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {getattr(given, name)}, but must be at least 1.")
 
 
+def usable_pictures(train: Detections, test: Detections, given: argparse.Namespace) -> list[int]:
+    """Numbers of the pictures to train on. Raises `ConfigError` for data that cannot be scored."""
+    keypoints = given.task == "keypoints"
+    if train.classes != test.classes:
+        raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
+    if keypoints and train.keypoint_names != test.keypoint_names:
+        raise ConfigError(f"{train.name} and {test.name} do not hold the same keypoints.")
+    usable = train.with_objects()
+    if not train.with_objects(difficult=given.difficult == "learn"):
+        rest = " besides those that --difficult ignore leaves out" if usable else ""
+        raise ConfigError(
+            f"{train.name} has no object to learn from in {len(train)} pictures{rest}: name other "
+            "pictures in --train."
+        )
+    check_scored(test, keypoints)
+    return usable
+
+
 def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bool:
     weights, column = trunk_of(given.checkpoint, given.seed)
-    train, test, score = _data(given)
+    train, test, score = _data(given, world)
     given.out.mkdir(parents=True, exist_ok=True)
     training = Detection(weights, train, test, given, world, score)
     if world.is_main:
@@ -304,11 +317,17 @@ def _detect(given: argparse.Namespace, world: World, request: StopRequest) -> bo
     return bool(scores)
 
 
-def _data(given: argparse.Namespace) -> tuple[Detections, Detections, Score]:
+def _data(given: argparse.Namespace, world: World) -> tuple[Detections, Detections, Score]:
     """Training and test pictures, and how the task is scored. Raises `ConfigError`."""
     parts = {"masks": given.task == "masks", "keypoints": given.task == "keypoints"}
-    train = detection_set(given.root, given.train, **parts)
+    learned, told = learned_split(given.root, given.train, given.test, "objects")
+    if told and world.is_main:
+        print(told, flush=True)
+    train = detection_set(given.root, learned, **parts)
     test = detection_set(given.root, given.test, **parts)
+    if train.empty and world.is_main:
+        print(f"boxes of {train.name} that enclose nothing, not learned from: {train.empty}")
+    check_apart(train, test)
     return train, test, SCORES[given.task]
 
 

@@ -19,9 +19,12 @@ from torchvision.models.detection.transform import (
 
 from fastmoco.machine.collectives import all_gather
 from fastmoco.machine.ranks import World
+from fastmoco.transfer.datasets.detection import enclosing
 
 SHORT_SIDE = "short_side"
 """Key of a target: the short side that its picture gets in training, an int."""
+OF_OBJECTS = ("boxes", "labels", "masks", "keypoints")
+"""Keys of a target that have a row for each object."""
 
 
 def resized(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
@@ -48,7 +51,10 @@ class AgreedResize(GeneralizedRCNNTransform):
     def resize(
         self, image: Tensor, target: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any] | None]:
-        """(3, H, W) to (3, H', W'), and the target with it."""
+        """(3, H, W) to (3, H', W'), and the target with it, without boxes that became empty.
+
+        torchvision ends at such a box.
+        """
         before = (image.shape[-2], image.shape[-1])
         short: int = tuple(self.min_size)[-1]  # type: ignore[arg-type]
         short = short if target is None else target.get(SHORT_SIDE, short)
@@ -66,7 +72,12 @@ class AgreedResize(GeneralizedRCNNTransform):
         if "masks" in target:
             masks = target["masks"][:, None].float()
             changed["masks"] = functional.interpolate(masks, after, mode="nearest")[:, 0].byte()
-        return image, {**target, **changed}
+        moved = {**target, **changed}
+        kept = enclosing(moved["boxes"])
+        if not kept.all():
+            rows = [name for name in OF_OBJECTS if name in moved]
+            moved |= {name: moved[name][kept] for name in rows}
+        return image, moved
 
     def batch_images(self, images: Sequence[Tensor], size_divisible: int = 32) -> Tensor:
         """(n, 3, H, W) in channels-last memory, padded with zeros at the bottom and on the right.

@@ -28,7 +28,7 @@ from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.method.agreement import on_every_rank
 from fastmoco.transfer.command import command, shared_options, trunk_of
-from fastmoco.transfer.datasets.choose import segmentation_set
+from fastmoco.transfer.datasets.choose import check_apart, learned_split, segmentation_set
 from fastmoco.transfer.datasets.segmentation import IGNORE, Segmentations
 from fastmoco.transfer.report import Picture, beside, chosen, draw_classes, write_report
 from fastmoco.transfer.samples import Key, Prepared, uniforms
@@ -99,8 +99,12 @@ class Segmentation(Training):
             raise ConfigError(f"--crop is {given.crop}, but must be at least {2 * STRIDE} pixels.")
         if train.classes != test.classes:
             raise ConfigError(f"{train.name} and {test.name} do not hold the same classes.")
-        if not len(train):
-            raise ConfigError(f"{train.name} holds no picture to learn from.")
+        for one, what in ((train, "learn from"), (test, "score")):
+            if not one.labelled:
+                raise ConfigError(
+                    f"{one.name} has no pixel to {what}: in its {len(one)} pictures none has a "
+                    f"label other than {IGNORE}."
+                )
         self.test = test
         self.segmenter = Segmenter(weights, world, len(train.classes), given.seed)
         fill = self.segmenter.mean.flatten().round().byte()
@@ -177,7 +181,11 @@ def parser() -> CommandParser:
 
 def _segment(given: argparse.Namespace, world: World, request: StopRequest) -> bool:
     weights, column = trunk_of(given.checkpoint, given.seed)
-    train, test = (segmentation_set(given.root, split) for split in (given.train, given.test))
+    learned, told = learned_split(given.root, given.train, given.test, "pixels")
+    if told and world.is_main:
+        print(told, flush=True)
+    train, test = (segmentation_set(given.root, split) for split in (learned, given.test))
+    check_apart(train, test)
     given.out.mkdir(parents=True, exist_ok=True)
     training = Segmentation(weights, train, test, given, world)
     if world.is_main:

@@ -56,6 +56,8 @@ def test_points_have_the_options_of_all_of_their_line_and_their_own(tmp_path: Pa
         ({"recipe": "nothing"}, "nothing.yaml is not part"),
         ({"seeds": [0.5]}, "whole numbers"),
         ({"seeds": []}, "whole numbers"),
+        ({"seeds": [0, -1]}, "between 0 and 18446744073709551615"),
+        ({"seeds": [2**64, 1]}, "between 0 and 18446744073709551615"),
         ({"metrics": ["accuracy"]}, "accuracy is none of knn_top1"),
         ({"over": "time"}, "over is time, none of points, epochs, cpu_minutes"),
         ({"set": {"moco.mass": 1}}, "no option moco.mass"),

@@ -17,8 +17,8 @@ from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest
 from fastmoco.transfer import detect
 from fastmoco.transfer.datasets.detection import Parts
-from fastmoco.transfer.detect import learnable, mirrored, mirrored_names, prepare
-from fastmoco.transfer.detector import random_weights
+from fastmoco.transfer.detect import learnable, mirrored, mirrored_names, on_device, prepare
+from fastmoco.transfer.detector import Detector, build_detector, random_weights
 from fastmoco.transfer.resize import SHORT_SIDE
 from fastmoco.transfer.samples import Key, uniforms
 from fastmoco.transfer.training import CHECKPOINT, Training
@@ -78,6 +78,24 @@ def test_flips_and_scales_follow_the_key() -> None:
         one = prepare((image, target()), key, sides=(8, 9), difficult="learn", names=names)
         assert torch.equal(one.image, image.flip(-1)) == (flip < 0.5)
         assert one.target[SHORT_SIDE] == (8 if scale < 0.5 else 9)
+
+
+@pytest.mark.parametrize("width", [0.0, 1e-44, 1e-6, 1.2e-5, 2e-5, 1e-4, 1e-3])
+def test_a_thin_box_ends_no_training(width: float) -> None:
+    """Flipped, scaled or neither; 60 + 2e-5 is another number of 32 bits, 260 + 2e-5 is not."""
+    weights = random_weights(Architecture("resnet18", 0.125, "imagenet"), seed=3)
+    world = World(0, 0, 1, torch.device("cpu"), "none")
+    built = build_detector(weights, world, arch="fpn", task="boxes", classes=2, proposals=4)
+    model = Detector(built, world)
+    left = 0.0 if width < 1e-7 else 60.0
+    corners = torch.tensor([[left, 5.0, left + width, 30.0]], dtype=torch.float64).float()
+    target = {"boxes": corners, "labels": torch.tensor([2])}
+    item = (torch.zeros(3, 40, 320, dtype=torch.uint8), target)
+    for number in range(6):
+        key = Key(0, 0, number)
+        one = prepare(item, key, sides=(32, 80), difficult="learn", names=[])
+        losses = model(*on_device([one], world.device))
+        assert all(bool(loss.isfinite()) for loss in losses.values())
 
 
 SMALL = [

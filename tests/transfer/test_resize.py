@@ -60,6 +60,24 @@ def test_a_target_moves_with_its_picture() -> None:
     assert tested.shape == (3, 64, 96)
 
 
+def test_a_box_that_rounding_closes_is_left_out_with_all_of_its_object() -> None:
+    thin = torch.nextafter(torch.tensor(100.0), torch.tensor(101.0)).item()
+    target: dict[str, Any] = {
+        "boxes": torch.tensor([[30.0, 20.0, 60.0, 40.0], [100.0, 20.0, thin, 40.0]]),
+        "labels": torch.tensor([4, 5]),
+        "keypoints": torch.tensor([[[30.0, 20.0, 1.0]], [[100.0, 30.0, 1.0]]]),
+        "masks": torch.ones(2, 40, 120, dtype=torch.uint8),
+        SHORT_SIDE: 20,
+    }
+    _, found = transform().train().resize(torch.rand(3, 40, 120), target)
+    assert found is not None
+    assert found["boxes"].tolist() == [[15, 10, 30, 20]]
+    assert found["labels"].tolist() == [4]
+    assert found["keypoints"].tolist() == [[[15, 10, 1]]]
+    assert found["masks"].shape == (1, 20, 60)
+    assert target["labels"].tolist() == [4, 5]
+
+
 def test_pictures_shrink_as_pillow_shrinks_them() -> None:
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 90, 120), generator=draw, dtype=torch.uint8)

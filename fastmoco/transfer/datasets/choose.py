@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from fastmoco.config import ConfigError
 from fastmoco.config.paths import spelled_out
 from fastmoco.transfer.datasets.coco import annotation_files, read_coco
 from fastmoco.transfer.datasets.detection import Detections, Parts
+from fastmoco.transfer.datasets.pictures import shared
 from fastmoco.transfer.datasets.rendered import SIZES, rendered_pixels, rendered_shapes
 from fastmoco.transfer.datasets.segmentation import Segmentations
-from fastmoco.transfer.datasets.voc import read_voc, read_voc_segmentation, years
+from fastmoco.transfer.datasets.voc import (
+    MAIN,
+    SEGMENTATION,
+    learned_lists,
+    read_voc,
+    read_voc_segmentation,
+    years,
+)
 
 RENDERED = "rendered"
 """The root of the shapes that are drawn while they are needed."""
@@ -58,6 +67,35 @@ def segmentation_set(root: str, split: str) -> Segmentations:
         f"{root} holds no VOC2007, VOC2012 or VOCdevkit with ImageSets: semantic segmentation is "
         "read in that layout. `rendered` needs no folder."
     )
+
+
+def learned_split(
+    root: str, train: str, test: str, what: Literal["objects", "pixels"]
+) -> tuple[str, str]:
+    """The split to learn from where `test` is scored, and a sentence if it is not as usual.
+
+    Only `train` of a folder in the layout of VOC can become another: there trainval holds val.
+    Raises `ConfigError` for lists that cannot be read, and for one rendered split as both.
+    """
+    if root == RENDERED:
+        if train == test:
+            raise ConfigError(f"--train and --test are both {train}: score another split.")
+        return train, ""
+    folder = Path(spelled_out(root))
+    coco = what == "objects" and annotation_files(folder, Parts())
+    if train != "train" or coco or not years(folder):
+        return train, ""
+    return learned_lists(folder, MAIN if what == "objects" else SEGMENTATION, test)
+
+
+def check_apart(train: Detections | Segmentations, test: Detections | Segmentations) -> None:
+    """Raises `ConfigError` where a picture would be learned from and scored."""
+    if both := shared(train.paths, test.paths):
+        raise ConfigError(
+            f"{train.name}, to be learned from, holds {len(both)} of the {len(test)} pictures of "
+            f"{test.name}, to be scored, the first is {both[0]}: name lists in --train and --test "
+            "that share no picture, as train and val of one year do."
+        )
 
 
 def known(split: str) -> str:

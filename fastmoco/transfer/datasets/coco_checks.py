@@ -88,6 +88,11 @@ def _check_categories(categories: Iterable[Row], file: Path, parts: Parts) -> in
             )
         names.add(name)
         if points := category.get("keypoints"):
+            if not isinstance(points, list) or not all(isinstance(one, str) for one in points):
+                raise ConfigError(
+                    f"{file}: category {category['id']} ({name}) has the keypoints {points!r}; "
+                    "write a list of their names, or none at all."
+                )
             counts.add(len(points))
     if parts.keypoints and len(counts) != 1:
         kinds = f"of {sorted(counts)} keypoints" if counts else "without a list of keypoints"

@@ -20,8 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer.datasets.pictures import PictureFiles
 
 Target = dict[str, Any]
+THINNEST = 1e-5
+"""Pixels: a box of no larger side encloses nothing, as in Detectron2's `filter_empty_instances`."""
 SIGMA = 0.05
 """How far apart people annotate a keypoint, in square roots of area, unless a person's 17."""
 PERSON_SIGMAS = (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89)
@@ -93,10 +96,14 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         self.keypoint_names: list[str] = next(
             (category["keypoints"] for category in categories if category.get("keypoints")), []
         )
+        self.paths = picture.paths if isinstance(picture, PictureFiles) else []
+        """The file of each picture; empty where they are drawn."""
         self._picture = picture
         self._label = {category: i + 1 for i, category in enumerate(self.category_ids)}
         # Reader processes share memory until they count a reference: each of them would end with
         # dictionaries of its own, gigabytes of COCO. They read these bytes instead.
+        self.empty = 0
+        """Number of objects that are in no target, because their clipped box is empty."""
         records = [self._record(image_id) for image_id in self.image_ids]
         self._ends = np.cumsum([0, *map(len, records)])
         self._records = b"".join(records)
@@ -115,10 +122,14 @@ class Detections(Dataset[tuple[Tensor, Target]]):
             return [sigma / 1000 for sigma in PERSON_SIGMAS]
         return [SIGMA] * count
 
-    def with_objects(self) -> list[int]:
-        """Numbers of the pictures that a detector can learn objects from."""
+    def with_objects(self, *, difficult: bool = True) -> list[int]:
+        """Numbers of the pictures that a detector can learn objects from, also difficult ones."""
         objects = (self._read(i)[2] for i in range(len(self)))
-        return [i for i, some in enumerate(objects) if any(not one["iscrowd"] for one in some)]
+        return [
+            i
+            for i, some in enumerate(objects)
+            if any(not one["iscrowd"] and (difficult or not one["difficult"]) for one in some)
+        ]
 
     def target(self, number: int) -> Target:
         """The target of item `number`, without its picture."""
@@ -151,7 +162,9 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         objects = []
         for one in self.coco.imgToAnns.get(image_id, []):
             box = clipped(one["bbox"], image["width"], image["height"])
-            if not is_empty(box):
+            if is_empty(box):
+                self.empty += 1
+            else:
                 flags = {"difficult": bool(one.get("difficult")), "bbox": box}
                 objects.append({name: one[name] for name in names} | flags)
         return pickle.dumps((image["width"], image["height"], objects))
@@ -171,7 +184,15 @@ def clipped(box: Sequence[float], width: int, height: int) -> list[float]:
 
 def is_empty(box: Sequence[float]) -> bool:
     """Whether x1 y1 x2 y2 enclose nothing."""
-    return box[2] <= box[0] or box[3] <= box[1]
+    return min(box[2] - box[0], box[3] - box[1]) <= THINNEST
+
+
+def enclosing(boxes: Tensor) -> Tensor:
+    """bool (n,): which of x1 y1 x2 y2, (n, 4), enclose something; `is_empty` is of the same rule.
+
+    To be asked again when boxes have moved: rounding can close one that is far from the origin.
+    """
+    return ((boxes[:, 2:] - boxes[:, :2]) > THINNEST).all(1)
 
 
 def indexed(content: dict[str, Any]) -> Any:

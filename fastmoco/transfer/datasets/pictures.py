@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +34,25 @@ def picture_of(stem: str, names: set[str], folder: Path) -> Path:
     raise ConfigError(
         f"{folder} has no picture {stem}.jpg: unpack it, or take {stem} out of the list."
     )
+
+
+def shared(learned: Sequence[Path], scored: Sequence[Path]) -> list[Path]:
+    """Those of `scored` that are in `learned` too: the same file, or one of its name and content.
+
+    A file of another name is not looked into: to read every picture takes hours on a network.
+    """
+    named: dict[str, list[Path]] = defaultdict(list)
+    for path in learned:
+        named[path.name].append(path)
+    return [path for path in scored if any(_same(path, one) for one in named[path.name])]
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        # Contents are read only where the sizes agree.
+        return one == other or one.samefile(other) or filecmp.cmp(one, other, shallow=False)
+    except OSError:  # whoever needs the picture will say so
+        return False
 
 
 class PictureFiles:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer.datasets.pictures import PictureFiles
 
 IGNORE = 255
 """The label of a pixel that is neither trained on nor scored."""
@@ -29,10 +30,17 @@ class Segmentations(Dataset[tuple[Tensor, Tensor]]):
         count: int,
     ) -> None:
         self.name, self.classes = name, classes
+        self.paths = picture.paths if isinstance(picture, PictureFiles) else []
+        """The file of each picture; empty where they are drawn."""
         self._picture, self._labels, self._count = picture, labels, count
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any pixel has a class; labels are read up to the first one."""
+        return any(bool((self._labels(i) != IGNORE).any()) for i in range(len(self)))
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         image, labels = self._picture(number), self._labels(number)

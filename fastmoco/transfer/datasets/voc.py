@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fastmoco.config import ConfigError
 from fastmoco.machine import durable
 from fastmoco.transfer.datasets.detection import Detections
-from fastmoco.transfer.datasets.pictures import PictureFiles, names_in, picture_of
+from fastmoco.transfer.datasets.pictures import PictureFiles, names_in, picture_of, shared
 from fastmoco.transfer.datasets.segmentation import Segmentations
 
 CLASSES = (
@@ -28,6 +28,8 @@ CLASSES = (
 )
 CLASS_FILE = "classes.txt"
 """In the folder of the years: other classes than VOC's, one a line."""
+MAIN, SEGMENTATION = "Main", "Segmentation"
+"""Folders of lists below `ImageSets`."""
 Row = dict[str, Any]
 
 
@@ -44,27 +46,21 @@ def years(root: Path) -> dict[str, Path]:
 def read_voc(root: Path, split: str) -> Detections:
     """`train`: trainval of all years; `val`: test of 2007, or val of the only year without a test.
 
-    Any other split is named as `2012_train` or `2007_trainval+2012_trainval`. Boxes are the
-    devkit's, from 1 and both ends included, as pixels' edges: x1 is xmin - 1, x2 is xmax.
+    Any other split is named as `2012_train` or `2007_trainval+2012_trainval`; `learned_lists` has
+    those that hold none of the test pictures. Boxes are the devkit's, from 1 and both ends
+    included, as pixels' edges: x1 is xmin - 1, x2 is xmax.
     Raises `ConfigError` for what the reference tools would stumble over or misread.
     """
     folders = years(root)
-    names = split.split("+")
-    if split == "train":
-        names = [f"{year}_trainval" for year in folders]
-    elif split == "val":
-        tested = [year for year in folders if _list_file(folders[year], "Main", "test").is_file()]
-        names = [f"{tested[0]}_test"] if tested else [f"{list(folders)[-1]}_val"]
+    names = _names(folders, MAIN, split)
     classes = class_names(root)
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     labels = {name: i for i, name in enumerate(classes, start=1)}
     content: Row = {"images": [], "annotations": [], "categories": categories}
     paths: list[Path] = []
     for name in names:
-        year, _, part = name.partition("_")
-        if year not in folders:
-            raise ConfigError(f"{root} holds the years {', '.join(folders)} of VOC, not {name}.")
-        _add(content, paths, folders[year], part, labels)
+        year, part = _year(root, folders, name)
+        _add(content, paths, year, part, labels)
     sizes = [(image["width"], image["height"]) for image in content["images"]]
     title = f"VOC {'+'.join(names)}"
     return Detections(title, content, PictureFiles(paths, sizes.__getitem__), style="voc")
@@ -78,25 +74,65 @@ def read_voc_segmentation(root: Path, split: str) -> Segmentations:
     Raises `ConfigError` as `read_voc` does.
     """
     folders = years(root)
-    year, _, part = split.partition("_")
-    if split in ("train", "val"):
-        year, part = list(folders)[-1], split
-        augmented = _list_file(folders[year], "Segmentation", "trainaug").is_file()
-        part = "trainaug" if split == "train" and augmented else split
-    if year not in folders:
-        raise ConfigError(f"{root} holds the years {', '.join(folders)} of VOC, not {split}.")
-    folder = folders[year]
-    ids = _ids(_list_file(folder, "Segmentation", part))
+    name = "+".join(_names(folders, SEGMENTATION, split))
+    folder, part = _year(root, folders, name)
+    listed = _listed(folder, SEGMENTATION, part)
     labels = folder / ("SegmentationClassAug" if part == "trainaug" else "SegmentationClass")
-    pictures, label_names = names_in(folder / "JPEGImages"), names_in(labels)
-    for one in ids:
+    label_names = names_in(labels)
+    for one in listed:
         if f"{one}.png" not in label_names:
             raise ConfigError(f"{labels} has no {one}.png, which the list {part} names.")
-    paths = [picture_of(one, pictures, folder / "JPEGImages") for one in ids]
     classes = ["background", *class_names(root)]
-    maps = LabelFiles([labels / f"{one}.png" for one in ids], len(classes))
-    pictures_of = PictureFiles(paths, maps.size)
-    return Segmentations(f"VOC {year}_{part}", classes, pictures_of, maps, len(ids))
+    maps = LabelFiles([labels / f"{one}.png" for one in listed], len(classes))
+    pictures_of = PictureFiles(list(listed.values()), maps.size)
+    return Segmentations(f"VOC {name}", classes, pictures_of, maps, len(listed))
+
+
+def learned_lists(root: Path, task: str, test: str) -> tuple[str, str]:
+    """What `train` means where the split `test` is scored, and a sentence if it is another list.
+
+    task: `MAIN` or `SEGMENTATION`. Of a year whose usual list holds test pictures, as trainval does
+    where only val is left to score, it is the list `train`. Raises `ConfigError` for broken lists.
+    """
+    folders = years(root)
+
+    def pictures(name: str) -> list[Path]:
+        year, part = _year(root, folders, name)
+        return list(_listed(year, task, part).values())
+
+    scored = [path for name in _names(folders, task, test) for path in pictures(name)]
+    usual = _names(folders, task, "train")
+    chosen = []
+    for name in usual:
+        year = name.partition("_")[0]
+        narrow = _list_file(folders[year], task, "train").is_file()
+        chosen.append(f"{year}_train" if narrow and shared(pictures(name), scored) else name)
+    learned, whole = "+".join(chosen), "+".join(usual)
+    told = f"{test} is scored and has pictures of {whole}, so that {learned} is learned from."
+    return learned, told if learned != whole else ""
+
+
+def _names(folders: dict[str, Path], task: str, split: str) -> list[str]:
+    """The lists of a split, such as `2007_trainval` and `2012_trainval`."""
+    last = list(folders)[-1]
+    if task == SEGMENTATION:
+        augmented = _list_file(folders[last], task, "trainaug").is_file()
+        part = "trainaug" if split == "train" and augmented else split
+        return [f"{last}_{part}" if split in ("train", "val") else split]
+    if split == "train":
+        return [f"{year}_trainval" for year in folders]
+    if split == "val":
+        tested = [year for year in folders if _list_file(folders[year], task, "test").is_file()]
+        return [f"{tested[0]}_test" if tested else f"{last}_val"]
+    return split.split("+")
+
+
+def _year(root: Path, folders: dict[str, Path], name: str) -> tuple[Path, str]:
+    """The folder of the year of a list, and its name there. Raises `ConfigError`."""
+    year, _, part = name.partition("_")
+    if year not in folders:
+        raise ConfigError(f"{root} holds the years {', '.join(folders)} of VOC, not {name}.")
+    return folders[year], part
 
 
 class LabelFiles:
@@ -179,13 +215,17 @@ def _ids(file: Path) -> list[str]:
     return ids
 
 
+def _listed(year: Path, task: str, part: str) -> dict[str, Path]:
+    """The picture of each id of a list, in its order."""
+    ids, folder = _ids(_list_file(year, task, part)), year / "JPEGImages"
+    there = names_in(folder)
+    return {one: picture_of(one, there, folder) for one in ids}
+
+
 def _add(content: Row, paths: list[Path], year: Path, part: str, labels: dict[str, int]) -> None:
     """Append the pictures of a list, and what is on them."""
-    ids = _ids(_list_file(year, "Main", part))
-    folder = year / "JPEGImages"
-    pictures = names_in(folder)
-    for one in tqdm(ids, f"read {year.name} {part}", leave=False, disable=None):
-        path = picture_of(one, pictures, folder)
+    listed = _listed(year, MAIN, part)
+    for one, path in tqdm(listed.items(), f"read {year.name} {part}", leave=False, disable=None):
         image_id = len(content["images"]) + 1
         width, height, objects = parse(year / "Annotations" / f"{one}.xml", labels)
         paths.append(path)

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastmoco.config import ConfigError
-from fastmoco.config.command import CommandParser
+from fastmoco.config.command import CommandParser, as_seed
 from fastmoco.data.sources.listing import walk
 from fastmoco.data.sources.measure import DIED
 from fastmoco.machine.host import machine_cores
@@ -164,15 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="a folder that does not exist yet")
     for split, count in {**SIZES, "pretrain": PRETRAIN}.items():
         add(f"--{split}", type=int, default=count, help=f"pictures, by default {count}")
-    add("--seed", type=int, default=0, help="other scenes for another number, from 0 on")
+    add("--seed", type=as_seed, default=0, help="other scenes for another number, from 0 on")
     add("--photographs", type=Path, help="a folder of pictures to draw on, not the demo's")
     given = parser.parse_args(arguments)
     try:
         for name in ("train", "val", "pretrain"):
             if getattr(given, name) < (name != "pretrain"):
                 raise ConfigError(f"--{name} {getattr(given, name)} is too few pictures.")
-        if given.seed < 0:
-            raise ConfigError(f"--seed {given.seed} is negative.")
         write_shapes(
             given.out,
             train=given.train,

@@ -42,6 +42,22 @@ def compact(prediction: Prediction) -> dict[str, Any]:
     return small
 
 
+def check_scored(dataset: Detections, keypoints: bool = False) -> None:
+    """Raises `ConfigError` where no object can be found or missed, so that there is no score."""
+    objects = [one for one in dataset.coco.dataset["annotations"] if not one["iscrowd"]]
+    if not any(not one.get("difficult") for one in objects):
+        kinds = f"only difficult ones of {len(objects)}" if objects else "none annotated"
+        raise ConfigError(
+            f"{dataset.name} has no object to find, {kinds}, so there is nothing to score: name "
+            "other pictures in --test."
+        )
+    if keypoints and not any(one["num_keypoints"] for one in objects):
+        raise ConfigError(
+            f"{dataset.name} has no object with annotated keypoints, so there is nothing to score: "
+            "name other pictures in --test."
+        )
+
+
 def evaluate_boxes(predictions: Sequence[Prediction], dataset: Detections) -> dict[str, float]:
     """AP, AP50 and AP75 in percent, and `AP/CLASS` of each class.
 
@@ -54,7 +70,7 @@ def evaluate_boxes(predictions: Sequence[Prediction], dataset: Detections) -> di
     11 points of recall (Detectron2 and the papers, on test2007), and `VOC/...` of the area under
     the curve, as the devkit has it since 2010.
 
-    Raises `ConfigError` for a data set without objects, `ValueError` for predictions that are not
+    Raises `ConfigError` as `check_scored` does, `ValueError` for predictions that are not
     of this data set.
     """
     small = [compact(one) for one in predictions]
@@ -90,8 +106,7 @@ def _evaluation(dataset: Detections, found: Any, kind: str) -> Any:
 def _evaluate(
     predictions: Sequence[Prediction], dataset: Detections, kind: str
 ) -> dict[str, float]:
-    if not any(not one["iscrowd"] for one in dataset.coco.dataset["annotations"]):
-        raise ConfigError(f"{dataset.name} has no annotated object, so there is nothing to score.")
+    check_scored(dataset, kind == "keypoints")
     rows = _rows(predictions, dataset, kind)
     found = indexed({**dataset.coco.dataset, "annotations": rows})
     with contextlib.redirect_stdout(io.StringIO()):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer import detect
 from fastmoco.transfer.datasets.choose import detection_set
 from fastmoco.transfer.datasets.coco_checks import run_sums
 from fastmoco.transfer.datasets.detection import run_lengths
@@ -119,6 +120,7 @@ def test_boxes_are_clipped_and_those_that_enclose_nothing_are_in_no_target(tmp_p
     assert "masks" not in target
     assert "keypoints" not in target
     assert len(data.coco.imgToAnns[9]) == 2, "the reference scores both"
+    assert data.empty == 1
 
 
 def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path: Path) -> None:
@@ -179,6 +181,9 @@ BROKEN = {
     "double category": ("categories.0.id", 2, "two of category 2"),
     "double name": ("categories.0.name", "bicycle", "name 'bicycle'; give each its own"),
     "id a text": ("images.0.id", "x7", "'x7' of an image is no integer"),
+    "keypoints a number": ("categories.0.keypoints", 17, "category 18 (dog) has the keypoints 17"),
+    "keypoints a text": ("categories.0.keypoints", "head", "keypoints 'head'; write a list"),
+    "keypoints numbers": ("categories.0.keypoints", [1, 2], "keypoints [1, 2]; write a list"),
     "no name": ("images.0.file_name", None, "image 7 has no file_name"),
     "no size": ("images.0.width", None, "image 7 (a.jpg) has the width None"),
     "no images": ("images", [], "lists no images"),
@@ -281,6 +286,67 @@ def test_splits_that_are_not_there_or_several_are_named(tmp_path: Path) -> None:
     (annotations / "person_keypoints_val2017.json").write_text(json.dumps(what))
     assert len(detection_set(root, "val2017").coco.anns) == 4
     assert len(detection_set(root, "val2017", keypoints=True).coco.anns) == 0
+
+
+def test_pictures_that_are_scored_are_not_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers and names may be those of other pictures: every set may count from 1."""
+    write(tmp_path, content())
+    annotations = tmp_path / "annotations"
+    whole = (annotations / "instances_val2017.json").read_text()
+    for name in ("train2017", "train2014"):
+        (annotations / f"instances_{name}.json").write_text(whole)
+        (tmp_path / name).mkdir()
+        for image in content()["images"]:
+            picture, size = image["file_name"], (image["width"], image["height"])
+            if (name, picture) == ("train2014", "b.jpg"):  # a copy of that of val2017
+                data = (tmp_path / "val2017" / picture).read_bytes()
+                (tmp_path / name / picture).write_bytes(data)
+            else:
+                Image.new("RGB", size, (9, 9, 9)).save(tmp_path / name / picture)
+    given = ["--checkpoint", "random:resnet18", "--data.root", str(tmp_path), "--device", "cpu"]
+    given += ["--out", str(tmp_path / "out"), "--batch_size", "0"]
+    for train, part in (
+        ("train2017", "--batch_size is 0"),
+        ("train2014", "train2014, to be learned from, holds 1 of the 3 pictures of COCO val2017"),
+        ("val2017", "val2017, to be learned from, holds 3 of the 3 pictures of COCO val2017"),
+    ):
+        assert detect.main([*given, "--train", train, "--test", "val2017"]) == 2
+        printed = capsys.readouterr()
+        (line,) = printed.err.splitlines()
+        assert part in line
+        assert f"boxes of COCO {train} that enclose nothing, not learned from: 1" in printed.out
+    given[3] = "rendered"
+    assert detect.main([*given, "--train", "val"]) == 2
+    assert "--train and --test are both val" in capsys.readouterr().err
+
+
+def test_what_cannot_be_scored_is_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(test: Content, task: str) -> str:
+        write(tmp_path, test)
+        given = ["--checkpoint", "random:resnet18", "--data.root", str(tmp_path), "--out"]
+        given += [str(tmp_path / "out"), "--device", "cpu", "--batch_size", "0", "--arch", "fpn"]
+        assert detect.main([*given, "--task", task]) == 2
+        return capsys.readouterr().err
+
+    what = content()
+    (tmp_path / "train").mkdir()
+    for image in what["images"]:
+        size = image["width"], image["height"]
+        Image.new("RGB", size).save(tmp_path / "train" / image["file_name"])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(what))
+    assert "--batch_size is 0" in told(what, "keypoints")
+    what["annotations"][0]["keypoints"] = [0] * 6
+    assert "COCO val2017 has no object with annotated keypoints" in told(what, "keypoints")
+    assert "--batch_size is 0" in told(what, "boxes")
+    what["categories"][0]["keypoints"] = ["tail", "head"]
+    assert "do not hold the same keypoints" in told(what, "keypoints")
+    what["annotations"] = [one for one in what["annotations"] if one.get("iscrowd")]
+    assert "COCO val2017 has no object to find, none annotated" in told(what, "boxes")
 
 
 @pytest.mark.parametrize("kind", ["nothing", "no folder"])

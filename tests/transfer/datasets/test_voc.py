@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastmoco.config import ConfigError
+from fastmoco.transfer import detect, segment
 from fastmoco.transfer.datasets.choose import detection_set, segmentation_set
 
 pytest.importorskip("pycocotools", reason="the extra transfer is not installed")
@@ -80,6 +81,75 @@ def test_splits_are_those_of_the_papers(tmp_path: Path) -> None:
         detection_set(str(tmp_path), "2012_val")
     with pytest.raises(ConfigError, match="VOC, in which detection data has no masks"):
         detection_set(str(tmp_path), "train", masks=True)
+
+
+def command(root: Path, *more: str) -> list[str]:
+    """Options for less than a step: the run ends at its batch size, with all data read."""
+    given = ["--checkpoint", "random:resnet18", "--data.root", str(root), "--device", "cpu"]
+    return [*given, "--out", str(root / "out"), "--batch_size", "0", *more]
+
+
+def without_a_test_list(root: Path) -> Path:
+    """VOC2012 as it is given out: trainval is train and val together."""
+    add(root, "2012", "2008_000001", ("trainval", "train"), CAR.format(0, 1, 1, 9, 9))
+    add(root, "2012", "2008_000002", ("trainval", "val"), CAR.format(0, 2, 2, 9, 9))
+    return root
+
+
+def test_pictures_that_are_scored_are_not_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = without_a_test_list(tmp_path)
+    assert detect.main(command(root)) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith(
+        "val is scored and has pictures of 2012_trainval, so that 2012_train is learned from.\n"
+    )
+    assert "--batch_size is 0" in told.err
+    assert detect.main(command(root, "--train", "2012_trainval")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "VOC 2012_trainval, to be learned from, holds 1 of the 1 pictures of VOC 2012_val" in line
+    )
+    assert "2008_000002.jpg" in line
+    assert "--train" in line
+    # A list of test pictures leaves trainval whole.
+    add(root, "2012", "2008_000003", ("test",), CAR.format(0, 3, 3, 9, 9))
+    assert detect.main(command(root)) == 2
+    assert "learned from" not in capsys.readouterr().out
+
+
+def test_a_picture_of_two_years_is_one_and_another_of_its_name_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = without_a_test_list(tmp_path)
+    add(root, "2010", "2008_000002", ("trainval",), CAR.format(0, 2, 2, 9, 9))  # equal bytes
+    assert detect.main(command(root)) == 2
+    assert "holds 1 of the 1 pictures of VOC 2012_val" in capsys.readouterr().err
+    Image.new("RGB", (40, 30), "red").save(root / "VOC2010" / "JPEGImages" / "2008_000002.jpg")
+    assert detect.main(command(root)) == 2
+    told = capsys.readouterr()
+    assert "2010_trainval+2012_train is learned from" in told.out
+    assert "--batch_size is 0" in told.err
+
+
+def test_objects_that_are_all_difficult_are_found_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both_years(tmp_path)  # the one object of 2007_test is difficult
+    assert detect.main(command(tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "VOC 2007_test has no object to find, only difficult ones of 1" in line
+    add(tmp_path, "2007", "000008", ("test",), "")
+    add(tmp_path, "2007", "000009", ("test",), PERSON)
+    assert detect.main(command(tmp_path)) == 2
+    assert "--batch_size is 0" in capsys.readouterr().err
+    # In training difficult objects are learned unless the command says no.
+    add(tmp_path, "2012", "2008_000009", ("val",), CAR.format(1, 5, 6, 9, 9))
+    assert detect.main(command(tmp_path, "--train", "2012_val")) == 2
+    assert "--batch_size is 0" in capsys.readouterr().err
+    assert detect.main(command(tmp_path, "--train", "2012_val", "--difficult", "ignore")) == 2
+    assert "VOC 2012_val has no object to learn from" in capsys.readouterr().err
 
 
 def test_classes_of_another_set_are_listed_in_a_file(tmp_path: Path) -> None:
@@ -209,3 +279,23 @@ def test_broken_labels_are_refused_by_name(tmp_path: Path) -> None:
         segmentation_set(str(tmp_path), "train")
     with pytest.raises(ConfigError, match="holds no VOC2007"):
         segmentation_set(str(tmp_path / "VOC2012"), "train")
+
+
+def test_labels_that_are_scored_exist_and_are_not_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, parts in (("a", ("train", "trainval", "trainaug")), ("b", ("val", "trainval"))):
+        for part in parts:
+            labelled(tmp_path, name, np.zeros((30, 40)), part)
+    assert segment.main(command(tmp_path)) == 2
+    told = capsys.readouterr()
+    assert "--batch_size is 0" in told.err
+    assert "learned from" not in told.out
+    assert segment.main(command(tmp_path, "--train", "2012_trainval")) == 2
+    assert "VOC 2012_trainval, to be learned from, holds 1 of the 1" in capsys.readouterr().err
+    labelled(tmp_path, "c", np.full((30, 40), 255), "test")
+    assert segment.main(command(tmp_path, "--test", "2012_test")) == 2
+    assert "VOC 2012_test has no pixel to score" in capsys.readouterr().err
+    labelled(tmp_path, "b", np.zeros((30, 40)), "trainaug")
+    assert segment.main(command(tmp_path)) == 2
+    assert "2012_trainaug, so that 2012_train is learned from" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,22 @@ def test_voc_precision_of_a_case_worked_out_by_hand() -> None:
     # COCO's own: the same order, read at 101 points; the difficult object counts there neither.
     assert result["AP75"] == pytest.approx(100 * 34 / 101)
     assert result["AP50"] == pytest.approx(100 * (34 + 33 * 0.5) / 101)
+
+
+def test_a_class_of_difficult_objects_alone_is_not_in_the_mean() -> None:
+    box = [10.0, 10.0, 100.0, 100.0]
+    data = one_class([box, box], [0, 1])
+    content = data.coco.dataset
+    content["categories"].append({"id": 2, "name": "b"})
+    content["annotations"][1]["category_id"] = 2
+    data = Detections("v", content, lambda _: torch.zeros(0), style="voc")
+    exact = found(([10.0, 10.0, 110.0, 110.0], 0.9))
+    result = evaluate_boxes([exact, found()], data)
+    assert math.isnan(result["AP/b"])
+    for name in ("AP", "AP/a", "VOC07/AP50", "VOC/AP50"):
+        assert result[name] == pytest.approx(100)
+    with pytest.raises(ConfigError, match="only difficult ones of 2, so there is nothing to score"):
+        evaluate_boxes([exact] * 2, one_class([box, box], [1, 1]))
 
 
 def test_recall_of_a_tenth_counts_as_a_tenth() -> None:
