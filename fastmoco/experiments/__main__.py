@@ -69,7 +69,7 @@ def experiment(
     if budget is not None:
         trials = out / f"{Path(name).stem}-trials"
         trials.mkdir(parents=True, exist_ok=True)
-        measured = lengths(grids, common, trials, budget, jobs, tqdm.write)
+        measured = lengths(grids, common, trials, budget, jobs, _say)
         if measured is None:
             return 130
         found = measured
@@ -91,8 +91,8 @@ def experiment(
     with tqdm(total=len(runs), unit="run", disable=not sys.stderr.isatty()) as bar:
 
         def say(line: str) -> None:
-            tqdm.write(line)
-            bar.update()
+            _say(line)
+            bar.update(sum(run.ended() is not None for run in runs) - bar.n)
 
         finished = run_all(runs, jobs, say)
     failed = False
@@ -107,6 +107,12 @@ def experiment(
         print("stopped by a signal: the same command goes on")
         return 130
     return int(failed)
+
+
+def _say(line: str) -> None:
+    """At once, also into a file: what is waited for may take hours."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

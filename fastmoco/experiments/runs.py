@@ -26,7 +26,7 @@ from fastmoco import __version__
 from fastmoco.config import Config, ConfigError, check, parse
 from fastmoco.config.parsing import recipe_path
 from fastmoco.experiments.grid import Grid, Options, Point, merged
-from fastmoco.machine import durable
+from fastmoco.machine import durable, owner
 from fastmoco.machine.host import machine_cores
 from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
 from fastmoco_kernels import processor
@@ -129,68 +129,120 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
     `experiment.json` to try it again.
     """
     waiting = [run for run in runs if run.ended() is None]
-    running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
+    places: list[_Place] = []
     done = len(runs) - len(waiting)
     with StopRequest() as request:
         request.patient = True
         try:
-            while running or (waiting and not request.made):
-                while waiting and len(running) < jobs and not request.made:
-                    run = waiting.pop(0)
-                    running[_start(run, jobs)] = run, time.monotonic()
+            while places or (waiting and not request.made):
+                while waiting and len(places) < jobs and not request.made:
+                    places.append(_Place(waiting.pop(0), jobs, say))
                 if request.made:
-                    for process in running:
-                        process.terminate()
-                    for process in running:
-                        process.wait()
-                for process in [p for p in running if p.poll() is not None]:
-                    run, began = running.pop(process)
-                    code, seconds = process.returncode, time.monotonic() - began
-                    if _close(run, code, seconds, stopped=request.made):
+                    _end(places, subprocess.Popen.terminate)
+                for place in [place for place in places if place.through(request.made)]:
+                    places.remove(place)
+                    if place.run.ended() is not None:
                         done += 1
-                        say(f"{done}/{len(runs)} {_told(run)}")
+                        say(f"{done}/{len(runs)} {_told(place.run)}")
                 time.sleep(_POLL_S)
         finally:
-            for process in running:  # only after an error or a second Ctrl-C
-                process.kill()
-                process.wait()
+            _end(places, subprocess.Popen.kill)  # only after an error or a second Ctrl-C
     return not request.made
 
 
-def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C reaches the run through us, and once."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    variables = dict(os.environ)
-    if jobs > 1:
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, machine_cores() // jobs)))
-    with open(run.folder / LOG, "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fastmoco.train", *run.arguments()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
-        )
+class _Place:
+    """One of the places in which runs are trained at a time, and the run that has it.
 
-
-def _close(run: Run, code: int, seconds: float, stopped: bool) -> bool:
-    """Write down how the run ended; False for one that a signal stopped, which has not.
-
-    Where all are `stopped`, also one whose process took no signal yet and was killed by it.
+    A trainer that outlived its experiment still owns the run's directory. It has the place until it
+    ends, and is not counted as a failure of the run. Then a trainer of ours goes on: it knows
+    whether anything is left to do.
     """
-    log = (run.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    last = next((line for line in reversed(log) if line.strip()), "")
-    if code in (INTERRUPTED, REQUEUE) or (stopped and code < 0):
-        return False
-    told = next((x for x in reversed(log) if x.startswith("fastmoco: ")), last)
-    if code < 0:
-        told = f"killed by signal {-code}"
-    sentence = "" if code == 0 else told.removeprefix("fastmoco: ")
-    result = {"code": code, "sentence": sentence, "seconds": round(seconds, 1)}
+
+    def __init__(self, run: Run, jobs: int, say: Callable[[str], None]) -> None:
+        self.run = run
+        self.trainer: subprocess.Popen[bytes] | None = None
+        self._jobs, self._say = jobs, say
+        self._watch, self._told = owner.Watch(run.folder), ""
+        self._began, self._log_before = 0.0, 0
+
+    def through(self, stopped: bool) -> bool:
+        """Do what is next, without waiting; True when the run has ended or was stopped.
+
+        Where all are `stopped`, also one whose process took no signal yet and was killed by it.
+        """
+        if self.trainer is None:
+            if stopped or self.run.ended() is not None:  # by the experiment that was waited for
+                return True
+            if not self._owned():
+                self._start()
+            return False
+        code = self.trainer.poll()
+        if code is None:
+            return False
+        if code in (INTERRUPTED, REQUEUE) or (stopped and code < 0):
+            return True
+        sentence = self._sentence(code)
+        # The owner may have ended since it was met: then only the sentence tells.
+        if code and (owner.REFUSAL in sentence or self._owned()):
+            self.trainer = None
+            return False
+        seconds = round(time.monotonic() - self._began, 1)
+        _write_result(self.run, {"code": code, "sentence": sentence, "seconds": seconds})
+        return True
+
+    def _owned(self) -> bool:
+        """Whether somebody else's trainer is at work; says so once of each."""
+        mark = self._watch.owner()
+        if mark is not None and mark.token != self._told:
+            self._told = mark.token
+            self._say(
+                f"{named(self.run)}: process {mark.process} on {mark.host.split()[0]} has been "
+                f"training there since {mark.since}; waiting for its end"
+            )
+        return mark is not None
+
+    def _start(self) -> None:
+        """In a session of its own: Ctrl-C reaches the run through us, and once."""
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        variables = dict(os.environ)
+        if self._jobs > 1:
+            variables.setdefault("OMP_NUM_THREADS", str(max(1, machine_cores() // self._jobs)))
+        self._began = time.monotonic()
+        with open(self.run.folder / LOG, "ab") as log:
+            self._log_before = os.fstat(log.fileno()).st_size
+            self.trainer = subprocess.Popen(
+                [sys.executable, "-m", "fastmoco.train", *self.run.arguments()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                start_new_session=True,
+            )
+
+    def _sentence(self, code: int) -> str:
+        """What the trainer said of its end; lives of the run before it do not count."""
+        if code <= 0:
+            return f"killed by signal {-code}" if code else ""
+        with open(self.run.folder / LOG, "rb") as log:
+            log.seek(self._log_before)
+            lines = log.read().decode(errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+        told = next((line for line in reversed(lines) if line.startswith("fastmoco: ")), last)
+        return told.removeprefix("fastmoco: ")
+
+
+def _end(places: Sequence[_Place], how: Callable[[subprocess.Popen[bytes]], None]) -> None:
+    """End our trainers in this way, and wait until they have."""
+    trainers = [place.trainer for place in places if place.trainer is not None]
+    for trainer in trainers:
+        how(trainer)
+    for trainer in trainers:
+        trainer.wait()
+
+
+def _write_result(run: Run, result: dict[str, object]) -> None:
     row = json.dumps({**result, "command": run.command(), **environment()}) + "\n"
     durable.replace(run.folder / RESULT, lambda partial: partial.write_text(row, encoding="utf-8"))
-    return True
 
 
 def environment() -> dict[str, object]:
@@ -209,4 +261,9 @@ def environment() -> dict[str, object]:
 def _told(run: Run) -> str:
     result = run.ended() or {}
     how = f"FAILED: {result.get('sentence')}" if result.get("code") else "done"
-    return f"{run.folder.parent.name}/{run.folder.name}: {how} ({result.get('seconds')} s)"
+    return f"{named(run)}: {how} ({result.get('seconds')} s)"
+
+
+def named(run: Run) -> str:
+    """Of a run, as lines about it begin."""
+    return f"{run.folder.parent.name}/{run.folder.name}"

@@ -27,6 +27,8 @@ BEAT_S = 10.0
 SILENCE_S = 45.0
 """An owner on another host that gave no sign for so long is dead."""
 SETTLE_S = 0.1
+REFUSAL = "belongs to process"
+"""Is in the sentence of every `OwnedError`, and in no other: it tells who was refused."""
 
 
 class OwnedError(RuntimeError):
@@ -85,8 +87,8 @@ def require_free(folder: Path, say: Callable[[str], None] = print) -> None:
     mark = read_mark(folder)
     if mark is not None and _alive(folder, mark, say):
         raise OwnedError(
-            f"{folder} belongs to process {mark.process} on {mark.host.split()[0]}, which has been "
-            f"training there since {mark.since}: wait for its end, or choose another run.dir."
+            f"{folder} {REFUSAL} {mark.process} on {mark.host.split()[0]}, which has been training "
+            f"there since {mark.since}: wait for its end, or choose another run.dir."
         )
 
 
@@ -110,6 +112,28 @@ def _touched(folder: Path) -> int | None:
         return (folder / NAME).stat().st_mtime_ns
     except OSError:
         return None
+
+
+class Watch:
+    """Who owns a folder, for somebody who asks now and then; no question waits.
+
+    An owner on another host lives until it has given no sign for `SILENCE_S` since it was seen.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sign: int | None = None
+        self._seen = 0.0
+
+    def owner(self) -> Mark | None:
+        """The mark of a living process, None where there is none."""
+        mark = read_mark(self._folder)
+        if mark is None or (mark.host == this_host() and mark.started):
+            return mark if mark and start_of(mark.process) == mark.started else None
+        sign, now = _touched(self._folder), time.monotonic()
+        if sign != self._sign:
+            self._sign, self._seen = sign, now
+        return mark if now - self._seen < SILENCE_S else None
 
 
 class Owner:

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
 from fastmoco.experiments import __main__ as command
 from fastmoco.experiments.__main__ import main
 from fastmoco.experiments.runs import LOG, RESULT
-
-ROOT = Path(__file__).resolve().parents[2]
-GRID: dict[str, Any] = {
-    "title": "Learning rates",
-    "recipe": "demo",
-    "x": {"label": "lr", "scale": "log"},
-    "metrics": ["knn_top1"],
-    "set": {
-        **{"data.source": "folder", "data.backend": "array", "data.workers": 1},
-        **{"augment.image_size": 32, "model.width": 0.125, "model.dim": 8, "run.device": "cpu"},
-        **{"moco.queue_size": 16, "moco.bn_group_size": 4, "optim.global_batch_size": 8},
-        **{"optim.epochs": 2, "knn.every": 1, "knn.k": 3, "run.log_every": 1},
-    },
-    "lines": {"MoCo": {"option": "optim.lr", "values": [0.01, 1e30]}},
-    "seeds": [0],
-}
-
-
-def pictures(folder: Path, count: int) -> None:
-    generator = np.random.default_rng(count)
-    for index in range(count):
-        where = folder / ("red" if index % 2 else "green")
-        where.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
-        pixels[..., index % 2] += 120
-        Image.fromarray(pixels).save(where / f"{index}.png")
-
-
-def prepared(folder: Path, **change: Any) -> list[str]:
-    pictures(folder / "data" / "train", 24)
-    pictures(folder / "data" / "test", 8)
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**GRID, **change}))
-    place = [f"--data.root={folder / 'data'}", f"--out={folder / 'out'}"]
-    return [str(folder / "mine.yaml"), *place]
+from tests.support.runs.experiments import GRID, prepared, started
 
 
 def test_a_failed_run_is_shown_and_no_run_is_repeated(
@@ -73,18 +34,6 @@ def test_a_failed_run_is_shown_and_no_run_is_repeated(
     written = {path: path.stat().st_mtime_ns for path in out.glob("mine/*/*")}
     assert main(arguments) == 1
     assert {path: path.stat().st_mtime_ns for path in out.glob("mine/*/*")} == written
-
-
-def started(arguments: list[str]) -> subprocess.Popen[str]:
-    """The experiment as a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastmoco.experiments", *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
 
 
 def test_a_stopped_experiment_goes_on_where_it_was(tmp_path: Path) -> None:

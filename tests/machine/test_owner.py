@@ -121,6 +121,38 @@ def test_an_owner_on_another_host_is_believed_by_its_signs_of_life(
         thread.join()
 
 
+def test_who_asks_now_and_then_sees_a_living_owner_and_its_end(tmp_path: Path) -> None:
+    watch = owner.Watch(tmp_path)
+    assert watch.owner() is None
+    with Owner(tmp_path):
+        mark = watch.owner()
+        assert mark is not None
+        assert mark.process == os.getpid()
+    assert watch.owner() is None
+    leave(tmp_path, replace(mine(), process=2**22 + 1))  # more than Linux numbers
+    assert watch.owner() is None
+
+
+def test_an_owner_on_another_host_is_watched_for_its_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(owner.time, "monotonic", lambda: now[0])
+    far = replace(mine(), host="far away")
+    leave(tmp_path, far)
+    watch = owner.Watch(tmp_path)
+    assert watch.owner() == far
+    now[0] += owner.SILENCE_S - 1
+    assert watch.owner() == far
+    os.utime(tmp_path / owner.NAME, (1, 1))  # its clock is years behind
+    now[0] += 2
+    assert watch.owner() == far
+    now[0] += owner.SILENCE_S + 1
+    assert watch.owner() is None
+    os.utime(tmp_path / owner.NAME, (2, 2))
+    assert watch.owner() == far
+
+
 NUMBER = json.dumps(asdict(mine()) | {"host": 7, "started": 7})
 
 
