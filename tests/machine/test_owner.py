@@ -137,7 +137,7 @@ def test_an_owner_on_another_host_is_watched_for_its_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(owner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("fastmoco.machine.owner.time.monotonic", lambda: now[0])
     far = replace(mine(), host="far away")
     leave(tmp_path, far)
     watch = owner.Watch(tmp_path)
