@@ -13,6 +13,7 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.experiments.grid import Grid, Point
 from fastmoco.experiments.runs import Plan, Run
+from fastmoco.machine import durable
 from fastmoco.run.record import METRICS, Record, read_metrics, series
 
 PER_CENT = ("knn_top1", "pretext_top1", "pretext_top5")
@@ -88,17 +89,18 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def write_rows(grid: Grid, found: Sequence[Result], file: Path) -> None:
     """One JSON object per run: place in the grid, last metrics, failure, and what it ran on."""
-    with open(file, "w", encoding="utf-8") as out:
-        for result in found:
-            place = {"grid": grid.name, "line": result.point.line, "x": result.point.x}
-            numbers: dict[str, object] = {m: result.final(m) for m in ("loss", *PER_CENT)}
-            numbers["untrained_knn_top1"] = result.untrained()
-            steps = max((record.step for record in result.records), default=0)
-            last = max((record.epoch for record in result.records), default=0.0)
-            if spent := result.cpu_minutes([last]):
-                numbers["cpu_minutes"] = round(spent[0], 2)
-            row = {**place, "seed": result.seed, "steps": steps, **numbers}
-            out.write(json.dumps({**row, **(result.run.ended() or {"code": None})}) + "\n")
+    rows = []
+    for result in found:
+        place = {"grid": grid.name, "line": result.point.line, "x": result.point.x}
+        numbers: dict[str, object] = {m: result.final(m) for m in ("loss", *PER_CENT)}
+        numbers["untrained_knn_top1"] = result.untrained()
+        steps = max((record.step for record in result.records), default=0)
+        last = max((record.epoch for record in result.records), default=0.0)
+        if spent := result.cpu_minutes([last]):
+            numbers["cpu_minutes"] = round(spent[0], 2)
+        row = {**place, "seed": result.seed, "steps": steps, **numbers}
+        rows.append(json.dumps({**row, **(result.run.ended() or {"code": None})}) + "\n")
+    durable.replace(file, lambda partial: partial.write_text("".join(rows), encoding="utf-8"))
 
 
 def table(grid: Grid, found: Sequence[Result]) -> list[str]:

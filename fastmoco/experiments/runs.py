@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +57,29 @@ class Run:
         return shlex.join(["fastmoco", "train", *self.arguments()])
 
     def ended(self) -> dict[str, Any] | None:
-        """`code` and `sentence` of a run that has ended, None for one that has not."""
+        """`code` and `sentence` of a run that has ended, None for one that has not.
+
+        A damaged file counts as none: the trainer knows what is left to do.
+        """
         try:
-            result = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            result = json.loads(durable.read_regular(self.folder / RESULT))
+            shlex.split(result.get("command", ""))
+            sound = type(result["code"]) is int and isinstance(result.get("sentence", ""), str)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
-        return result if isinstance(result, dict) and "code" in result else None
+        return result if sound else None
+
+    def same_options(self) -> bool:
+        """Whether what has ended in the directory was run with these options, and this recipe."""
+        command = (self.ended() or {}).get("command", self.command())
+        return _options(command) == _options(self.command())
 
     def require_same(self) -> None:
         """Raise `ConfigError` if the directory holds what a run with other options ended with."""
-        command = str((self.ended() or {}).get("command", self.command()))
-        if _options(command) != _options(self.command()):
+        if not self.same_options():
+            theirs = (self.ended() or {})["command"]
             raise ConfigError(
-                f"{self.folder} holds a run with other options ({command}): choose another --out, "
+                f"{self.folder} holds a run with other options ({theirs}): choose another --out, "
                 "or give the options of then."
             )
 
@@ -111,9 +123,11 @@ class Plan:
 
 
 def _options(command: str) -> set[str]:
-    """Of a command line, without the places of files."""
+    """Of a command line and its recipe, without the places of files."""
     words = shlex.split(command)
-    return {w for w in words if w.startswith("--") and not w.startswith(("--config", "--run.dir="))}
+    recipe = {f"--config={Path(file).stem}" for w, file in pairwise(words) if w == "--config"}
+    given = {w for w in words if w.startswith("--") and not w.startswith("--run.dir=")}
+    return recipe | given - {"--config"}
 
 
 def folder_name(point: Point, seed: int) -> str:
@@ -122,11 +136,13 @@ def folder_name(point: Point, seed: int) -> str:
     return re.sub(r"[^\w.+]+", "-", f"{point.line}-{x}-seed{seed}")
 
 
-def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
+def run_all(
+    runs: Sequence[Run], jobs: int, say: Callable[[str], None], *, afresh: bool = False
+) -> bool:
     """Run what has not ended, `jobs` at a time; False when a signal asked to stop.
 
-    A run that a signal stopped goes on at the next call. One that failed has ended: delete its
-    `experiment.json` to try it again.
+    A run that a signal stopped goes on at the next call; `afresh`, its directory is deleted first.
+    One that failed has ended: delete its `experiment.json` to try it again.
     """
     waiting = [run for run in runs if run.ended() is None]
     places: list[_Place] = []
@@ -136,7 +152,7 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:
         try:
             while places or (waiting and not request.made):
                 while waiting and len(places) < jobs and not request.made:
-                    places.append(_Place(waiting.pop(0), jobs, say))
+                    places.append(_Place(waiting.pop(0), jobs, say, afresh))
                 if request.made:
                     _end(places, subprocess.Popen.terminate)
                 for place in [place for place in places if place.through(request.made)]:
@@ -158,10 +174,10 @@ class _Place:
     whether anything is left to do.
     """
 
-    def __init__(self, run: Run, jobs: int, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, jobs: int, say: Callable[[str], None], afresh: bool) -> None:
         self.run = run
         self.trainer: subprocess.Popen[bytes] | None = None
-        self._jobs, self._say = jobs, say
+        self._jobs, self._say, self._afresh = jobs, say, afresh
         self._watch, self._told = owner.Watch(run.folder), ""
         self._began, self._log_before = 0.0, 0
 
@@ -203,6 +219,8 @@ class _Place:
 
     def _start(self) -> None:
         """In a session of its own: Ctrl-C reaches the run through us, and once."""
+        if self._afresh and self.run.folder.exists():
+            shutil.rmtree(self.run.folder)
         self.run.folder.mkdir(parents=True, exist_ok=True)
         variables = dict(os.environ)
         if self._jobs > 1:
