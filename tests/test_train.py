@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +23,7 @@ from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import REQUEUE
 from fastmoco.train import Run, main
+from tests.support.data.two_classes import two_classes
 from tests.support.runs.final_state import assert_same_bits, final_state
 
 ROOT = Path(__file__).parent.parent
@@ -75,21 +75,10 @@ def test_a_complete_run_that_goes_on_elsewhere_exports_without_a_record(tmp_path
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def images(folder: Path, count: int, seed: int) -> None:
-    """Small JPEGs in two classes of different colour."""
-    generator = np.random.default_rng(seed)
-    for index in range(count):
-        where = folder / ("red" if index % 2 else "green")
-        where.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 120, (40, 50, 3), dtype=np.uint8)
-        pixels[..., index % 2] += 120
-        Image.fromarray(pixels).save(where / f"{index}.jpg", quality=95)
-
-
 def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
     """Folder of JPEGs with train and test: everything the run directory promises is there."""
-    images(tmp_path / "data" / "train", 24, 0)
-    images(tmp_path / "data" / "test", 10, 1)
+    two_classes(tmp_path / "data" / "train", 24, 0)
+    two_classes(tmp_path / "data" / "test", 10, 1)
     run = tmp_path / "run"
     arguments = [
         *NARROW,
@@ -118,7 +107,7 @@ def test_real_images_with_monitor_and_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["list", "shards"])
 def test_the_views_of_every_source_are_drawn(source: str, tmp_path: Path) -> None:
     """Alarms ask to look at them."""
-    images(tmp_path / "train", 12, 0)
+    two_classes(tmp_path / "train", 12, 0)
     files = sorted((tmp_path / "train").rglob("*.jpg"))
     (tmp_path / "list").write_text("".join(f"{path}\n" for path in files))
     with tarfile.open(tmp_path / "shards", "w") as tar:
@@ -133,8 +122,8 @@ def test_the_views_of_every_source_are_drawn(source: str, tmp_path: Path) -> Non
 
 def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:
     """It stops the run at the next step, and what was trained until then is saved."""
-    images(tmp_path / "data" / "train", 24, 0)
-    images(tmp_path / "data" / "test", 10, 1)
+    two_classes(tmp_path / "data" / "train", 24, 0)
+    two_classes(tmp_path / "data" / "test", 10, 1)
     arguments = [
         *(*NARROW, "--data.source", "folder", "--data.root", str(tmp_path / "data")),
         *("--data.workers", "1", "--run.dir", str(tmp_path / "run"), "--optim.epochs", "9"),
@@ -159,7 +148,7 @@ def test_a_signal_during_knn_is_not_lost(tmp_path: Path) -> None:
 def test_bad_files_are_replaced_counted_and_listed(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    images(tmp_path / "images", 16, 0)
+    two_classes(tmp_path / "images", 16, 0)
     first = sorted((tmp_path / "images").rglob("*.jpg"))[0]
     first.write_bytes(first.read_bytes()[:-500])  # only reading all of it shows that
     arguments = [*NARROW, "--data.source", "folder", "--data.root", str(tmp_path / "images")]
@@ -285,7 +274,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_resumes(
     tmp_path: Path, backend: str
 ) -> None:
     """Readers get the signal too, and must last until the trainer has saved."""
-    images(tmp_path / "data", 24, 0)
+    two_classes(tmp_path / "data", 24, 0)
     arguments = [
         *(*NARROW, "--run.dir", str(tmp_path / "run"), "--optim.epochs", "100000"),
         *("--data.source", "folder", "--data.root", str(tmp_path / "data")),

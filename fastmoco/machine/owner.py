@@ -92,9 +92,16 @@ def require_free(folder: Path, say: Callable[[str], None] = print) -> None:
         )
 
 
-def _alive(folder: Path, mark: Mark, say: Callable[[str], None]) -> bool:
+def _lives_here(mark: Mark) -> bool | None:
+    """Whether its process lives; None where this host cannot tell."""
     if mark.host == this_host() and mark.started:
         return start_of(mark.process) == mark.started
+    return None
+
+
+def _alive(folder: Path, mark: Mark, say: Callable[[str], None]) -> bool:
+    if (lives := _lives_here(mark)) is not None:
+        return lives
     # Another host, or nobody tells: does the file still change? No clock but this one is asked.
     say(f"waiting up to {SILENCE_S:g} s for a sign of the owner of {folder}, {mark.host}")
     before, began = _touched(folder), time.monotonic()
@@ -128,8 +135,10 @@ class Watch:
     def owner(self) -> Mark | None:
         """The mark of a living process, None where there is none."""
         mark = read_mark(self._folder)
-        if mark is None or (mark.host == this_host() and mark.started):
-            return mark if mark and start_of(mark.process) == mark.started else None
+        if mark is None:
+            return None
+        if (lives := _lives_here(mark)) is not None:
+            return mark if lives else None
         sign, now = _touched(self._folder), time.monotonic()
         if sign != self._sign:
             self._sign, self._seen = sign, now

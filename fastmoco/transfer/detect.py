@@ -294,7 +294,7 @@ def usable_pictures(train: Detections, test: Detections, given: argparse.Namespa
     if keypoints and train.keypoint_names != test.keypoint_names:
         raise ConfigError(f"{train.name} and {test.name} do not hold the same keypoints.")
     usable = train.with_objects()
-    if not train.with_objects(difficult=given.difficult == "learn"):
+    if not (usable if given.difficult == "learn" else train.with_objects(difficult=False)):
         rest = " besides those that --difficult ignore leaves out" if usable else ""
         raise ConfigError(
             f"{train.name} has no object to learn from in {len(train)} pictures{rest}: name other "

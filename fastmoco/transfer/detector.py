@@ -105,9 +105,8 @@ def build_detector(
     `classes` counts the classes of objects, without the background. Pictures are float RGB in
     [0, 1] of any size; they are normalized as the trunk's file says, and their short side becomes
     one of `min_size` pixels while the long one is at most `max_size`. Of each picture, `proposals`
-    are learned from in training, and at most `test_proposals` classified in evaluation.
-    `fpn_channels` is the width of the pyramid's maps; C4 has none. `seed` draws the new layers;
-    torch's generator stays as it was.
+    are learned from in training, and at most `test_proposals` classified in evaluation. A pyramid
+    has maps of `fpn_channels`. `seed` draws the new layers; torch's generator stays as it was.
 
     Raises `ConfigError` for a task that the architecture does not have, and as `tuned_trunk` does.
     """
@@ -129,8 +128,8 @@ def build_detector(
         if arch == "c4":
             model: Any = _c4(weights, world, task, classes, options)
         else:
-            backbone = _pyramid(weights, world, fpn_channels)
-            model = _fpn(backbone, world, task, classes, keypoints, options)
+            pyramid = _pyramid(weights, world, fpn_channels)
+            model = _fpn(pyramid, world, task, classes, keypoints, options)
     heads = model.roi_heads
     heads.fg_bg_sampler = KeyedSampler(heads.fg_bg_sampler, PROPOSALS)
     rpn = model.rpn

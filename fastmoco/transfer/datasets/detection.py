@@ -100,10 +100,10 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         """The file of each picture; empty where they are drawn."""
         self._picture = picture
         self._label = {category: i + 1 for i, category in enumerate(self.category_ids)}
-        # Reader processes share memory until they count a reference: each of them would end with
-        # dictionaries of its own, gigabytes of COCO. They read these bytes instead.
         self.empty = 0
         """Number of objects that are in no target, because their clipped box is empty."""
+        # Reader processes share memory until they count a reference: each of them would end with
+        # dictionaries of its own, gigabytes of COCO. They read these bytes instead.
         records = [self._record(image_id) for image_id in self.image_ids]
         self._ends = np.cumsum([0, *map(len, records)])
         self._records = b"".join(records)

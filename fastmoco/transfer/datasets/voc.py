@@ -74,7 +74,7 @@ def read_voc_segmentation(root: Path, split: str) -> Segmentations:
     Raises `ConfigError` as `read_voc` does.
     """
     folders = years(root)
-    name = "+".join(_names(folders, SEGMENTATION, split))
+    (name,) = _names(folders, SEGMENTATION, split)
     folder, part = _year(root, folders, name)
     listed = _listed(folder, SEGMENTATION, part)
     labels = folder / ("SegmentationClassAug" if part == "trainaug" else "SegmentationClass")

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
+
+from tests.support.data.two_classes import two_classes
 
 ROOT = Path(__file__).resolve().parents[3]
 GRID: dict[str, Any] = {
@@ -29,19 +29,9 @@ GRID: dict[str, Any] = {
 }
 
 
-def pictures(folder: Path, count: int) -> None:
-    generator = np.random.default_rng(count)
-    for index in range(count):
-        where = folder / ("red" if index % 2 else "green")
-        where.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
-        pixels[..., index % 2] += 120
-        Image.fromarray(pixels).save(where / f"{index}.png")
-
-
 def prepared(folder: Path, **change: Any) -> list[str]:
-    pictures(folder / "data" / "train", 24)
-    pictures(folder / "data" / "test", 8)
+    two_classes(folder / "data" / "train", 24, 24, size=(32, 32), suffix="png")
+    two_classes(folder / "data" / "test", 8, 8, size=(32, 32), suffix="png")
     (folder / "mine.yaml").write_text(yaml.safe_dump({**GRID, **change}))
     place = [f"--data.root={folder / 'data'}", f"--out={folder / 'out'}"]
     return [str(folder / "mine.yaml"), *place]
