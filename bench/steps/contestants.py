@@ -39,6 +39,7 @@ from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, NormalizePixels, build_encoder
 from fastmoco.run.checkpoint import Saver
 from fastmoco.train import join_world
+from fastmoco_kernels.inductor import name_operands_by_type
 
 FOREVER = 10**9
 MAY_WAIT = 3  # steps, which compile and capture
@@ -258,6 +259,7 @@ def bare_encoder(config: str) -> Bench:
     dtype = choose_precision(parsed.run.precision, world.device).dtype
     plain_q, plain_k = _Logits(of_q, dtype), _Logits(of_k, dtype)
     if compiled:
+        name_operands_by_type()
         plain_q.compile(dynamic=False)
         plain_k.compile(dynamic=False)
     batch_size = parsed.local_batch_size(world.size)

@@ -22,6 +22,7 @@ from fastmoco.method.optim.update import build_ema, build_optimizer
 from fastmoco.method.shuffle_bn import build_shuffle
 from fastmoco.method.step import Step
 from fastmoco.network.encoder import Embed, pixel_statistics
+from fastmoco_kernels.inductor import name_operands_by_type
 from fastmoco_kernels.launch import HAS_TRITON
 
 
@@ -115,6 +116,8 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
     }
     build = mechanisms[config.moco.mechanism]
     captured = captures(config, world, compiled=compile_encoders)
+    if compile_encoders:
+        name_operands_by_type()
     if is_one_graph(config, world, compiled=compile_encoders):
         build = partial(CapturedStep if captured else WholeStep, world=world)
     else:

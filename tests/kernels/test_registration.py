@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import OperatorIssue
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmoco_kernels as ops
 from fastmoco_kernels import ema, info_nce_cpu, launch, preflight, reference, sgd_ema
+from fastmoco_kernels.inductor import name_operands_by_type
 from fastmoco_kernels.network import batch_norm
 from tests.kernels.oracle import features
 
@@ -207,3 +209,20 @@ def test_the_emergency_exit_warns_and_is_undone() -> None:
     assert not launch.replaced()
     with pytest.raises(ValueError, match="unknown op 'emma_'"):
         launch.use_reference("emma_", "")
+
+
+def test_messages_of_the_compiler_write_no_operand_out() -> None:
+    """Of torch 2.11 one message is made for each operation, with the text of the whole network."""
+
+    class Loud:
+        def __str__(self) -> str:
+            raise AssertionError("written out")
+
+    name_operands_by_type()
+    text = OperatorIssue.operator_str("fastmoco.op", [Loud(), 1], {"side": Loud()})
+    assert text.splitlines() == [
+        "  target: fastmoco.op",
+        "  args[0]: Loud",
+        "  args[1]: int",
+        "  kwargs['side']: Loud",
+    ]

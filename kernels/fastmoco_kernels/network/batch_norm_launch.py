@@ -97,8 +97,8 @@ class Shape(NamedTuple):
         return x.new_empty(2, self.groups, self.tiles.pieces, self.channels, dtype=torch.float32)
 
     def per_group(self, x: Tensor) -> Tensor:
-        """Two float32 numbers per group and channel."""
-        return x.new_empty(2, self.groups, self.channels, dtype=torch.float32)
+        """A float32 number per group and channel."""
+        return x.new_empty(self.groups, self.channels, dtype=torch.float32)
 
 
 def shape_of(x: Tensor, groups: int, tiles: Configuration | None = None) -> Shape:
@@ -118,7 +118,8 @@ def statistics_plan(
     shape: Shape,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches that find mean and var (G, C) of x and move the running ones."""
-    part, (mean, var) = shape.partials(x), shape.per_group(x)
+    # Each in memory of its own: what a custom operation returns must not share any.
+    part, mean, var = shape.partials(x), shape.per_group(x), shape.per_group(x)
     parts = {"part_mean": part[0], "part_square": part[1]}
     grid, arguments = shape.pass_over(shape.tiles.reduced_rows)
     reduce = Launch(kernels.statistics_kernel, grid, {"x": x, **parts, **arguments}, WARPS)
@@ -169,8 +170,8 @@ def backward_plan(
     shape: Shape,
 ) -> Gradients:
     """The backward launches. y, the output, is given where a residual was added before a ReLU."""
-    part, (mean_g, slope) = shape.partials(x), shape.per_group(x)
-    grad_weight, grad_bias = x.new_empty(2, shape.channels, dtype=torch.float32)
+    part, mean_g, slope = shape.partials(x), shape.per_group(x), shape.per_group(x)
+    grad_weight, grad_bias = (x.new_empty(shape.channels, dtype=torch.float32) for _ in range(2))
     g = dy if y is None else torch.empty_like(x)
     options = {"eps": eps, "RECOMPUTE": relu and y is None}
     parts = {"part_sum": part[0], "part_dot": part[1]}
