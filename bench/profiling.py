@@ -1,8 +1,9 @@
 """Where the time of a step goes: `python -m bench.profiling --config FILE`.
 
 Runs the step fed by its loader under torch.profiler. Into --out (runs/profile) go `trace.json` for
-Perfetto or chrome://tracing and `operations.txt`, the costliest operations; printed are the shares
-of convolution, batch norm, elementwise, loss, update and data. Phases are ranges with stable names:
+Perfetto or chrome://tracing, `operations.txt`, the costliest operations, and `host.txt`, the Python
+functions that keep the host longest in as many steps more. Printed are the shares of convolution,
+batch norm, elementwise, loss, update and data. Phases are ranges with stable names:
 `fastmoco.data`, `fastmoco.keys`, `fastmoco.queries`, `fastmoco.loss`, `fastmoco.update`, and
 `fastmoco.graph` for all but the first where the step is one compiled graph.
 For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profiling --config FILE`.
@@ -10,6 +11,8 @@ For Nsight there is `nsys profile --pytorch=autograd-nvtx python -m bench.profil
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import re
 import sys
 from collections import Counter
@@ -121,7 +124,7 @@ def launches(averages: Iterable[Any]) -> int:
 
 
 def profile_step(config: Config, out: Path, number: int) -> Row:
-    """Profile `number` steps after three, write trace and table into `out`, return a row's fields.
+    """Profile `number` steps after three, write what is seen into `out`, return a row's fields.
 
     `shares` in percent, `step_ms` of wall time under the profiler, `data_wait_percent` of it.
     """
@@ -135,11 +138,15 @@ def profile_step(config: Config, out: Path, number: int) -> Row:
         timed(machine, 3)
         with profile(activities=activities) as profiler:
             window = timed(machine, number)
+        host = cProfile.Profile()
+        host.runcall(timed, machine, number)
     out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out / "trace.json"))
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=48)
     (out / "operations.txt").write_text(table)
+    with (out / "host.txt").open("w") as file:
+        pstats.Stats(host, stream=file).sort_stats("tottime").print_stats(40)
     found = shares(profiler.events() or [], cuda)
     return {
         "shares": {part: round(percent, 2) for part, percent in found.items()},

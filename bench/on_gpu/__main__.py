@@ -6,7 +6,8 @@
 Stages, each of which can be run again by itself:
 
     kernels     doctor and preflight, the ops raced, tests on the device
-    compiled    the compiled step at 256 and at 32 images, where a host synchronization is an error
+    compiled    the compiled step at 256 and at 32 images, where a host synchronization is an error;
+                what keeps its host
     throughput  our step against the published step and against the bare encoder, one pair at a time
     loaders     array, nvJPEG and DALI (where it is installed), alone and feeding the step
 
@@ -61,8 +62,8 @@ def prepare() -> int:
     return subprocess.run([sys.executable, "-m", *command, *WHEELS]).returncode
 
 
-def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
-    """Arguments of Python for each part of a stage, by its name."""
+def parts_of(stage: str, options: Sequence[str], toy: bool, out: Path) -> Parts:
+    """Arguments of Python for each part of a stage, by its name; profiles go into `out`."""
     step = [*RECIPE, "--data.source=synthetic", *(TOY if toy else []), *options]
     windows = ["--publish", *(["--windows", "1"] if toy else [])]
     throughput = ["-m", "bench.throughput", *step, *windows]
@@ -70,6 +71,7 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
     feeding = ["-m", "bench.throughput", *fed, *windows, "--only", "loader,end_to_end"]
     device = "cpu" if toy else "cuda"
     brief = ["--device", device, *windows, *(["--only", "ema"] if toy else [])]
+    small = f"--optim.global_batch_size={4 if toy else 32}"
     tests = ["tests/kernels/test_gpu.py"] if toy else ["tests"]
     stages: dict[str, Parts] = {
         "kernels": {
@@ -84,7 +86,8 @@ def parts_of(stage: str, options: Sequence[str], toy: bool) -> Parts:
                 f"--optim.global_batch_size={batch}",
             ]
             for batch in ((4, 2) if toy else (256, 32))
-        },
+        }
+        | {"host": ["-m", "bench.profiling", *step, small, f"--out={out / 'profile'}"]},
         "throughput": {
             "published step": [*throughput, "--only", "step,official"],
             "bare encoder": [*throughput, "--only", "step,encoder"],
@@ -180,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = own.out.resolve()
     if not may_publish(environment(out)):
         return 2
-    return run_stage(own.stage, out, own.limit_s, parts_of(own.stage, options, own.toy))
+    return run_stage(own.stage, out, own.limit_s, parts_of(own.stage, options, own.toy, out))
 
 
 if __name__ == "__main__":

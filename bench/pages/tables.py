@@ -62,19 +62,43 @@ def _ratios(run: Run) -> dict[str, list[float]]:
     return {title: ratio for row in run.values() for title, ratio in row["ratios"].items()}
 
 
+def _with_ours(run: Run) -> Run:
+    """The run, with our step as a CUDA graph for our step where only that was raced."""
+    return {"step": run["captured"], **run} if "captured" in run else run
+
+
+def _against_published(run: Run) -> list[float]:
+    """Quantiles of our speed over the published one; that of medians where turns say none; []."""
+    if ratio := _ratios(run).get("our step / published step"):
+        return ratio
+    if not run.keys() >= {"step", "official"}:
+        return []
+    ours, theirs = (run[name]["p50_images_per_second"] for name in ("step", "official"))
+    return [ours / theirs]
+
+
 def speed(runs: Sequence[Run]) -> Made:
-    """Our step against the published one, a line per machine class and network."""
-    headers = ["machine", "network", "ours in", "published, images/s", "ours, images/s", "ratio"]
+    """Our step against the published one, a line per machine class, network and batch."""
+    headers = ["machine", "network", "batch", "ours in", "published, images/s", "ours, images/s"]
+    headers += ["ratio"]
     body = []
-    for run in runs:
-        if ratio := _ratios(run).get("our step / published step"):
+    for run in map(_with_ours, runs):
+        if ratio := _against_published(run):
             where, case = one(run)["environment"], one(run)["case"]
             machine = "2 cores, " * (where["device"] == "cpu") + place(one(run))
             network = f"{case['arch'].replace('resnet', 'ResNet-')}, {case['image_size']} px"
             speeds = [figure(run[n]["p50_images_per_second"]) for n in ("official", "step")]
-            body.append([machine, network, case["precision"], *speeds, f"**{ratio[1]:.2f}**"])
-    if all(line[0].startswith("2 cores") for line in body):
-        body.append(["a CUDA GPU", "ResNet-50, 224 px", "bf16", "-", "-", "not measured yet"])
+            batch = str(case["batch"])
+            body.append(
+                [
+                    machine,
+                    network,
+                    batch,
+                    case["precision"],
+                    *speeds,
+                    f"**{ratio[len(ratio) // 2]:.2f}**",
+                ]
+            )
     return headers, sorted(body, key=lambda line: line[0])
 
 
@@ -91,9 +115,11 @@ def throughput(runs: Sequence[Run]) -> Made:
     share = "ours, % of the fp32 product rate"
     headers = ["images/s", *names.values(), *ratios, share, "peak GiB, ours and published"]
     body = []
-    for run in runs:
+    for run in map(_with_ours, runs):
         if names.keys() & run.keys():
             known, n = _ratios(run), one(run)["n"]
+            if ratio := _against_published(run):
+                known["our step / published step"] = ratio
             rates = [run[name]["p50_images_per_second"] if name in run else 0 for name in names]
             cells = [figure(rate) if rate else "-" for rate in rates]
             cells += [cell(known[title], n) if title in known else "-" for title in ratios]
@@ -226,7 +252,9 @@ def figure(value: float) -> str:
 
 
 def cell(quantiles: Sequence[float], n: int, shown_as: Callable[[float], str] = figure) -> str:
-    """A median with p20 and p80, or with n where these would say nothing."""
+    """A median with p20 and p80, or with n where these would say nothing; or the only value."""
+    if len(quantiles) == 1:
+        return shown_as(quantiles[0])
     p20, p50, p80 = map(shown_as, quantiles)
     return f"{p50} ({p20}-{p80})" if n >= 3 else f"{p50} (n={n})"
 

@@ -14,7 +14,11 @@ from fastmoco_kernels.views import photometric_reference as reference
 
 
 def photometric_race(n: int, side: int, device: torch.device) -> Race:
-    """MoCo v2's rows, drawn as in training, on noise; the truth is the reference's on the CPU."""
+    """MoCo v2's rows, drawn as in training, on noise; the truth is the reference's on the CPU.
+
+    On a GPU the reference misses a few pixels by a level: torch's own kernels round sums of
+    products once. Ours are held to every pixel by `tests/kernels/test_gpu.py`.
+    """
     generator = torch.Generator().manual_seed(0)
     views = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
     sizes = np.full((n, 2), side, np.int32)
@@ -28,4 +32,4 @@ def photometric_race(n: int, side: int, device: torch.device) -> Race:
     # Each view is read once and written once.
     case = {"n": n, "side": side, "least_bytes": 2 * views.numel()}
     inputs = [views.to(device), rows.to(device)]
-    return Race("photometric", case, ways, truth, 0.0, inputs)
+    return Race("photometric", case, ways, truth, 1e-4, inputs)

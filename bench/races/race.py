@@ -37,7 +37,9 @@ class Race:
 def run(asked: Race, device: torch.device, windows: int = 20) -> dict[str, Row]:
     """Check every way, then time single calls in turns. Fields of a row by name.
 
-    `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`.
+    `p20_ms`, `p50_ms`, `p80_ms` over `n` calls, the `error` found before, and `peak_extra_bytes`;
+    on CUDA also `device_ms`, what the kernels of one call take. A single call waits for its host,
+    which a CUDA graph does not.
     Raises `ValueError` when an output is further from the truth than allowed.
     """
     copies = cold_copies(asked.inputs)
@@ -55,6 +57,8 @@ def run(asked: Race, device: torch.device, windows: int = 20) -> dict[str, Row]:
         del output
         extra = peak_extra_bytes(partial(call, way), device)
         known[name] = {"error": error, "peak_extra_bytes": extra}
+        if device.type == "cuda":
+            known[name]["device_ms"] = round(device_milliseconds(partial(call, way)), 4)
     calls = {n: partial(_milliseconds, partial(call, w), device) for n, w in asked.ways.items()}
     found = in_turns(calls, windows)
     return {name: spread(times, unit="ms") | known[name] for name, times in found.items()}
@@ -96,6 +100,15 @@ def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
+
+
+def device_milliseconds(call: Callable[[], object]) -> float:
+    """Milliseconds of all kernels and copies on the device that one call launches."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return float(sum(event.self_device_time_total for event in profiler.key_averages())) / 1e3
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:

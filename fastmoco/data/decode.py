@@ -49,6 +49,7 @@ IMAGE_SUFFIXES = (
 JPEG_START = b"\xff\xd8"
 _END = b"\xff\xd9"
 _SCAN = b"\xff\xda"
+_QUANTIZATION = b"\xff\xdb"
 _FRAMES = frozenset(
     {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
 )
@@ -68,13 +69,15 @@ class JpegHeader:
     plain: bool
     end: int
     """Where the frame's segment ends: the scans come behind it, a thumbnail mostly before it."""
+    quantized: bool
+    """Whether quantization tables come before the frame, where nearly every file has them."""
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
     """Header of JPEG bytes, of which the first 64 KiB mostly suffice; None if there is none."""
     if data[:2] != JPEG_START:
         return None
-    at, adobe = 2, -1
+    at, adobe, quantized = 2, -1, False
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             return None
@@ -85,19 +88,22 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe" and length >= 14:
             adobe = data[at + 15]
+        quantized |= marker == _QUANTIZATION[1]
         if marker in _FRAMES:
             end = at + 2 + length
             frame = data[at + 4 : end]
             if len(frame) < 9:
                 return None
-            return _frame(frame, adobe, marker in _HUFFMAN_8_BIT, end)
+            return _frame(frame, adobe, marker in _HUFFMAN_8_BIT, end, quantized)
         if marker == _SCAN[1] or length < 2:
             return None
         at += 2 + length
     return None
 
 
-def _frame(frame: bytes, adobe: int, common_process: bool, end: int) -> JpegHeader:
+def _frame(
+    frame: bytes, adobe: int, common_process: bool, end: int, quantized: bool
+) -> JpegHeader:
     """Reads the payload of a start-of-frame segment."""
     components = frame[5]
     identifiers = frame[6::3][:components]
@@ -108,12 +114,17 @@ def _frame(frame: bytes, adobe: int, common_process: bool, end: int) -> JpegHead
         and (components == 1 or (components == 3 and luminance_chrominance))
     )
     width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
-    return JpegHeader(width, height, plain and width > 0 and height > 0, end)
+    return JpegHeader(width, height, plain and width > 0 and height > 0, end, quantized)
 
 
 def is_complete_jpeg(data: bytes, header: JpegHeader) -> bool:
-    """Whether an end marker follows the last scan: neither occurs inside entropy-coded data."""
-    if data.find(_SCAN, header.end) < 0:  # the scan and the end of a thumbnail are not its own
+    """Whether it has tables, and an end marker follows the last scan.
+
+    No marker occurs inside entropy-coded data. Without tables of its own a picture is given those
+    of another one by nvJPEG, which says nothing.
+    """
+    scan = data.find(_SCAN, header.end)  # the scan and the end of a thumbnail are not its own
+    if scan < 0 or not (header.quantized or data.find(_QUANTIZATION, header.end, scan) >= 0):
         return False
     # Most files end with the marker; searching a whole file for its last scan takes 30 us.
     return data.endswith(_END) or data.rfind(_END) > data.rfind(_SCAN)

@@ -64,16 +64,17 @@ def is_one_graph(config: Config, world: World, *, compiled: bool) -> bool:
 def captures(config: Config, world: World, *, compiled: bool) -> bool:
     """Whether this step, with its encoders compiled or not, is to be a CUDA graph.
 
+    `auto` captures no collectives: where one rank fails to, the others may wait for it for ever.
     Raises `ConfigError` where `run.cuda_graph` is on and cannot be.
     """
-    asked = config.run.cuda_graph == "on"
+    asked = config.run.cuda_graph == "on" or (config.run.cuda_graph == "auto" and world.size == 1)
     possible = world.device.type == "cuda" and is_one_graph(config, world, compiled=compiled)
-    if asked and not possible:
+    if config.run.cuda_graph == "on" and not possible:
         raise ConfigError(
             "run.cuda_graph is on, but only a step that is compiled as a whole, on CUDA, can be a "
             "CUDA graph: set it to off, or see what run.compile says of whole steps."
         )
-    return asked
+    return asked and possible
 
 
 def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bool) -> Step:

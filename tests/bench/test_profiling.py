@@ -57,6 +57,7 @@ def test_profile_leaves_trace_and_table(tmp_path: Path) -> None:
     assert sum(row["shares"].values()) == pytest.approx(100, abs=0.1)
     assert '"traceEvents"' in (tmp_path / "profile" / "trace.json").read_text()
     assert "convolution" in (tmp_path / "profile" / "operations.txt").read_text()
+    assert "function calls" in (tmp_path / "profile" / "host.txt").read_text()
 
 
 def slow(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -88,3 +88,21 @@ def test_a_cut_jpeg_is_bad_and_not_half_gray(tmp_path: Path) -> None:
     assert reader.load(1).data == data
     with pytest.raises(BadImage, match="truncated"):
         decode_tensor(data[: len(data) * 2 // 3], RGB8)
+
+
+def test_a_jpeg_without_quantization_tables_is_left_to_pil() -> None:
+    """nvJPEG would silently use those of another picture (seen on an H200)."""
+    data = photo()
+    tables, frame = data.index(b"\xff\xdb"), data.index(b"\xff\xc0")
+    behind = data.index(b"\xff\xc4")
+    moved = data[:tables] + data[frame:behind] + data[tables:frame] + data[behind:]
+    for whole in (data, moved):  # they may also come behind the frame
+        header = jpeg_header(whole)
+        assert header is not None
+        assert is_complete_jpeg(whole, header)
+        assert np.array_equal(np.asarray(decode(whole, RGB8)), np.asarray(decode(data, RGB8)))
+    header = jpeg_header(bare := data[:tables] + data[frame:])
+    assert header is not None
+    assert not is_complete_jpeg(bare, header)
+    with pytest.raises(BadImage):
+        decode(bare, RGB8)

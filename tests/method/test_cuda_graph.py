@@ -242,11 +242,13 @@ def test_which_steps_are_captured() -> None:
     eight = replace(H100, size=8, backend="nccl")
     for config, world in ((CONFIG, H100), (large, H100), (large, eight)):
         assert captured(config, world, "on")
+        assert captured(config, world, "auto") == (world.size == 1)
         assert not captured(config, world, "off")
     fp16 = replace(CONFIG, run=replace(CONFIG.run, precision="fp16"))
     parts = replace(CONFIG, optim=replace(CONFIG.optim, accumulate=2))
     for impossible in ((CONFIG, ONE, True), (CONFIG, H100, False), (fp16, H100), (parts, H100)):
         config, world, *compiled = impossible
         assert not captured(config, world, "off", *compiled)
+        assert not captured(config, world, "auto", *compiled)
         with pytest.raises(ConfigError, match=r"run\.cuda_graph is on, but only a step"):
             captured(config, world, "on", *compiled)

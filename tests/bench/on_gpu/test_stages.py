@@ -53,7 +53,7 @@ def test_every_part_of_a_stage_runs(
     images = [f"--data.root={tmp_path}"] if stage == "loaders" else []
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "rows")
     monkeypatch.setattr(choose, "why_no_nvjpeg", lambda device: "")  # the CPU's decoder for it
-    for name, arguments in on_gpu.parts_of(stage, images, toy=True).items():
+    for name, arguments in on_gpu.parts_of(stage, images, toy=True, out=tmp_path).items():
         if name in ("tests", "dali"):  # pytest within pytest; DALI need not be installed
             continue
         monkeypatch.setattr(sys, "argv", ["one_process", *arguments])
@@ -69,10 +69,16 @@ def test_every_part_of_a_stage_runs(
 
 
 def test_both_sizes_of_the_compiled_step_and_pairs_that_fit_into_the_memory() -> None:
-    compiled = on_gpu.parts_of("compiled", [], toy=False)
-    sizes = [parts[-1].split("=")[1] for parts in compiled.values()]
-    assert sizes == ["256", "32"]
-    pairs = [parts[-1].split(",") for parts in on_gpu.parts_of("throughput", [], False).values()]
+    compiled = on_gpu.parts_of("compiled", [], False, Path())
+    sizes = [
+        option.split("=")[1]
+        for parts in compiled.values()
+        for option in parts
+        if "batch_size" in option
+    ]
+    assert sizes == ["256", "32", "32"]
+    raced = on_gpu.parts_of("throughput", [], False, Path())
+    pairs = [parts[-1].split(",") for parts in raced.values()]
     assert pairs == [["step", "official"], ["step", "encoder"]]
 
 
@@ -99,7 +105,7 @@ def test_a_failed_part_is_told_the_next_runs_and_the_limit_holds(
 def test_rows_go_to_the_folder_and_are_shown(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    parts = {"ops": on_gpu.parts_of("kernels", [], toy=True)["ops"]}
+    parts = {"ops": on_gpu.parts_of("kernels", [], True, tmp_path)["ops"]}
     assert on_gpu.run_stage("kernels", tmp_path, 300.0, parts) == 0
     assert "ema: model resnet50" in capfd.readouterr().out
     assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) >= 3

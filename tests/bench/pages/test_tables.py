@@ -74,7 +74,16 @@ def test_table_shows_the_latest_clean_run(tmp_path: Path) -> None:
     assert len(shown.splitlines()) == 3
     speed = table(tmp_path, "speed", made)
     assert "| 85.33 | 256.0 | **3.00** |" in speed
-    assert "| a CUDA GPU | ResNet-50, 224 px | bf16 | - | - | not measured yet |" in speed
+
+
+def test_our_step_as_a_cuda_graph_is_our_step_where_only_that_was_raced(tmp_path: Path) -> None:
+    made = [row | {"ratios": {}} for row in rows("2026-01-01", 4.0)]
+    made[0]["contestant"] = "captured"
+    shown = table(tmp_path, "throughput", made)
+    assert "| 256.0 | - | - | 64.00 | - | 4.00 | - | - | 1.50, 1.50 |" in shown
+    assert "| 64.00 | 256.0 | **4.00** |" in table(tmp_path, "speed", made)
+    launched = made[0] | {"contestant": "step", "p50_images_per_second": 32.0}
+    assert "| 64.00 | 32.00 | **0.50** |" in table(tmp_path, "speed", [*made, launched])
 
 
 def test_pairs_that_ran_apart_stand_in_one_line_and_the_fed_in_one_of_their_own(

@@ -17,7 +17,7 @@ from bench.races.crop_resize import crop_resize_race
 from bench.races.layers import CUDA_NORMS, batch_norm_race, max_pool_race
 from bench.races.loss import enqueue_race, loss_race
 from bench.races.photometric import photometric_race
-from bench.races.race import Outputs, Race, cold_copies, distance, run
+from bench.races.race import Outputs, Race, cold_copies, device_milliseconds, distance, run
 from bench.races.updates import ema_race, sgd_ema_race
 from fastmoco_kernels.convolution import convolution_cpu, convolution_fp32_cpu
 from fastmoco_kernels.network import batch_norm_cpu
@@ -179,3 +179,12 @@ def test_copies_are_equal_and_more_than_a_cache_holds(monkeypatch: pytest.Monkey
     turns = list(islice(cold_copies([x, dy]), 4))
     assert all(torch.equal(a, x) and torch.equal(b, dy) for a, b in turns)
     assert len({a.data_ptr() for a, _ in turns}) == len({b.data_ptr() for _, b in turns}) == 3
+
+
+@pytest.mark.gpu
+def test_the_time_on_a_device_is_that_of_its_kernels() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    once = device_milliseconds(lambda: [x @ x for _ in range(2)])
+    twice = device_milliseconds(lambda: [x @ x for _ in range(4)])
+    assert once > 0
+    assert 1.5 < twice / once < 2.5

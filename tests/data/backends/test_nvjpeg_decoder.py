@@ -87,7 +87,7 @@ def test_nvjpeg_decodes_on_this_gpu_and_refuses_what_is_broken() -> None:
     assert decoder.why_not(device) == ""
     data = encoded(8)
     tables = bytes_of(data[5])
-    broken = tables[: tables.index(b"\xff\xdb")] + tables[tables.index(b"\xff\xc0") :]
+    broken = tables[: tables.index(b"\xff\xc4")] + tables[tables.index(b"\xff\xda") :]
     data[5] = torch.frombuffer(bytearray(broken), dtype=torch.uint8)
     torch.cuda.synchronize()
     found = decoder.decode_or_refuse(data, device)
