@@ -57,13 +57,13 @@ def lengths(
     """
     file = out / PLAN
     if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["minutes"] != minutes:
+        then, lengths = _kept(file)
+        if then != minutes:
             raise ConfigError(
-                f"{out} holds runs for a budget of {kept['minutes']:g} minutes: give the same "
-                "one to go on, or another --out."
+                f"{out} holds runs for a budget of {then:g} minutes: give the same one to go on, "
+                "or another --out."
             )
-        return {kind: tuple(map(tuple, options)) for kind, options in kept["lengths"].items()}
+        return lengths
     runs: dict[str, Run] = {}
     count: dict[str, int] = {}
     for grid in grids:
@@ -101,6 +101,22 @@ def measured(run: Run) -> Cost:
     step = last.values["step_ms_p50"] / 1000
     start = max(0.0, float(result["seconds"]) - TRIAL_STEPS * step)
     return Cost(start, step, round(last.step / last.epoch))
+
+
+def _kept(file: Path) -> tuple[float, dict[str, Options]]:
+    """The budget in minutes that was measured for, and the lengths. Raises `ConfigError`."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        lengths = {
+            kind: tuple((str(name), str(value)) for name, value in options)
+            for kind, options in kept["lengths"].items()
+        }
+        return float(kept["minutes"]), lengths
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} does not say what was measured: delete it to measure again, or give another "
+            "--out."
+        ) from error
 
 
 def affordable(costs: dict[str, Cost], count: dict[str, int], seconds: float) -> float:

@@ -158,6 +158,12 @@ def test_a_budget_is_measured_once_and_kept(
         assert [run.options for run in kept[-1]] == first
         assert main([*arguments, "--budget=60"]) == 2
     assert "for a budget of 600 minutes" in capfd.readouterr().err
+    file = next((tmp_path / "out").rglob("budget.json"))
+    for broken in ("", "[]", "{}", '{"minutes": "many", "lengths": {}}', '{"minutes": 600}'):
+        file.write_text(broken)
+        assert main([*arguments, "--budget=600"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{file} does not say what was measured" in line
     (one, other) = [dict(options) for options in first]
     assert one["optim.epochs"] == other["optim.epochs"]
     assert int(one["optim.epochs"]) > 10
