@@ -238,7 +238,6 @@ def test_the_command_refuses_in_a_sentence(
         f"--out {tmp_path}": "exists already",
         f"--out {tmp_path}/file/x": "cannot be written",
         f"--out {tmp_path}/new --train 0": "--train 0 is too few",
-        f"--out {tmp_path}/new --seed -1": "--seed -1 is negative",
         f"--out {tmp_path}/new --photographs {tmp_path}": "holds no picture",
         f"--out {tmp_path}/new --photographs {tmp_path}/gone": "cannot be listed",
     }
