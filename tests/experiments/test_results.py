@@ -144,6 +144,21 @@ def test_a_failed_run_is_a_cross_and_its_numbers_are_not_in_the_mean(tmp_path: P
     assert "mean and standard deviation of 2 seeds" in told
 
 
+@pytest.mark.parametrize("over", ["points", "epochs"])
+def test_names_that_are_no_formula_are_drawn(over: str, tmp_path: Path) -> None:
+    r"""`$\frac$` is a formula that matplotlib cannot draw."""
+    odd = r"_$\frac$"
+    paper = Paper(odd, odd, {odd: {odd: 55.2}})
+    grid = replace(GRID, points=(Point(odd, odd, ()),), title=odd, x_label=odd, note=odd)
+    grid = replace(grid, paper=paper, over=over, x_scale="even")
+    plan = Plan([grid], tmp_path, lambda _grid, _point: ())
+    for run in plan.distinct():
+        record(run, [0.2, 0.3], 1, odd)
+    draw(grid, results(grid, plan), tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.width > 1000
+
+
 def test_curves_show_where_a_run_failed(tmp_path: Path) -> None:
     grid = replace(GRID, over="epochs", paper=None)
     _, lines = drawn(grid, plan_with_a_failure(tmp_path), tmp_path / "figure.png")
