@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_a_failed_run_is_a_cross_and_its_numbers_are_not_in_the_mean(tmp_path: P
 
 
 @pytest.mark.parametrize("over", ["points", "epochs"])
-def test_names_that_are_no_formula_are_drawn(over: str, tmp_path: Path) -> None:
+def test_names_that_are_no_formula_are_drawn(over: Any, tmp_path: Path) -> None:
     r"""`$\frac$` is a formula that matplotlib cannot draw."""
     odd = r"_$\frac$"
     paper = Paper(odd, odd, {odd: {odd: 55.2}})

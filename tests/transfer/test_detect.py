@@ -87,8 +87,7 @@ def test_a_thin_box_ends_no_training(width: float) -> None:
     world = World(0, 0, 1, torch.device("cpu"), "none")
     model = Detector(
         build_detector(
-            *(weights, world),
-            **{"arch": "fpn", "task": "boxes", "classes": 2, "proposals": 4, "max_size": 700},
+            weights, world, arch="fpn", task="boxes", classes=2, proposals=4, max_size=700
         ),
         world,
     )
