@@ -3,7 +3,7 @@
 Every refusal is a `ConfigError` whose one sentence says what is wrong, where, and what to do.
 """
 
-from fastmoco.config.checks import check, check_pixel_options, warnings
+from fastmoco.config.checks import check, check_pixel_options, check_pixels, warnings
 from fastmoco.config.fields import (
     AugmentConfig,
     Config,
@@ -32,6 +32,7 @@ __all__ = [
     "ShuffleBN",
     "check",
     "check_pixel_options",
+    "check_pixels",
     "dump",
     "flatten",
     "load",

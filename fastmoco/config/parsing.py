@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 
 from fastmoco.config.command import print_any_name
 from fastmoco.config.fields import Config, ConfigError
+from fastmoco.config.paths import spelled_out
 
 
 def recipe_path(name: str) -> Path:
@@ -122,12 +123,24 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     print_any_name()
     parser = _parser(prog)
+    given = _spelled(arguments) or ["--config", str(recipe_path("demo"))]
     try:
-        return _assemble(
-            parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
-        )
+        return _assemble(parser, parser.parse_args(given))
     except UNREADABLE as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _spelled(arguments: Sequence[str]) -> list[str]:
+    """The same with the files of `--config` spelled out, as every path of a command is."""
+    found: list[str] = []
+    for argument in arguments:
+        name, sign, path = argument.partition("=")
+        if sign and name == "--config":
+            argument = f"{name}={spelled_out(path)}"
+        elif found[-1:] == ["--config"]:
+            argument = spelled_out(argument)
+        found.append(argument)
+    return found
 
 
 class _Plain(yaml.SafeDumper):

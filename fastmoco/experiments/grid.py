@@ -30,6 +30,7 @@ import yaml
 from fastmoco.config import Config, ConfigError, flatten
 from fastmoco.config.checks import MOST_SEED
 from fastmoco.config.parsing import recipe_path
+from fastmoco.config.paths import spelled_out
 
 GRIDS = Path(__file__).parent / "grids"
 METRICS = ("knn_top1", "pretext_top1", "pretext_top5", "loss")
@@ -91,7 +92,7 @@ def load_grids(name: str) -> list[Grid]:
 
     Raises `ConfigError` for a name that there is not and a file that is not a grid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else GRIDS / f"{name}.yaml"
+    path = Path(spelled_out(name)) if name.endswith((".yaml", ".yml")) else GRIDS / f"{name}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in GRIDS.glob("*.yaml")))
         raise ConfigError(f"There is no grid {name}: choose one of {names}, or a YAML file.")

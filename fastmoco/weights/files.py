@@ -66,6 +66,18 @@ def epoch_in(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def epoch_said(value: Any, place: Path | str) -> int:
+    """The number of epochs that a file says of itself. Raises `ConfigError` if it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        told = " ".join(repr(value).split())[:60]
+        raise ConfigError(
+            f"{place} says that it is of the epoch {told}, which is no number: save its state_dict "
+            "alone to use it."
+        ) from error
+
+
 def pointed_at(folder: Path) -> Path | None:
     """What `latest.pth.tar` names, be it there or not; itself where it is a whole file."""
     pointer = folder / LATEST
