@@ -27,11 +27,11 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"The recipe {name}.yaml is not part of this installation of fastmoco.")
 
 
-class _Words(yaml.SafeLoader):
+class Words(yaml.SafeLoader):
     """Leaves on, off, yes, no, true and dates in a file as words: the field's type reads them."""
 
 
-_Words.yaml_implicit_resolvers = {
+Words.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in known if not tag.endswith((":bool", ":timestamp"))]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -67,7 +67,7 @@ _NEVER = object()
 _MOST_LEAVES = 100_000
 
 
-def _read(text: Any, loader: type[yaml.SafeLoader] = _Words) -> Any:
+def _read(text: Any, loader: type[yaml.SafeLoader] = Words) -> Any:
     values = yaml.load(text, Loader=loader)
     if _leaves(values, {}) > _MOST_LEAVES:
         raise yaml.YAMLError("its aliases stand for more values than a configuration has")

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
 from fastmoco.config.names import in_figure
-from fastmoco.experiments.grid import Grid, X
+from fastmoco.experiments.grid import Grid
+from fastmoco.experiments.grid_fields import X
 from fastmoco.experiments.results import PER_CENT, Result, mean_and_spread
 from fastmoco.machine import durable
 from fastmoco.run.curves import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE
