@@ -38,6 +38,7 @@ from fastmoco.evaluate.labelled_images import ImageSet
 from fastmoco.evaluate.options import Evaluation, command, evaluation_parser
 from fastmoco.machine.collectives import any_rank, barrier
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.weights import files
 
 PART_BATCHES = 16
@@ -286,4 +287,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

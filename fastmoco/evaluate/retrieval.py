@@ -30,6 +30,7 @@ from fastmoco.evaluate.monitor import KnnTask
 from fastmoco.evaluate.options import Evaluation, command, evaluation_parser, labelled_options
 from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.weights import files
 
 
@@ -162,4 +163,4 @@ def _picture(given: argparse.Namespace, task: KnnTask, bank: Tensor, queries: Te
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

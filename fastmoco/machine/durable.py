@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_left(path: Path) -> bool:
+    """Whether it has the name of a file that some process has not completed."""
+    return bool(re.fullmatch(r"\..+\.\d+|.+\.partial", path.name))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder in which nobody writes now."""
+    for left in folder.iterdir():
+        if is_left(left) and left.is_file():
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def what_it_is(mode: int) -> str:

@@ -12,7 +12,7 @@ from fastmoco.data.bad_samples import BAD_SAMPLES
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.source import Source
-from fastmoco.machine import owner
+from fastmoco.machine import durable, owner
 from fastmoco.weights import files
 
 CONFIG = "config.yaml"
@@ -90,7 +90,7 @@ def claimed(config: Config, enabled: bool) -> Iterator[None]:
     with ExitStack() as stack:
         with _owner_as_config_error():
             stack.enter_context(owner.Owner(folder))
-        files.sweep(folder)
+        durable.sweep(folder)
         files.write(folder / CONFIG, lambda path: path.write_text(dump(config), encoding="utf-8"))
         yield
 

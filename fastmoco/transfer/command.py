@@ -16,7 +16,7 @@ from fastmoco.config.paths import spelled_out
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.owner import OwnedError
 from fastmoco.machine.ranks import World
-from fastmoco.machine.stopping import INTERRUPTED, StopRequest
+from fastmoco.machine.stopping import StopRequest, interrupted
 from fastmoco.transfer.detector import random_weights
 from fastmoco.transfer.training import DivergedError
 from fastmoco.weights.architecture import NETWORKS, Architecture
@@ -126,6 +126,6 @@ def command(parser: CommandParser, arguments: Sequence[str] | None, work: Work) 
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 1 if lost or isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupted()
     finally:
         ranks.stop()

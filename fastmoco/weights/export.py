@@ -23,6 +23,7 @@ from typing import Any
 
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.config.command import CommandParser
+from fastmoco.machine.stopping import exit_code
 from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import recognize
 from fastmoco.weights.files import load, locate, write_safetensors, write_torch
@@ -150,4 +151,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

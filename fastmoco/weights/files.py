@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -184,14 +183,6 @@ def append(path: Path, data: bytes) -> None:
         except OSError:
             os.truncate(path, before)
             raise
-
-
-def sweep(folder: Path) -> None:
-    """Delete what writers that were killed left in a folder in which nobody writes now."""
-    for left in folder.iterdir():
-        if re.fullmatch(r"\..+\.\d+|.+\.partial", left.name) and left.is_file():
-            with contextlib.suppress(OSError):
-                left.unlink()
 
 
 def write_torch(path: Path, content: object) -> None:

@@ -8,9 +8,7 @@ sample, which is read and decoded once.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +29,7 @@ from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables.labels import is_table, table_suffix
+from fastmoco.machine.stopping import exit_code
 
 SAMPLES = 5000
 # Pictures whose headers choose `data.channels`, before any is decoded with that many.
@@ -130,8 +129,6 @@ def _without_root(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one sentence for what cannot be inspected."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes end before we do
     parser = _parser()
     roots, words = _without_root(sys.argv[1:] if arguments is None else arguments)
     own, rest = parser.parse_known_args(words)
@@ -160,4 +157,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

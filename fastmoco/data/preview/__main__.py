@@ -15,6 +15,7 @@ from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.preview import replay
 from fastmoco.data.preview.draw import draw_replay, draw_views
 from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.machine.stopping import exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,4 +53,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

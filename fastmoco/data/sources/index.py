@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.listing import open_regular
+from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder, exclusive
 
 _MAGIC = b"fastmoco index 4\n"  # 4: with checksums
@@ -150,7 +151,7 @@ def save_index(index: Index, path: Path) -> Index:
     sums = [zlib.crc32(_bytes(array)) for array in index.arrays.values()]
     head = json.dumps({"facts": index.facts, "layout": layout, "sums": sums}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = durable.partial_of(path)
     try:
         with open(partial, "wb") as file:
             file.write(_MAGIC + hashlib.sha256(head).digest())
