@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -20,6 +21,8 @@ from fastmoco.config import (
     parse_text,
     warnings,
 )
+from fastmoco.config.fields import OptimConfig
+from fastmoco.config.parsing import validated
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -225,6 +228,45 @@ def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text("run: &run {seed: 3}\nmodel: {dim: &dim 64}\nmoco: {queue_size: *dim}\n")
     assert load(path).moco.queue_size == 64
+
+
+@pytest.mark.parametrize("name", [*(f.name for f in fields(Config)), *flatten(Config())])
+def test_a_field_or_group_without_a_value_is_named_with_its_file(name: str, tmp_path: Path) -> None:
+    group, _, field = name.partition(".")
+    path = tmp_path / "mine.yaml"
+    lacks = "has no value: write one" if field else "holds no fields: write some"
+    for nothing in ("", "~", "null") if field else ("", "~", "null", "[]", "5"):
+        path.write_text(f"{group}:\n  {field}: {nothing}\n" if field else f"{group}: {nothing}\n")
+        with pytest.raises(ConfigError) as caught:
+            parse(["--config", str(path)])
+        assert str(caught.value) == f"{path}: {name} {lacks}, or leave {name} out."
+
+
+def test_what_is_empty_in_a_file_may_be_given_as_an_option(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data:\n  root:\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml"), "--data.root=x"]).data.root == "x"
+
+
+@pytest.mark.parametrize("text", ["", "null", "# lr: 1", "5", "words", "- a", "[]"])
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    for option in (["--config", f"{tmp_path}/mine.yaml"], [f"--config={tmp_path}/mine.yaml"]):
+        with pytest.raises(ConfigError) as caught:
+            parse(option)
+        assert str(caught.value).startswith(f"{tmp_path}/mine.yaml holds no fields with values")
+
+
+def test_a_configuration_from_python_or_a_checkpoint_has_all_values() -> None:
+    nothing: Any = None
+    reads: list[Callable[[], Config]] = [
+        lambda: parse_text("optim: {lr: }"),
+        lambda: validated(replace(Config(), optim=OptimConfig(lr=nothing))),
+        lambda: parse(["--optim={lr: }"]),
+    ]
+    for read in reads:
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert str(caught.value) == "optim.lr has no value: write one, or leave optim.lr out."
 
 
 def test_unknown_key_in_a_file(tmp_path: Path) -> None:
