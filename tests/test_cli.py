@@ -210,6 +210,16 @@ def test_bash_completes_verbs_options_and_values(tmp_path: Path) -> None:
     assert complete("fastmoco", "report", path) == {f"{path}ipe.yaml"}
 
 
+def test_texts_for_fish_end_where_they_should() -> None:
+    """`'` ends a text in quotes there unless a backslash stands before it."""
+    command = re.compile(r"complete(?: (?:-{1,2}[a-z]+|[\w.-]+|'(?:\\.|[^'\\])*'))+")
+    lines = completion.fish().splitlines()
+    assert [line for line in lines if not command.fullmatch(line)] == []
+    told = [line.partition(" -d ")[2] for line in lines if " -d " in line]
+    found = [re.sub(r"\\(.)", r"\1", text[1:-1]) for text in told]
+    assert found == [verb.help for verb in cli.VERBS.values()]
+
+
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
 def test_scripts_hold_every_option_and_parse(
     shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

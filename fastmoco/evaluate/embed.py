@@ -251,7 +251,9 @@ def _save(partial: Path, arrays: dict[str, Any]) -> None:
 
 
 def _embed(given: argparse.Namespace, world: World) -> None:
-    writer_of(given.out)  # refuse a suffix before anything is computed
+    # Refuse what cannot be written before anything is computed.
+    writer_of(given.out)
+    files.require_writable(given.out)
     evaluation = Evaluation.of(given, world)
     config = resolve_folders(evaluation.sources(given))
     given.root = config.data.root

@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _retrieve(given: argparse.Namespace, world: World) -> None:
     if given.queries < 1 or given.neighbours < 1:
         raise ConfigError("--queries and --neighbours must be at least 1.")
+    files.require_writable(given.out)  # before anything is computed
     evaluation = Evaluation.of(given, world)
     task = KnnTask(
         *evaluation.labelled_roots(given),

@@ -45,6 +45,18 @@ def replace(path: Path, put: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
+def require_writable(path: Path) -> None:
+    """Raise `OSError` where `replace` could not write the file: to ask before hours of work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    partial = partial_of(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:  # of the name that people know
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and sys.platform == "win32":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,22 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
 
     Raises `ConfigError` if the file cannot be written.
     """
-    try:
+    with _a_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.replace(path, put)
+
+
+def require_writable(path: Path) -> None:
+    """Make its folder if need be; raise `ConfigError` where `write` would."""
+    with _a_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.require_writable(path)
+
+
+@contextlib.contextmanager
+def _a_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"Cannot write {path}: {error}.") from error
 

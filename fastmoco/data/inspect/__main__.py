@@ -24,7 +24,7 @@ from fastmoco.data.inspect.kinds import channels_for
 from fastmoco.data.inspect.look import evenly_spaced, kinds_of, look_at
 from fastmoco.data.inspect.rate import loader_rate
 from fastmoco.data.inspect.terminal import terminal_width, text_of
-from fastmoco.data.page import write_page
+from fastmoco.data.page import require_writable, write_page
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.source import Source
@@ -144,15 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse([*rest, *(["--data.root", roots[0]] if roots else [])])
         config = replace(config, knn=replace(config.knn, every=0))
         check(without_colour(config), 1)
+        if own.html is not None:
+            require_writable(own.html)  # asked before the hours that a look at everything takes
         found = inspect(resolve_folders(config), own.samples)
+        print(text_of(found, terminal_width()), flush=True)
         if own.html is not None:
             write_page(own.html, page_of(found))
+            print(f"\nThe page with pictures: {own.html}")
     except ConfigError as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2
-    print(text_of(found, terminal_width()))
-    if own.html is not None:
-        print(f"\nThe page with pictures: {own.html}")
     return 0
 
 
