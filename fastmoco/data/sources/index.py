@@ -212,6 +212,12 @@ FILE_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-tr
 _BEGAN = time.time()
 
 
+def begin_anew() -> None:
+    """A run begins: to `rescan`, what this process has indexed before is old from now on."""
+    global _BEGAN
+    _BEGAN = time.time()
+
+
 def kept_index(
     what: str,
     holds: Callable[[Index], bool],
@@ -223,7 +229,7 @@ def kept_index(
     """The cached index of `what` where it holds, else a new one; one rank per machine scans.
 
     again: a better index where files that were bad have changed. rescan: use none that is older
-    than this process; another rank may have made one since.
+    than this process, or its run; another rank may have made one since.
     """
     digest = hashlib.sha256(what.encode(*FILE_NAMES)).hexdigest()[:20]
     cached = cache_folder() / "index" / digest
