@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastmoco.config import Config, ConfigError
+from fastmoco.config import Config, ConfigError, OneRankError
 from fastmoco.data.decode import BadImage
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import decode_sample
@@ -47,13 +47,16 @@ class BadSamples:
     def record(self, replaced: Int64) -> None:
         """Lists the new ones among the replaced. replaced: (n, 2), asked for and delivered.
 
-        Raises `ConfigError` above `data.max_bad_share`.
+        Raises `OneRankError` above `data.max_bad_share`.
         """
         asked = replaced[replaced[:, 0] != replaced[:, 1], 0].tolist()
         new = {sample: self._reason(sample) for sample in asked if sample not in self.reasons}
         if new:
             self._found |= new
-            self.add(new, write=True)
+            try:
+                self.add(new, write=True)
+            except ConfigError as error:  # other ranks would have learned of them later
+                raise OneRankError(str(error)) from error
 
     def exchange(self, world: World) -> str:
         """Learn what other ranks have found; all ranks call it after the same step.

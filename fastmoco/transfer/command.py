@@ -17,6 +17,7 @@ from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.owner import OwnedError
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import StopRequest, interrupted
+from fastmoco.method.agreement import ALONE
 from fastmoco.transfer.detector import random_weights
 from fastmoco.transfer.training import DivergedError
 from fastmoco.weights.architecture import NETWORKS, Architecture
@@ -122,7 +123,7 @@ def command(parser: CommandParser, arguments: Sequence[str] | None, work: Work) 
         return 2
     except (ConfigError, OSError, DivergedError, collectives.CollectiveError) as error:
         lost = isinstance(error, collectives.CollectiveError)
-        if first or lost:
+        if first or isinstance(error, ALONE):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 1 if lost or isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
