@@ -62,6 +62,9 @@ def check(config: Config, world_size: int) -> None:
         if not low <= value <= high:  # type: ignore[operator]
             ends = [f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high)]
             raise ConfigError(f"{name} is {value}, but must lie between {' and '.join(ends)}.")
+    for name, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}, but must be finite.")
     if config.moco.temperature <= 0:
         raise ConfigError("moco.temperature must be greater than 0.")
     if config.augment.blur_min > config.augment.blur_max:
@@ -165,6 +168,8 @@ def check_pixels(data: DataConfig) -> None:
             raise ConfigError(f"data.{name} is {list(numbers)}, but must be of finite numbers.")
     if not isinstance(data.std, str) and min(data.std) <= 0:
         raise ConfigError(f"data.std is {list(data.std)}, but must be greater than 0.")
+    if not isinstance(data.intensity, str) and not all(map(math.isfinite, data.intensity)):
+        raise ConfigError(f"data.intensity is {list(data.intensity)}, but must be finite.")
     if not isinstance(data.intensity, str) and not data.intensity[0] < data.intensity[1]:
         raise ConfigError(
             f"data.intensity is {list(data.intensity)}: the first value becomes 0 and the second, "

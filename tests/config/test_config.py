@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastmoco.config import (
 )
 from fastmoco.config.fields import OptimConfig
 from fastmoco.config.parsing import validated
+from fastmoco.machine import ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -289,6 +291,12 @@ END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
         (["--moco.queue_size", "128"], 1, ["queue_size 128", "at least 256"]),
         (["--moco.queue_size", "300", "--moco.symmetric", "true"], 1, ["at least 512"]),
         (["--moco.temperature", "0"], 1, ["temperature"]),
+        (["--moco.temperature", ".nan"], 1, ["moco.temperature is nan", "finite"]),
+        (["--moco.temperature", ".inf"], 1, ["moco.temperature is inf", "finite"]),
+        (["--optim.lr", ".inf"], 1, ["optim.lr is inf", "finite"]),
+        (["--optim.weight_decay", ".inf"], 1, ["optim.weight_decay is inf", "finite"]),
+        (["--run.checkpoint_minutes", ".inf"], 1, ["run.checkpoint_minutes is inf", "finite"]),
+        (["--data.intensity", "[0, .inf]"], 1, ["data.intensity is [0.0, inf]", "finite"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
         (["--optim.warmup_epochs", "200"], 1, ["warmup_epochs 200", "epochs 200"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
@@ -340,3 +348,9 @@ def test_identity_ignores_where_and_how_fast() -> None:
     hotter = replace(config, moco=replace(config.moco, temperature=0.9))
     assert limits.identity() == elsewhere.identity() == config.identity()
     assert hotter.identity() != config.identity()
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0, 1e300])
+def test_a_time_that_is_none_is_a_sentence_before_ranks_meet(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"^run\.timeout_s is .*, but must be finite"):
+        ranks.start("cpu", seconds)
