@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from fastmoco.config import ConfigError, DataConfig
+from fastmoco.config import ConfigError
 from fastmoco.network.encoder import build_encoder
 from fastmoco.network.resnet import BACKBONES
 from fastmoco.weights import files
@@ -315,57 +315,6 @@ def test_weights_of_a_run_that_diverged_are_refused(trunk: State, name: str, val
     broken[name].view(-1)[-1] = value
     with pytest.raises(ConfigError, match=f"weights.pth holds NaN or infinite values, in {name}:"):
         interpreted(broken)
-
-
-@pytest.mark.parametrize("epoch", ["best", "", [3], {"done": 3}, float("nan"), float("inf")])
-def test_an_epoch_that_is_no_number_is_a_sentence(trunk: State, epoch: Any) -> None:
-    told = refused({"state_dict": trunk, "epoch": epoch})
-    assert told.startswith(
-        f"weights.pth says that it is of the epoch {epoch!r}, which is no number"
-    )
-    assert interpreted({"state_dict": trunk, "epoch": "12"}).epoch == 12
-
-
-PIXELS = {"channels": 3, "intensity": "auto", "alpha_over": [255, 255, 255], "exif": "ignore"}
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("", "Expecting value"),
-        ("{", "Expecting"),
-        ("[1]", "'list' object"),
-        ('"text"', "'str' object"),
-        (json.dumps({"channels": "three"}), "data.channels"),
-        (json.dumps({"channels": 1}), "data.channels is 1, its weights are for 3"),
-        (json.dumps({"mean": 0.5}), "data.mean"),
-        (json.dumps({"mean": [0.5]}), "data.mean has 1 numbers"),
-        (json.dumps({"std": [0.5, 0.5, 0]}), "data.std is [0.5, 0.5, 0.0]"),
-        (json.dumps({"intensity": [9, 3]}), "data.intensity is [9.0, 3.0]"),
-        (json.dumps({"alpha_over": [0, 0, 300]}), "data.alpha_over"),
-        (json.dumps({"exif": "never"}), "data.exif"),
-        (json.dumps({"exif": None}), "null"),
-        (json.dumps({"mean": [0.5, 0.5, float("nan")]}), "data.mean is [0.5, 0.5, nan]"),
-    ],
-)
-def test_a_broken_header_of_pixels_is_a_sentence(trunk: State, text: str, part: str) -> None:
-    told = refused({"state_dict": trunk, "metadata": {"pixels": text}})
-    assert told.startswith("weights.pth has a header pixels that cannot be used (")
-    assert part in told
-    good = {"state_dict": trunk, "metadata": {"pixels": json.dumps({**PIXELS, "exif": "apply"})}}
-    assert interpreted(good).pixels == DataConfig(exif="apply")
-
-
-@pytest.mark.parametrize("text", ["a: [", "moco: 3", "data: {channels: 1}", "- x", 5])
-def test_a_broken_configuration_is_a_sentence(trunk: State, text: Any) -> None:
-    told = refused({"state_dict": trunk, "fastmoco": {"config": text}})
-    assert told.startswith("weights.pth has a configuration that cannot be used (")
-
-
-def test_what_other_programs_keep_under_our_names_is_theirs(trunk: State) -> None:
-    others = {"metadata": ["a", 3], "fastmoco": "0.1", "state_dict": trunk}
-    assert_same(interpreted(others).trunk, trunk)
-    assert interpreted({**others, "metadata": {"pixels": 3, "epoch": [1]}}).epoch is None
 
 
 def test_two_encoders_that_claim_the_same_names(trunk: State) -> None:
