@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastmoco import __version__
+from fastmoco.machine.stopping import exit_code
 
 
 class Verb(NamedTuple):
@@ -139,11 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         print(f"fastmoco: {_unknown(name)}", file=sys.stderr)
         return 2
-    try:
-        return int(importlib.import_module(VERBS[name].module).main(rest))
-    except KeyboardInterrupt:
-        print("fastmoco: interrupted", file=sys.stderr)
-        return 130
+    verb = importlib.import_module(VERBS[name].module)
+    return exit_code(lambda: int(verb.main(rest)))
 
 
 def _unknown(name: str) -> str:

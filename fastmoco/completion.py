@@ -65,7 +65,7 @@ def zsh() -> str:
 def fish() -> str:
     """The script for fish."""
     lines = [
-        f"complete -c fastmoco -f -n __fish_use_subcommand -a {name} -d '{verb.help}'"
+        f"complete -c fastmoco -f -n __fish_use_subcommand -a {name} -d {_fish_text(verb.help)}"
         for name, verb in VERBS.items()
     ]
     configured = " ".join(name for name, verb in VERBS.items() if verb.configured)
@@ -78,6 +78,12 @@ def fish() -> str:
             option = f"-l {word[2:]} -r" if word.startswith("--") else f"-f -a {word}"
             lines.append(f"complete -c fastmoco -n '__fish_seen_subcommand_from {name}' {option}")
     return "\n".join(lines) + "\n"
+
+
+def _fish_text(text: str) -> str:
+    """In quotes, in which fish reads a backslash before a quote and before another backslash."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

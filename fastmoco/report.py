@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
+from fastmoco.machine.stopping import exit_code
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.page.html_report import NAME, Picture, write_report
 from fastmoco.run.record import METRICS, knn_summary, train_summary
@@ -61,4 +62,4 @@ def _pictures(folder: Path, root: str) -> list[Picture]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -170,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.train()
             return 0 if run.finished else request.code
     except SENTENCES as error:
-        # A fault that all ranks find needs one sentence; a lost rank one from each that is left.
-        if first or isinstance(error, collectives.CollectiveError):
+        if first or isinstance(error, agreement.ALONE):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

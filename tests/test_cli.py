@@ -90,6 +90,40 @@ def test_bad_input_is_one_sentence(
     assert part in line
 
 
+TRUNK = "--checkpoint=~/trunk"
+PATHS = [
+    *(["knn", TRUNK], ["embed", "~/trunk", "--out=x.csv"], ["retrieval", TRUNK]),
+    *(["linear", TRUNK], ["finetune", TRUNK], ["export", "~/trunk", "--to=timm", "--out=x"]),
+    *([verb, TRUNK, "--data.root=rendered", "--out=x"] for verb in ("detect", "segment")),
+    ["detect", "--checkpoint=supervised:~/trunk", "--data.root=rendered", "--out=x"],
+    ["segment", "--checkpoint=random:${HOME}/trunk", "--data.root=rendered", "--out=x"],
+    ["detect", "--checkpoint=random", "--data.root=~/trunk", "--out=x"],
+    ["detect", "--config=~/trunk"],
+    ["segment", "--config", "${HOME}/trunk"],
+    ["train", "--config=~/trunk"],
+    ["preview", "--config", "${HOME}/trunk"],
+    ["experiment", "~/trunk.yaml", "--out=x"],
+    *(["report", "~/trunk"], ["inspect", "--data.root=~/trunk"], ["preview", "--replay=~/trunk"]),
+    ["shapes", "--photographs=~/trunk", "--out=x"],
+]
+
+
+@pytest.mark.parametrize("arguments", PATHS, ids=" ".join)
+def test_every_path_of_a_command_is_spelled_out(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Shells leave `~` after `=` as it is; what is not there is named in full."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trunk.yaml").write_text("[]")  # no grid: it is named where it is found
+    assert cli.main(arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path}/trunk" in line
+
+
 @pytest.mark.parametrize("seed", ["-1", "18446744073709551616"])  # 2 to the power of 64
 @pytest.mark.parametrize("verb", ["detect", "segment", "linear", "finetune", "shapes", "train"])
 def test_a_seed_that_nothing_can_be_drawn_by_is_one_sentence(
@@ -174,6 +208,16 @@ def test_bash_completes_verbs_options_and_values(tmp_path: Path) -> None:
     path = str(tmp_path / "rec")
     assert complete("fastmoco", "train", "--config", path) == {f"{path}ipe.yaml"}
     assert complete("fastmoco", "report", path) == {f"{path}ipe.yaml"}
+
+
+def test_texts_for_fish_end_where_they_should() -> None:
+    """`'` ends a text in quotes there unless a backslash stands before it."""
+    command = re.compile(r"complete(?: (?:-{1,2}[a-z]+|[\w.-]+|'(?:\\.|[^'\\])*'))+")
+    lines = completion.fish().splitlines()
+    assert [line for line in lines if not command.fullmatch(line)] == []
+    told = [line.partition(" -d ")[2] for line in lines if " -d " in line]
+    found = [re.sub(r"\\(.)", r"\1", text[1:-1]) for text in told]
+    assert found == [verb.help for verb in cli.VERBS.values()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastmoco.config import ConfigError, parse
+from fastmoco.config import ConfigError, OneRankError, parse
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.machine.ranks import World
 from fastmoco.machine.stopping import REQUEUE
@@ -267,6 +267,26 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True
     )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("error", [ConfigError, OneRankError, ChildProcessError, OSError])
+def test_a_rank_says_itself_what_it_alone_may_have_met(
+    rank: str,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise error("this is why")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("fastmoco.train.Run", fails)
+    monkeypatch.setattr("fastmoco.train.join_world", lambda _: None)
+    assert main(TINY) == (2 if issubclass(error, ConfigError) else 1)
+    alone = error is not ConfigError
+    told = "fastmoco: this is why\n" if rank == "0" or alone else ""
+    assert capfd.readouterr().err == told
 
 
 @pytest.mark.parametrize("backend", ["array", pytest.param("dali", marks=needs_dali)])

@@ -3,7 +3,7 @@
 Every refusal is a `ConfigError` whose one sentence says what is wrong, where, and what to do.
 """
 
-from fastmoco.config.checks import check, check_pixel_options, warnings
+from fastmoco.config.checks import check, check_pixel_options, check_pixels, warnings
 from fastmoco.config.fields import (
     AugmentConfig,
     Config,
@@ -12,6 +12,7 @@ from fastmoco.config.fields import (
     KnnConfig,
     MocoConfig,
     ModelConfig,
+    OneRankError,
     OptimConfig,
     RunConfig,
     ShuffleBN,
@@ -27,11 +28,13 @@ __all__ = [
     "KnnConfig",
     "MocoConfig",
     "ModelConfig",
+    "OneRankError",
     "OptimConfig",
     "RunConfig",
     "ShuffleBN",
     "check",
     "check_pixel_options",
+    "check_pixels",
     "dump",
     "flatten",
     "load",

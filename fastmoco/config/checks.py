@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
-from fastmoco.config.fields import Config, ConfigError, flatten
+from fastmoco.config.fields import Config, ConfigError, DataConfig, flatten
 
 _INFINITE = float("inf")
 MOST_SEED = 2**64 - 1
@@ -61,6 +62,9 @@ def check(config: Config, world_size: int) -> None:
         if not low <= value <= high:  # type: ignore[operator]
             ends = [f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high)]
             raise ConfigError(f"{name} is {value}, but must lie between {' and '.join(ends)}.")
+    for name, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}, but must be finite.")
     if config.moco.temperature <= 0:
         raise ConfigError("moco.temperature must be greater than 0.")
     if config.augment.blur_min > config.augment.blur_max:
@@ -74,11 +78,6 @@ def check(config: Config, world_size: int) -> None:
             f"{config.optim.epochs}: choose fewer."
         )
     check_pixel_options(config)
-    if not all(0 <= level <= 255 for level in config.data.alpha_over):
-        raise ConfigError(
-            f"data.alpha_over is {list(config.data.alpha_over)}, but takes three levels from 0 to "
-            "255."
-        )
     if config.model.width * 64 % 1:
         raise ConfigError(
             f"model.width {config.model.width} makes {config.model.width * 64:g} of the stem's 64 "
@@ -156,9 +155,8 @@ def _check_memory_bank(config: Config) -> None:
         )
 
 
-def check_pixel_options(config: Config) -> None:
-    """Raise `ConfigError` for options of pixels and views that do not fit together."""
-    data, augment = config.data, config.augment
+def check_pixels(data: DataConfig) -> None:
+    """Raise `ConfigError` for pixels that cannot be made, or not be normalized."""
     for name in ("mean", "std"):
         numbers = getattr(data, name)
         if not isinstance(numbers, str) and len(numbers) != data.channels:
@@ -166,13 +164,27 @@ def check_pixel_options(config: Config) -> None:
                 f"data.{name} has {len(numbers)} numbers, but data.channels is {data.channels}: "
                 "give one for each channel, or auto."
             )
+        if not isinstance(numbers, str) and not all(map(math.isfinite, numbers)):
+            raise ConfigError(f"data.{name} is {list(numbers)}, but must be of finite numbers.")
     if not isinstance(data.std, str) and min(data.std) <= 0:
         raise ConfigError(f"data.std is {list(data.std)}, but must be greater than 0.")
+    if not isinstance(data.intensity, str) and not all(map(math.isfinite, data.intensity)):
+        raise ConfigError(f"data.intensity is {list(data.intensity)}, but must be finite.")
     if not isinstance(data.intensity, str) and not data.intensity[0] < data.intensity[1]:
         raise ConfigError(
             f"data.intensity is {list(data.intensity)}: the first value becomes 0 and the second, "
             "which must be larger, 255."
         )
+    if not all(0 <= level <= 255 for level in data.alpha_over):
+        raise ConfigError(
+            f"data.alpha_over is {list(data.alpha_over)}, but takes three levels from 0 to 255."
+        )
+
+
+def check_pixel_options(config: Config) -> None:
+    """Raise `ConfigError` for options of pixels and views that do not fit together."""
+    data, augment = config.data, config.augment
+    check_pixels(data)
     if data.channels == 3:
         return
     jittered = [n for n in ("saturation", "hue") if augment.jitter_p and getattr(augment, n)]

@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """A configuration or input that cannot train. The message is one sentence for the user."""
 
 
+class OneRankError(ConfigError):
+    """One that this rank alone may have met in the middle of a run, so that no other says it."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives, how long it may be silent, and on what it runs."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader, set_parsing_sett
 
 from fastmoco.config.command import print_any_name
 from fastmoco.config.fields import Config, ConfigError
+from fastmoco.config.paths import spelled_out
 
 
 def recipe_path(name: str) -> Path:
@@ -26,11 +29,11 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"The recipe {name}.yaml is not part of this installation of fastmoco.")
 
 
-class _Words(yaml.SafeLoader):
+class Words(yaml.SafeLoader):
     """Leaves on, off, yes, no, true and dates in a file as words: the field's type reads them."""
 
 
-_Words.yaml_implicit_resolvers = {
+Words.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in known if not tag.endswith((":bool", ":timestamp"))]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -66,7 +69,7 @@ _NEVER = object()
 _MOST_LEAVES = 100_000
 
 
-def _read(text: Any, loader: type[yaml.SafeLoader] = _Words) -> Any:
+def _read(text: Any, loader: type[yaml.SafeLoader] = Words) -> Any:
     values = yaml.load(text, Loader=loader)
     if _leaves(values, {}) > _MOST_LEAVES:
         raise yaml.YAMLError("its aliases stand for more values than a configuration has")
@@ -102,9 +105,28 @@ def _parser(prog: str = "fastmoco train") -> ArgumentParser:
     return parser
 
 
-def _assemble(parser: ArgumentParser, parsed: Namespace) -> Config:
+def _assemble(
+    parser: ArgumentParser, parsed: Namespace, files: Mapping[str, Any] | None = None
+) -> Config:
+    """Raises `ConfigError` for a group or a field that stands there without any value."""
+    for name in _empty(parsed.as_dict()):
+        given = [path for path, values in (files or {}).items() if name in _empty(values)]
+        where = f"{given[-1]}: " if given else ""
+        lacks = "has no value: write one" if "." in name else "holds no fields: write some"
+        raise ConfigError(f"{where}{name} {lacks}, or leave {name} out.")
     groups = parser.instantiate(parsed)
     return Config(**{field.name: groups[field.name] for field in fields(Config)})
+
+
+def _empty(values: Mapping[str, Any]) -> list[str]:
+    """Names of groups that hold no fields, and of fields that hold nothing."""
+    groups = [field.name for field in fields(Config)]
+    found = [name for name in groups if name in values and not isinstance(values[name], dict)]
+    for group in groups:
+        inner = values.get(group)
+        named = inner.items() if isinstance(inner, dict) else ()
+        found += [f"{group}.{name}" for name, value in named if value is None]
+    return found
 
 
 # What jsonargparse and yaml raise for a file or an option that is no configuration.
@@ -122,12 +144,40 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "fastmoco train") 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     print_any_name()
     parser = _parser(prog)
+    given = _spelled(arguments) or ["--config", str(recipe_path("demo"))]
+    files = _files(given)
+    for path, values in files.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no fields with values, so it is no configuration.")
     try:
-        return _assemble(
-            parser, parser.parse_args(arguments or ["--config", str(recipe_path("demo"))])
-        )
+        return _assemble(parser, parser.parse_args(given), files)
     except UNREADABLE as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _files(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the files of `--config` hold, by path; those that cannot be read are left out."""
+    found: dict[str, Any] = {}
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, sign, path = argument.partition("=")
+        if name == "--config":
+            path = path if sign else following
+            with contextlib.suppress(*UNREADABLE):
+                found[path] = _read(Path(path).read_text(encoding="utf-8"))
+    return found
+
+
+def _spelled(arguments: Sequence[str]) -> list[str]:
+    """The same with the files of `--config` spelled out, as every path of a command is."""
+    found: list[str] = []
+    for argument in arguments:
+        name, sign, path = argument.partition("=")
+        if sign and name == "--config":
+            argument = f"{name}={spelled_out(path)}"
+        elif found[-1:] == ["--config"]:
+            argument = spelled_out(argument)
+        found.append(argument)
+    return found
 
 
 class _Plain(yaml.SafeDumper):

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastmoco.config import Config, ConfigError
+from fastmoco.config import Config, ConfigError, OneRankError
 from fastmoco.data.decode import BadImage
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import decode_sample
@@ -24,13 +24,17 @@ BAD_SAMPLES = "bad_samples.jsonl"
 class BadSamples:
     """The bad samples that this rank knows of, after `exchange` those of all ranks.
 
-    Each rank lists what it finds; rank 0 also what indexing found.
+    Each rank lists what it finds; rank 0 also what indexing found. Unless `listed`, nobody does:
+    for those who only look at the data of a run.
     """
 
-    def __init__(self, config: Config, source: Source | None, rank: int) -> None:
+    def __init__(
+        self, config: Config, source: Source | None, rank: int, *, listed: bool = True
+    ) -> None:
         self._source, self._rule = source, PixelRule.of(config.data)
         self._share = config.data.max_bad_share
         self.path = Path(config.run.dir) / BAD_SAMPLES
+        self._listed = listed
         self.reasons: dict[int, str] = {}
         """Reason by sample number."""
         self._found: dict[int, str] = {}
@@ -43,13 +47,16 @@ class BadSamples:
     def record(self, replaced: Int64) -> None:
         """Lists the new ones among the replaced. replaced: (n, 2), asked for and delivered.
 
-        Raises `ConfigError` above `data.max_bad_share`.
+        Raises `OneRankError` above `data.max_bad_share`.
         """
         asked = replaced[replaced[:, 0] != replaced[:, 1], 0].tolist()
         new = {sample: self._reason(sample) for sample in asked if sample not in self.reasons}
         if new:
             self._found |= new
-            self.add(new, write=True)
+            try:
+                self.add(new, write=True)
+            except ConfigError as error:  # other ranks would have learned of them later
+                raise OneRankError(str(error)) from error
 
     def exchange(self, world: World) -> str:
         """Learn what other ranks have found; all ranks call it after the same step.
@@ -67,7 +74,8 @@ class BadSamples:
         self.add(new, write=False)
         names = self._named(new)
         return (
-            f"{len(self.reasons)} bad samples so far, replaced by others: {names}; see {self.path}"
+            f"{len(self.reasons)} bad samples so far, replaced by others: {names}"
+            + f"; see {self.path}" * self._listed
         )
 
     def _reason(self, sample: int) -> str:
@@ -83,15 +91,14 @@ class BadSamples:
         """Takes note of bad samples. Raises `ConfigError` above `data.max_bad_share`."""
         assert self._source is not None
         self.reasons.update(reasons)
-        if write and reasons:
+        if write and reasons and self._listed:
             self._unlisted.update(reasons)
             self._list_if_possible()
         total = len(self._source.sizes)
         if len(self.reasons) > self._share * total:
             raise ConfigError(
                 f"{len(self.reasons)} of {total} samples are bad, more than data.max_bad_share "
-                f"{self._share:g}; the latest is {self._source.name(max(reasons))}, all are in "
-                f"{self.path}."
+                f"{self._share:g}; the latest is {self._source.name(max(reasons))}{self._all()}."
             )
 
     def _list_if_possible(self) -> None:
@@ -126,8 +133,11 @@ class BadSamples:
             return []
         return [
             f"{len(self.reasons):,} of {len(self._source.sizes):,} images cannot be used and are "
-            f"replaced by others: {self._named(self.reasons)}; all are in {self.path}."
+            f"replaced by others: {self._named(self.reasons)}{self._all()}."
         ]
+
+    def _all(self) -> str:
+        return f"; all are in {self.path}" if self._listed else ""
 
     def _named(self, reasons: dict[int, str]) -> str:
         """The first names of these, with their reasons."""

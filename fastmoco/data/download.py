@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
+from fastmoco.machine.stopping import exit_code
 
 Labelled = Iterable[tuple[Image.Image, str]]
 
@@ -113,4 +114,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

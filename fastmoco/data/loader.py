@@ -103,10 +103,13 @@ def build_loader(
     device: torch.device,
     key_rows: KeyRows | None = None,
     labelled: bool = False,
+    listed: bool = True,
 ) -> Loader:
     """The loader that the configuration describes, for one rank.
 
     source: the images that it names, where they are open already.
+
+    listed: bad samples are written into `run.dir`; False for those who only look at the data.
 
     labelled: one view of each image, and the incomplete last batch of an epoch too; see `Plan`.
 
@@ -118,7 +121,7 @@ def build_loader(
         source = open_source(config)
     samples = config.data.synthetic_samples if source is None else len(source.sizes)
     plan = make_plan(config, source, samples, rank, world_size, key_rows, labelled=labelled)
-    bad = BadSamples(config, source, rank)
+    bad = BadSamples(config, source, rank, listed=listed)
     reader: Reader | None = None
     if source is not None:
         reader = Reader(source, config.run.seed, PixelRule.of(config.data))

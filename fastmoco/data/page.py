@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
@@ -73,8 +75,20 @@ def document(title: str, what: str, body: str, style: str = "") -> str:
 
 def write_page(out: Path, text: str) -> None:
     """The file appears whole, whoever reads it. Raises `ConfigError` where it cannot be written."""
-    try:
+    with _a_sentence(out):
         # Names of files need not be valid text.
         durable.replace(out, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
+
+
+def require_writable(out: Path) -> None:
+    """Raise `ConfigError` where `write_page` would."""
+    with _a_sentence(out):
+        durable.require_writable(out)
+
+
+@contextmanager
+def _a_sentence(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"Cannot write the page {out}: {error}.") from error

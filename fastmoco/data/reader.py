@@ -9,6 +9,8 @@ n local batch.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import threading
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastmoco.config import AugmentConfig
+from fastmoco.config import AugmentConfig, OneRankError
 from fastmoco.data.decode import BadImage, decode, is_complete_jpeg, is_turned, jpeg_header
 from fastmoco.data.order import permute, stream_key
 from fastmoco.data.pixels.deep import Deep, decode_deep
@@ -30,6 +32,17 @@ from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Float32, Int64, view_table
 
 _ATTEMPTS = 1000
+# What reading a file says where it is damaged or deleted, or else everything beside it is gone: a
+# disk that failed, a network mount that is lost or expired, a mount point without its disk.
+_OF_A_DISK = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ENOTCONN", "ESTALE", "ENXIO", "ENODEV", "ESHUTDOWN", "EREMOTEIO"),
+        *("ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENOENT", "ENOTDIR", "EACCES", "EPERM"),
+    )
+    if hasattr(errno, name)
+}
+_OTHERS = 8
 _REPLACE = 17  # purpose of the key, apart from those of the epoch order
 
 
@@ -81,7 +94,7 @@ class Reader:
         self.bad.update(found)
 
     def fetch(self, sample: int) -> Encoded:
-        """The sample, or the one that replaces it. Raises `BadImage` if no sample is good."""
+        """The sample, or the one that replaces it. Raises `OneRankError` if no sample is good."""
         for attempt in range(_ATTEMPTS):
             candidate = sample if attempt == 0 else self._replacement(sample, attempt)
             if candidate in self.bad:
@@ -90,7 +103,10 @@ class Reader:
                 return self.load(candidate)
             except BadImage as error:
                 self.bad[candidate] = str(error)
-        raise BadImage(f"no readable sample in {_ATTEMPTS} attempts to replace number {sample}")
+        raise OneRankError(
+            f"{self.source.name(sample)} cannot be used ({self.bad[sample]}), nor could any of "
+            f"{_ATTEMPTS - 1} others in its place: look at data.root."
+        )
 
     def load(self, sample: int) -> Encoded:
         """The sample itself. Raises `BadImage` with the reason."""
@@ -120,11 +136,33 @@ def _end_with_parent(parent: int) -> None:
 
 
 def read_sample(source: Source, sample: int) -> bytes:
-    """Encoded bytes. Raises `BadImage` where the file cannot be read."""
+    """Encoded bytes.
+
+    Raises `BadImage` where the file cannot be read, and `OneRankError` where others cannot be
+    either: then it is not the file.
+    """
     try:
         return source.read(sample)
     except OSError as error:
-        raise BadImage(f"{type(error).__name__}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        if error.errno in _OF_A_DISK and not _any_other(source, sample):
+            raise OneRankError(
+                f"{source.name(sample)} cannot be read ({reason}), nor can others of the data "
+                "set: its disk is gone, or its files were moved or changed; the same command goes "
+                "on once they are back."
+            ) from error
+        raise BadImage(f"{type(error).__name__}: {reason}") from error
+
+
+def _any_other(source: Source, sample: int) -> bool:
+    """Whether any of a few others can be read, from all over the set."""
+    total = len(source.sizes)
+    few = {total * at // _OTHERS for at in range(_OTHERS)} - {sample, *source.bad}
+    for other in sorted(few):
+        with contextlib.suppress(OSError):
+            source.read(other)
+            return True
+    return False
 
 
 def decode_sample(source: Source, sample: int, rule: PixelRule) -> Image.Image | Deep:

@@ -26,6 +26,7 @@ from fastmoco.doctor.findings import (
 from fastmoco.doctor.speed import speed, storage
 from fastmoco.machine import ranks
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 
 
 def examine(config: Config, world: World) -> Iterator[Line]:
@@ -72,4 +73,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -151,7 +151,7 @@ def check_views(config: Config, device: torch.device) -> Line:
     for backend in (config.data.backend, "pil"):
         at = device if backend != "pil" else torch.device("cpu")
         chosen = replace(few, data=replace(few.data, backend=backend, workers=1))
-        with build_loader(chosen, device=at) as loader:
+        with build_loader(chosen, device=at, listed=False) as loader:
             batch = next(loader.batches(0, 1))
             views.append(torch.stack([batch.im_q, batch.im_k]).cpu().float())
             used.append(loader.backend)

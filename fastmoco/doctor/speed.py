@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from fastmoco.config import Config, ConfigError
@@ -16,10 +17,13 @@ from fastmoco.data.loader import build_loader
 from fastmoco.data.pixels.deep import decode_deep
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.reader import read_sample
+from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.source import Source
+from fastmoco.data.table import Int64
 from fastmoco.doctor.findings import CPU_PIXELS, Line
 from fastmoco.machine.ranks import World
 from fastmoco.method.build import build_step
+from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 
 # Seconds for each of about five measurements.
@@ -62,11 +66,14 @@ def speed(config: Config, world: World) -> Iterator[Line]:
         config = _small_batch(config)
     batch = config.optim.global_batch_size
     micro = batch // config.optim.accumulate
-    device = _step_speed(config, world)
+    samples = config.data.synthetic_samples
+    if config.data.source != "synthetic":
+        samples = len(open_source(config).sizes)
+    device = _step_speed(config, world, samples)
     yield "step", f"{device:.1f} images/s in batches of {batch}, images on the device already"
     if config.data.source == "synthetic":
         return
-    with build_loader(config, device=world.device) as loader:
+    with build_loader(config, device=world.device, listed=False) as loader:
         delivered = rate(puller(loader), micro, world.device, BUDGET_S)
         yield "loader", f"{delivered:.1f} images/s with nothing else to do; {loader.description}"
     yield "verdict", _verdict(delivered, device, world.device)
@@ -99,9 +106,9 @@ def _best_threads(config: Config, world: World) -> str:
     speeds = {}
     for threads in (everyone, everyone - 1):
         torch.set_num_threads(threads)
-        with build_loader(config, device=world.device) as loader:
+        with build_loader(config, device=world.device, listed=False) as loader:
             batches = loader.batches(0, FOREVER)
-            once = _stepper(config, world, batches)
+            once = _stepper(config, world, batches, loader.num_samples)
             speeds[threads] = rate(once, micro, world.device, BUDGET_S)
     torch.set_num_threads(everyone)
     best = max(speeds, key=lambda threads: speeds[threads])
@@ -128,16 +135,32 @@ def _verdict(loader: float, step: float, device: torch.device) -> str:
     )
 
 
-def _step_speed(config: Config, world: World) -> float:
+def _step_speed(config: Config, world: World, samples: int) -> float:
     noise = replace(config, data=replace(config.data, source="synthetic"))
     batches = build_loader(noise, device=world.device).batches(0, FOREVER)
     images = config.optim.global_batch_size // config.optim.accumulate
-    return rate(_stepper(config, world, batches), images, world.device, BUDGET_S)
+    # Noise has no sample numbers, which a memory bank asks for.
+    numbered = (
+        replace(one, replaced=_numbers(n, images, samples)) for n, one in enumerate(batches)
+    )
+    return rate(_stepper(config, world, numbered, samples), images, world.device, BUDGET_S)
 
 
-def _stepper(config: Config, world: World, batches: Iterator[Batch]) -> Callable[[], object]:
-    """A function that trains on one micro-batch; its first calls are slower."""
+def _numbers(micro_step: int, images: int, samples: int) -> Int64:
+    """(images, 2): the next ones of all samples, again and again, as a loader says of good ones."""
+    numbers = (micro_step * images + np.arange(images)) % samples
+    return np.stack([numbers, numbers], axis=1)
+
+
+def _stepper(
+    config: Config, world: World, batches: Iterator[Batch], samples: int
+) -> Callable[[], object]:
+    """A function that trains on one micro-batch; its first calls are slower.
+
+    samples: how many the set has. Raises `ConfigError` as `allocate_bank`.
+    """
     moco = build_moco(config, config.bn_group_size(world.size), world.device)
+    allocate_bank(config, moco, samples)
     step = build_step(config, moco, world, compile_encoders=False)
     number = 0
 

@@ -38,6 +38,7 @@ from fastmoco.evaluate.labelled_images import ImageSet
 from fastmoco.evaluate.options import Evaluation, command, evaluation_parser
 from fastmoco.machine.collectives import any_rank, barrier
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.weights import files
 
 PART_BATCHES = 16
@@ -250,7 +251,9 @@ def _save(partial: Path, arrays: dict[str, Any]) -> None:
 
 
 def _embed(given: argparse.Namespace, world: World) -> None:
-    writer_of(given.out)  # refuse a suffix before anything is computed
+    # Refuse what cannot be written before anything is computed.
+    writer_of(given.out)
+    files.require_writable(given.out)
     evaluation = Evaluation.of(given, world)
     config = resolve_folders(evaluation.sources(given))
     given.root = config.data.root
@@ -286,4 +289,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

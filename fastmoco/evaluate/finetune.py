@@ -29,6 +29,7 @@ from fastmoco.evaluate.options import View, command
 from fastmoco.machine.collectives import average_gradients, averaged
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.network.encoder import NormalizePixels, pixel_statistics
 from fastmoco.weights import files
 from fastmoco.weights.checksums import checksums
@@ -233,4 +234,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -29,6 +29,7 @@ from fastmoco.evaluate.options import (
 )
 from fastmoco.machine.collectives import all_gather, gather_rows
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 
 # Of the weights of neighbours, as in the paper.
 TEMPERATURE = 0.07
@@ -225,4 +226,4 @@ def _evaluate(given: argparse.Namespace, world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -19,6 +19,8 @@ from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.precision import choose_precision
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import interrupted
+from fastmoco.method.agreement import ALONE
 from fastmoco.network.encoder import pixel_statistics
 from fastmoco.weights.read import Weights, read
 
@@ -189,11 +191,11 @@ def command(
             work(given, world)
     except (ConfigError, OSError, collectives.CollectiveError) as error:
         lost = isinstance(error, collectives.CollectiveError)
-        if first or lost:
+        if first or isinstance(error, ALONE):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 1 if lost else 2
     except KeyboardInterrupt:
-        return 130
+        return interrupted()
     finally:
         ranks.stop()
     return 0

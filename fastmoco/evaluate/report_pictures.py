@@ -23,6 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fastmoco.config import ConfigError
+from fastmoco.config.names import in_figure
 from fastmoco.evaluate.features import BATCH_SIZE, FrozenTrunk, stream_features
 from fastmoco.evaluate.knn import ALONE, nearest
 from fastmoco.evaluate.labelled_images import LabelledImages
@@ -168,7 +169,8 @@ def draw_map(points: Tensor, labels: Sequence[int], names: Sequence[str]) -> byt
         axes.scatter(across, up, s=10, color=_OTHERS, label="other classes")
     for (mark, colour), label in zip(styles, shown, strict=False):
         across, up = points[own == label].T.numpy()
-        axes.scatter(across, up, s=22, marker=mark, color=colour, label=names[label], linewidths=1)
+        name = in_figure(names[label])
+        axes.scatter(across, up, s=22, marker=mark, color=colour, label=name, linewidths=1)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")

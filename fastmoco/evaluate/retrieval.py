@@ -30,6 +30,7 @@ from fastmoco.evaluate.monitor import KnnTask
 from fastmoco.evaluate.options import Evaluation, command, evaluation_parser, labelled_options
 from fastmoco.machine.collectives import all_reduce_mean_, gather_rows
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.weights import files
 
 
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _retrieve(given: argparse.Namespace, world: World) -> None:
     if given.queries < 1 or given.neighbours < 1:
         raise ConfigError("--queries and --neighbours must be at least 1.")
+    files.require_writable(given.out)  # before anything is computed
     evaluation = Evaluation.of(given, world)
     task = KnnTask(
         *evaluation.labelled_roots(given),
@@ -162,4 +164,4 @@ def _picture(given: argparse.Namespace, task: KnnTask, bank: Tensor, queries: Te
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

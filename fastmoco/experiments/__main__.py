@@ -22,6 +22,7 @@ from fastmoco.experiments.figure import draw
 from fastmoco.experiments.grid import GRIDS, Grid, Options, Point, load_grids, merged
 from fastmoco.experiments.results import results, table, write_rows
 from fastmoco.experiments.runs import Plan, run_all
+from fastmoco.machine.stopping import exit_code
 
 
 def training_options(words: Sequence[str]) -> Options:
@@ -143,4 +144,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -17,7 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
-from fastmoco.experiments.grid import Grid, X
+from fastmoco.config.names import in_figure
+from fastmoco.experiments.grid import Grid
+from fastmoco.experiments.grid_fields import X
 from fastmoco.experiments.results import PER_CENT, Result, mean_and_spread
 from fastmoco.machine import durable
 from fastmoco.run.curves import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE
@@ -47,10 +49,11 @@ def draw(grid: Grid, found: Sequence[Result], out: Path) -> None:
         axes = figure.add_subplot(1, panels, panels)
         _of_paper(axes, grid)
         _dress(axes, grid, f"{grid.paper.metric} (%)")
-    figure.suptitle(grid.title, color=INK, fontsize=12, fontweight="bold", x=0.02, ha="left")
-    figure.supxlabel(
-        caption(grid, found, int(15 * width)), color=FAINT, fontsize=8, x=0.02, ha="left"
+    figure.suptitle(
+        in_figure(grid.title), color=INK, fontsize=12, fontweight="bold", x=0.02, ha="left"
     )
+    told = caption(grid, found, int(15 * width)).split("\n")
+    figure.supxlabel("\n".join(map(in_figure, told)), color=FAINT, fontsize=8, x=0.02, ha="left")
     FigureCanvasAgg(figure)
     try:
         durable.replace(
@@ -111,7 +114,7 @@ def _over_points(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -
             yerr=[0 if math.isnan(spread) else spread for _, spread in means.values()],
             fmt="-" if isinstance(here[0].point.x, float) else "_",
             color=colour,
-            label=line,
+            label=in_figure(line),
             lw=1.8,
             ms=14,
             capsize=3,
@@ -142,7 +145,7 @@ def _ticks(axes: Axes, grid: Grid, shown: Sequence[X]) -> None:
     for x in sorted(set(shown), key=lambda x: where[x]):
         if not ticks or grid.x_scale != "log" or where[x] > 1.2 * where[ticks[-1]]:
             ticks.append(x)
-    names = [f"{x:g}" if isinstance(x, float) else x for x in ticks]
+    names = [f"{x:g}" if isinstance(x, float) else in_figure(x) for x in ticks]
     axes.set_xticks([where[x] for x in ticks], names)
     if any(isinstance(x, str) for x in shown):
         axes.set_xlim(-0.6, len(where) - 0.4)
@@ -160,7 +163,7 @@ def _over_time(axes: Axes, grid: Grid, found: Sequence[Result], metric: str) -> 
     for colour, line in zip(COLOURS * 9, grid.lines(), strict=False):
         here = [result for result in found if result.point.line == line]
         failed = sum(bool(result.failure) for result in here)
-        label = f"{line} ({failed} of {len(here)} FAILED)" if failed else line
+        label = f"{in_figure(line)} ({failed} of {len(here)} FAILED)" if failed else in_figure(line)
         at: dict[float, list[tuple[float, float]]] = {}
         for result in here:
             epochs, values = result.curve(metric)
@@ -197,7 +200,9 @@ def _of_paper(axes: Axes, grid: Grid) -> None:
             axes.annotate(f"{y:g}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center")
         style = "s" if words else "s-"
         if points:
-            axes.plot(*zip(*points, strict=True), style, color=colour, lw=1.8, label=line)
+            axes.plot(
+                *zip(*points, strict=True), style, color=colour, lw=1.8, label=in_figure(line)
+            )
         for failed in [x for x, value in published.items() if value is None]:
             _cross(axes, where[failed], "failed", colour)
     axes.margins(y=0.2)
@@ -205,9 +210,9 @@ def _of_paper(axes: Axes, grid: Grid) -> None:
 
 
 def _dress(axes: Axes, grid: Grid, title: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK, fontweight="bold")
+    axes.set_title(in_figure(title), fontsize=10, color=INK, fontweight="bold")
     if grid.over == "points":
-        axes.set_xlabel(grid.x_label)
+        axes.set_xlabel(in_figure(grid.x_label))
     axes.xaxis.label.set_color(FAINT)
     axes.grid(axis="y", color="#e8eaee", lw=0.8)
     axes.set_axisbelow(True)

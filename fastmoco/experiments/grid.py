@@ -14,28 +14,41 @@
     paper: {source: where, metric: linear top-1, lines: {MoCo: {0.9: 55.2, 0: failed}}}
 
 A file with `grids: [NAME, ...]` is a collection of them, with `set` for all, `first: N` to keep the
-first N points of each line, and `seeds: {GRID: COUNT}`, 1 where it is not said.
+first N points of each line, and `seeds: {GRID: COUNT}`, 1 where it is not said. Its grids are no
+collections. Words are read as they are written: `yes`, `off` and dates need no quotes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
 from fastmoco.config import Config, ConfigError, flatten
-from fastmoco.config.checks import MOST_SEED
-from fastmoco.config.parsing import recipe_path
+from fastmoco.config.parsing import UNREADABLE, Words, recipe_path
+from fastmoco.config.paths import spelled_out
+from fastmoco.experiments.grid_fields import (
+    Fields,
+    X,
+    named_values,
+    on_axis,
+    option_value,
+    per_cent,
+    shown,
+    text,
+    whole,
+)
 
 GRIDS = Path(__file__).parent / "grids"
 METRICS = ("knn_top1", "pretext_top1", "pretext_top5", "loss")
 SCALES = ("linear", "log", "even")
-OVER = ("points", "epochs", "cpu_minutes")
-X = float | str
+Over = Literal["points", "epochs", "cpu_minutes"]
+# Every run has a seed and a directory of its own.
+_OWNED = ("run.seed", "run.dir")
 Options = tuple[tuple[str, str], ...]
 """Dotted names of options with their values as text, each name once."""
 
@@ -70,7 +83,7 @@ class Grid:
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]
-    over: Literal["points", "epochs", "cpu_minutes"] = "points"
+    over: Over = "points"
     x_label: str = ""
     x_scale: str = "linear"
     note: str = ""
@@ -91,120 +104,112 @@ def load_grids(name: str) -> list[Grid]:
 
     Raises `ConfigError` for a name that there is not and a file that is not a grid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else GRIDS / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in GRIDS.glob("*.yaml")))
-        raise ConfigError(f"There is no grid {name}: choose one of {names}, or a YAML file.")
+    path, content = _read(name)
+    if _is_collection(content):
+        return _collection(Fields(content, str(path)))
+    return [_grid(path.stem, Fields(content, str(path)))]
+
+
+def _read(name: str) -> tuple[Path, Any]:
+    file = name.endswith((".yaml", ".yml"))
+    path = Path(spelled_out(name)) if file else GRIDS / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if not path.is_file():
+            names = ", ".join(sorted(p.stem for p in GRIDS.glob("*.yaml")))
+            raise ConfigError(f"There is no grid {name}: choose one of {names}, or a YAML file.")
+        return path, yaml.load(path.read_text(encoding="utf-8"), Loader=Words)
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if isinstance(content, dict) and "grids" in content:
-        return _collection(_Fields(content, str(path)))
-    return [_grid(path.stem, _Fields(content, str(path)))]
 
 
-class _Fields:
-    """A mapping of a file, whose entries are taken one by one; what is left over is unknown."""
-
-    def __init__(self, content: Any, place: str) -> None:
-        if not isinstance(content, dict):
-            raise ConfigError(f"{place} must hold names with values, but is {content!r}.")
-        self._left, self.place = dict(content), place
-
-    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The entry, which must be there unless it has a default, and be of this kind."""
-        if name not in self._left:
-            if default is None:
-                raise ConfigError(f"{self.place} lacks {name}.")
-            return default
-        value = self._left.pop(name)
-        if not isinstance(value, kind):
-            raise ConfigError(f"{self.place}: {name} cannot be {value!r}.")
-        return value
-
-    def end(self) -> None:
-        """Raises `ConfigError` if anything is left."""
-        if self._left:
-            raise ConfigError(f"{self.place} has {', '.join(map(str, self._left))}, unknown here.")
+def _is_collection(content: Any) -> bool:
+    return isinstance(content, dict) and "grids" in content
 
 
-def _grid(name: str, fields: _Fields) -> Grid:
-    shared = _options(fields.take("set", dict, {}), fields.place)
-    lines = fields.take("lines", dict)
-    points = [p for line, of in lines.items() for p in _line(str(line), of, shared, fields.place)]
-    axis = _Fields(fields.take("x", dict, {}), f"{fields.place}, x")
-    paper = fields.take("paper", dict, {})
+def _grid(name: str, fields: Fields) -> Grid:
+    shared = _options(fields.named("set", optional=True), fields.place)
+    lines = fields.named("lines")
+    points = [p for line, of in lines.items() for p in _line(line, of, shared, fields.place)]
+    axis = Fields(fields.named("x", optional=True), f"{fields.place}, x")
+    paper = fields.named("paper", optional=True)
     grid = Grid(
         name=name,
-        title=fields.take("title", str),
-        recipe=fields.take("recipe", str),
+        title=fields.text("title"),
+        recipe=fields.text("recipe"),
         points=tuple(points),
-        seeds=tuple(fields.take("seeds", list)),
-        metrics=tuple(fields.take("metrics", list)),
-        over=fields.take("over", str, "points"),
-        x_label=axis.take("label", str, ""),
-        x_scale=axis.take("scale", str, "linear"),
-        note=fields.take("note", str, ""),
-        paper=_paper(_Fields(paper, f"{fields.place}, paper")) if paper else None,
+        seeds=fields.several("seeds", whole),
+        metrics=fields.several("metrics", _metric),
+        over=cast(Over, fields.one_of("over", get_args(Over), "points")),
+        x_label=axis.text("label", ""),
+        x_scale=axis.one_of("scale", SCALES, "linear"),
+        note=fields.text("note", ""),
+        paper=_paper(Fields(paper, f"{fields.place}, paper")) if paper else None,
     )
     fields.end()
     axis.end()
-    recipe_path(grid.recipe)
-    for metric in grid.metrics:
-        if metric not in METRICS:
-            raise ConfigError(f"{fields.place}: {metric} is none of {', '.join(METRICS)}.")
-    if grid.over not in OVER:
-        raise ConfigError(f"{fields.place}: over is {grid.over}, none of {', '.join(OVER)}.")
-    if grid.x_scale not in SCALES:
-        raise ConfigError(f"{axis.place}: scale is {grid.x_scale}, none of {', '.join(SCALES)}.")
-    words = {isinstance(point.x, str) for point in points}
-    places = {(point.line, point.x) for point in points}
-    if not points or (grid.over == "points" and len(words) > 1) or len(places) < len(points):
-        raise ConfigError(f"{fields.place}: points must be there, all numbers or all words, once.")
-    if not grid.seeds or not all(type(s) is int for s in grid.seeds):
-        raise ConfigError(f"{fields.place}: seeds must be whole numbers.")
-    if not 0 <= min(grid.seeds) <= max(grid.seeds) <= MOST_SEED:
-        raise ConfigError(f"{fields.place}: seeds must lie between 0 and {MOST_SEED}.")
+    _check(grid, fields.place)
     return grid
 
 
-def _line(line: str, content: Any, shared: Options, place: str) -> list[Point]:
-    place = f"{place}, {line}"
-    fields = _Fields(content, place)
-    own = _options(fields.take("set", dict, {}), place)
-    if isinstance(content, dict) and "points" in content:
-        given = fields.take("points", dict)
-    else:
-        option = fields.take("option", str)
-        given = {value: {option: value} for value in fields.take("values", list)}
-    fields.end()
-    return [
-        Point(line, _x(x), merged(shared, own, _options(options, place)))
-        for x, options in given.items()
-    ]
-
-
-def _x(value: Any) -> X:
-    """A number for what reads as one."""
+def _check(grid: Grid, place: str) -> None:
+    """Raises `ConfigError` for entries that are sound one by one, but do not fit together."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value)
+        recipe_path(grid.recipe)
+    except (ConfigError, OSError) as error:  # the latter of a name that no file can have
+        raise ConfigError(f"{place}, recipe: {error}") from error
+    words = {isinstance(point.x, str) for point in grid.points}
+    places = {(point.line, point.x) for point in grid.points}
+    if (grid.over == "points" and len(words) > 1) or len(places) < len(grid.points):
+        raise ConfigError(f"{place}: points must be all numbers or all words, each once.")
+    published = grid.paper.lines if grid.paper else {}
+    for line in published:
+        if line not in grid.lines():
+            raise ConfigError(f"{place}, paper: {line} is no line of the grid.")
+    every = [point.x for point in grid.points] + [x for xs in published.values() for x in xs]
+    if grid.x_scale == "log" and not all(isinstance(x, float) and x > 0 for x in every):
+        raise ConfigError(f"{place}, x: scale log is for numbers above 0: choose another.")
+
+
+def _metric(value: Any, place: str) -> str:
+    if value not in METRICS:
+        raise ConfigError(f"{place}: {shown(value)} is none of {', '.join(METRICS)}.")
+    return str(value)
+
+
+def _line(name: Any, content: Any, shared: Options, place: str) -> list[Point]:
+    line = text(name, f"{place}, lines")
+    place = f"{place}, {line}"
+    fields = Fields(content, place)
+    own = _options(fields.named("set", optional=True), place)
+    if "points" in fields:
+        given = [
+            (on_axis(x, f"{place}, points"), _options(options, f"{place}, {shown(x)}"))
+            for x, options in fields.named("points").items()
+        ]
+    else:
+        option = fields.text("option")
+        values = fields.several("values", text)
+        given = [
+            (on_axis(value, f"{place}, values"), _options({option: value}, place))
+            for value in values
+        ]
+    fields.end()
+    return [Point(line, x, merged(shared, own, options)) for x, options in given]
 
 
 def _options(values: Any, place: str) -> Options:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{place}: {values!r} should be options with values.")
+    fields = Fields(values, place)
     known = flatten(Config())
     for name in values:
         if name not in known:
-            raise ConfigError(f"{place}: there is no option {name}.")
-    return tuple((str(name), _text(value)) for name, value in values.items())
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+            raise ConfigError(f"{place}: there is no option {shown(name)}.")
+        if name in _OWNED:
+            raise ConfigError(f"{place}: {name} is set by the experiment: leave it out.")
+    return tuple(
+        (name, option_value(fields.take(name), f"{place}, {name}")) for name in list(values)
+    )
 
 
 def merged(*parts: Options) -> Options:
@@ -212,28 +217,54 @@ def merged(*parts: Options) -> Options:
     return tuple(dict(option for part in parts for option in part).items())
 
 
-def _paper(fields: _Fields) -> Paper:
-    lines: dict[str, dict[X, float | None]] = {
-        str(line): {_x(x): None if y == "failed" else float(y) for x, y in values.items()}
-        for line, values in fields.take("lines", dict).items()
-    }
-    paper = Paper(fields.take("source", str), fields.take("metric", str), lines)
+def _paper(fields: Fields) -> Paper:
+    source, metric = fields.text("source"), fields.text("metric")
+    lines: dict[str, dict[X, float | None]] = {}
+    for name, values in fields.named("lines").items():
+        line = text(name, f"{fields.place}, lines")
+        place = f"{fields.place}, {line}"
+        lines[line] = {
+            on_axis(x, place): per_cent(y, f"{place}, {shown(x)}")
+            for x, y in named_values(values, place).items()
+        }
     fields.end()
-    return paper
+    return Paper(source, metric, lines)
 
 
-def _collection(fields: _Fields) -> list[Grid]:
-    names: Sequence[Any] = fields.take("grids", list)
-    shared = _options(fields.take("set", dict, {}), fields.place)
-    first, counts = fields.take("first", int, 1 << 30), fields.take("seeds", dict, {})
+def _collection(fields: Fields) -> list[Grid]:
+    names = fields.several("grids", text)
+    shared = _options(fields.named("set", optional=True), f"{fields.place}, set")
+    first = whole(fields.take("first", 1 << 30), f"{fields.place}, first", 1)
+    counts = fields.named("seeds", optional=True)
     fields.end()
-    found = []
+    for name in counts:
+        if name not in names:
+            told = f"{shown(name)} is none of {', '.join(names)}"
+            raise ConfigError(f"{fields.place}, seeds: {told}.")
+    found: list[Grid] = []
     for name in names:
-        (grid,) = load_grids(str(name))
+        grid = _member(name, f"{fields.place}, grids")
+        if grid.name in {other.name for other in found}:
+            raise ConfigError(f"{fields.place}: two grids have the name {grid.name}: rename one.")
+        seeds = whole(counts.get(name, 1), f"{fields.place}, seeds", 1)
+        if seeds > len(grid.seeds):
+            told = f"{name} has {len(grid.seeds)} seeds, not {seeds}"
+            raise ConfigError(f"{fields.place}, seeds: {told}.")
         points = tuple(
             replace(point, options=merged(shared, point.options))
             for line in grid.lines()
             for point in [p for p in grid.points if p.line == line][:first]
         )
-        found.append(replace(grid, points=points, seeds=grid.seeds[: counts.get(name, 1)]))
+        found.append(replace(grid, points=points, seeds=grid.seeds[:seeds]))
     return found
+
+
+def _member(name: str, place: str) -> Grid:
+    """A grid of a collection, which is no collection: so none can hold itself."""
+    try:
+        path, content = _read(name)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    if _is_collection(content):
+        raise ConfigError(f"{place}: {name} is a collection itself: name its grids instead.")
+    return _grid(path.stem, Fields(content, str(path)))

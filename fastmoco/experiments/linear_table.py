@@ -31,6 +31,7 @@ from fastmoco.evaluate.options import View, command
 from fastmoco.experiments.runs import environment
 from fastmoco.machine.cache import cache_folder
 from fastmoco.machine.ranks import World
+from fastmoco.machine.stopping import exit_code
 from fastmoco.run.record import METRICS
 
 ENCODERS = ("raw pixels", "untrained", "trained")
@@ -141,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -36,6 +36,8 @@ from fastmoco_kernels import processor
 RESULT = "experiment.json"
 LOG = "train.log"
 _POLL_S = 0.1
+# Of files, in bytes, on the file systems in use.
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Plan:
         folders = [run.folder for run in self.distinct()]
         if len(set(folders)) < len(folders):
             raise ConfigError("Two points of the grid have the same name: name its lines apart.")
+        for folder in folders:
+            if len(os.fsencode(folder.name)) > _LONGEST_NAME:
+                raise ConfigError(
+                    f"{folder.name} is too long for a folder: shorten its line's name."
+                )
 
     def distinct(self) -> list[Run]:
         """Every run once, in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -44,6 +45,18 @@ def replace(path: Path, put: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
+def require_writable(path: Path) -> None:
+    """Raise `OSError` where `replace` could not write the file: to ask before hours of work."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    partial = partial_of(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:  # of the name that people know
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and sys.platform == "win32":
@@ -53,6 +66,19 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_left(path: Path) -> bool:
+    """Whether it has the name of a file that some process has not completed."""
+    return bool(re.fullmatch(r"\..+\.\d+|.+\.partial", path.name))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder in which nobody writes now."""
+    for left in folder.iterdir():
+        if is_left(left) and left.is_file():
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def what_it_is(mode: int) -> str:

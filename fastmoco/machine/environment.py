@@ -42,9 +42,13 @@ def leave_quietly_on_interrupt() -> None:
 
     Nothing has started yet that would have to end first; `main` handles signals from then on.
     """
-    program = Path(getattr(sys, "argv", [""])[0]).stem
+    arguments: list[str] = getattr(sys, "argv", None) or [""]
+    program = Path(arguments[0]).stem
     if program == "-m":  # so it is called while Python looks for the module
-        program = sys.orig_argv[sys.orig_argv.index("-m") + 1].split(".")[0]
+        # Stands before the arguments, by itself or with options, as in `-umfastmoco.train`.
+        word = "".join(sys.orig_argv[-len(arguments) :][:1])
+        module = word.partition("m")[2] if word.startswith("-") else word
+        program = module.split(".")[0]
     if program == "fastmoco" and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

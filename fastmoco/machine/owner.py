@@ -87,7 +87,7 @@ def require_free(folder: Path, say: Callable[[str], None] = print) -> None:
     mark = read_mark(folder)
     if mark is not None and _alive(folder, mark, say):
         raise OwnedError(
-            f"{folder} {REFUSAL} {mark.process} on {mark.host.split()[0]}, which has been training "
+            f"{folder} {REFUSAL} {mark.process} on {mark.host.split()[0]}, which has been at work "
             f"there since {mark.since}: wait for its end, or choose another run.dir."
         )
 

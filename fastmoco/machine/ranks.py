@@ -37,8 +37,11 @@ def start(device: str, timeout_s: float) -> World:
     """Join the process group that torchrun describes; without torchrun the world is one rank.
 
     `device` is `cuda`, `cpu` or `auto`. Raises `ValueError` for CUDA where there is none, or fewer
-    CUDA devices than local ranks, and for a `FASTMOCO_CPU` that means nothing.
+    CUDA devices than local ranks, for a `FASTMOCO_CPU` that means nothing, and for a time that is
+    none.
     """
+    if not 0 < timeout_s < timedelta.max.total_seconds():
+        raise ValueError(f"run.timeout_s is {timeout_s:g}, but must be finite seconds above 0.")
     processor.cap()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,6 +21,30 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 # Ctrl-C under torchrun arrives as SIGINT and, through the agent, as SIGTERM: one request.
 ONE_REQUEST_S = 1.0
 RENEWED_EVERY_S = 1.0
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Exit code of a command; after Ctrl-C `INTERRUPTED` and one line, once all that it had begun
+    has ended: its processes, and files that are not complete.
+
+    While modules are imported, `environment` ends the program at once instead.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return interrupted()
+    finally:  # a further Ctrl-C, while Python ends, needs no traceback either
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def interrupted() -> int:
+    """Say so, once for all ranks; the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print("fastmoco: interrupted", file=sys.stderr, flush=True)
+    return INTERRUPTED
 
 
 class StopRequest:

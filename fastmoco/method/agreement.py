@@ -16,11 +16,11 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from fastmoco.config import Config, ConfigError
+from fastmoco.config import Config, ConfigError, OneRankError
 from fastmoco.data.loader import Loader, build_loader
 from fastmoco.data.plan import KeyRows
 from fastmoco.data.sources.source import Source
-from fastmoco.machine.collectives import all_gather, any_rank, gather_objects
+from fastmoco.machine.collectives import CollectiveError, all_gather, any_rank, gather_objects
 from fastmoco.machine.precision import DTYPES, Precision
 from fastmoco.machine.ranks import World
 from fastmoco.method.moco import MoCo
@@ -101,6 +101,11 @@ def sentences_of_all(sentences: list[str], world: World) -> list[str]:
         some = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: "
         told.append(some * (len(ranks) < world.size) + sentence)
     return told
+
+
+# Faults that one rank alone may have met, so that it says them itself; a lost rank is said by each
+# that is left. Of all others one sentence is enough.
+ALONE = (OneRankError, OSError, CollectiveError)
 
 
 def on_every_rank(make: Callable[[], T], world: World) -> T:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmoco.config import ConfigError
+from fastmoco.config.names import in_figure
 from fastmoco.machine import durable
 from fastmoco.run.record import Record, read_metrics, series
 
@@ -142,7 +143,7 @@ def draw_curves(metrics_jsonl: Path, out: Path) -> None:
         _dress(axes, end)
     where = f", step {records[-1].step}"
     figure.suptitle(
-        f"{metrics_jsonl.parent.name}{where}", color=FAINT, fontsize=9, x=0.01, ha="left"
+        in_figure(f"{metrics_jsonl.parent.name}{where}"), color=FAINT, fontsize=9, x=0.01, ha="left"
     )
     FigureCanvasAgg(figure)
     try:

@@ -11,8 +11,9 @@ from fastmoco.config import Config, ConfigError, dump, load, parse_text
 from fastmoco.data.bad_samples import BAD_SAMPLES
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.sources.index import begin_anew
 from fastmoco.data.sources.source import Source
-from fastmoco.machine import owner
+from fastmoco.machine import durable, owner
 from fastmoco.weights import files
 
 CONFIG = "config.yaml"
@@ -52,6 +53,7 @@ def resolved(config: Config) -> tuple[Config, Source | None]:
     Every rank calls it. What a run in `run.dir`, or the checkpoint that it is to go on from, has
     measured stays. Raises `ConfigError` for data that cannot be used.
     """
+    begin_anew()
     config, begun, written = resolve_folders(config), None, Path(config.run.dir) / CONFIG
     named = Path(config.run.resume)
     if written.is_file():
@@ -90,7 +92,7 @@ def claimed(config: Config, enabled: bool) -> Iterator[None]:
     with ExitStack() as stack:
         with _owner_as_config_error():
             stack.enter_context(owner.Owner(folder))
-        files.sweep(folder)
+        durable.sweep(folder)
         files.write(folder / CONFIG, lambda path: path.write_text(dump(config), encoding="utf-8"))
         yield
 

@@ -12,10 +12,12 @@ import yaml
 
 from fastmoco.config import Config, ConfigError
 from fastmoco.config.command import CommandParser, as_seed
+from fastmoco.config.paths import spelled_out
 from fastmoco.machine import collectives, host, ranks
 from fastmoco.machine.owner import OwnedError
 from fastmoco.machine.ranks import World
-from fastmoco.machine.stopping import INTERRUPTED, StopRequest
+from fastmoco.machine.stopping import StopRequest, interrupted
+from fastmoco.method.agreement import ALONE
 from fastmoco.transfer.detector import random_weights
 from fastmoco.transfer.training import DivergedError
 from fastmoco.weights.architecture import NETWORKS, Architecture
@@ -62,21 +64,21 @@ def trunk_of(text: str, seed: int) -> tuple[Weights, str]:
     if kind == "random":
         if not name or name in NETWORKS:
             return random_weights(Architecture(name or "resnet50", 1.0, "imagenet"), seed), "random"
-        return random_weights(read(Path(name)).architecture, seed), "random"
+        return random_weights(read(spelled_out(name)).architecture, seed), "random"
     if kind == "supervised" and name:
-        weights = read(Path(name))
+        weights = read(spelled_out(name))
         if weights.kind != "torchvision":
             raise ConfigError(
                 f"{name} is a file of {weights.kind}, which trains without labels: name it without "
                 "supervised: before it."
             )
         return weights, "supervised"
-    return read(Path(text)), "pre-trained"
+    return read(spelled_out(text)), "pre-trained"
 
 
 def parse(parser: CommandParser, arguments: Sequence[str]) -> argparse.Namespace:
     """The options, those of `--config` first. Raises `ConfigError` for a file that is none."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = CommandParser(parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     known, _ = first.parse_known_args(list(arguments))
     return parser.parse_args([*_options_in(known.config), *arguments])
@@ -121,10 +123,10 @@ def command(parser: CommandParser, arguments: Sequence[str] | None, work: Work) 
         return 2
     except (ConfigError, OSError, DivergedError, collectives.CollectiveError) as error:
         lost = isinstance(error, collectives.CollectiveError)
-        if first or lost:
+        if first or isinstance(error, ALONE):
             print(f"fastmoco: {error}", file=sys.stderr, flush=True)
         return 1 if lost or isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupted()
     finally:
         ranks.stop()

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.config import ConfigError, DataConfig
+from fastmoco.config.command import CommandParser
+from fastmoco.machine.stopping import exit_code
 from fastmoco.method.moco import MoCo
 from fastmoco.weights.architecture import recognize
 from fastmoco.weights.files import load, locate, write_safetensors, write_torch
@@ -130,7 +132,7 @@ def export_trunk(moco: MoCo, folder: Path, epoch: int, data: DataConfig) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 when exported, 2 for a file that cannot be."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fastmoco export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -149,4 +151,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,18 @@ def epoch_in(path: Path) -> int:
     """The number of epochs in the name of a checkpoint; -1 for another name."""
     match = CHECKPOINT.fullmatch(path.name)
     return int(match.group(1)) if match else -1
+
+
+def epoch_said(value: Any, place: Path | str) -> int:
+    """The number of epochs that a file says of itself. Raises `ConfigError` if it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        told = " ".join(repr(value).split())[:60]
+        raise ConfigError(
+            f"{place} says that it is of the epoch {told}, which is no number: save its state_dict "
+            "alone to use it."
+        ) from error
 
 
 def pointed_at(folder: Path) -> Path | None:
@@ -151,9 +163,22 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
 
     Raises `ConfigError` if the file cannot be written.
     """
-    try:
+    with _a_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.replace(path, put)
+
+
+def require_writable(path: Path) -> None:
+    """Make its folder if need be; raise `ConfigError` where `write` would."""
+    with _a_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.require_writable(path)
+
+
+@contextlib.contextmanager
+def _a_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"Cannot write {path}: {error}.") from error
 
@@ -172,14 +197,6 @@ def append(path: Path, data: bytes) -> None:
         except OSError:
             os.truncate(path, before)
             raise
-
-
-def sweep(folder: Path) -> None:
-    """Delete what writers that were killed left in a folder in which nobody writes now."""
-    for left in folder.iterdir():
-        if re.fullmatch(r"\..+\.\d+|.+\.partial", left.name) and left.is_file():
-            with contextlib.suppress(OSError):
-                left.unlink()
 
 
 def write_torch(path: Path, content: object) -> None:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastmoco.config import DataConfig, parse_text
+from fastmoco.config import Config, ConfigError, DataConfig, check_pixels, parse_text, validated
+from fastmoco.config.parsing import UNREADABLE
 from fastmoco.network.encoder import pixel_statistics
 
 HEADER = "pixels"
@@ -25,17 +26,36 @@ def pixel_header(data: DataConfig) -> dict[str, str]:
     }
 
 
-def pixels_of(config: str | None, header: Mapping[str, str], channels: int) -> DataConfig:
+def pixels_of(
+    config: str | None, header: Mapping[str, str], channels: int, place: str
+) -> DataConfig:
     """From the configuration in a checkpoint, or the header that `pixel_header` wrote.
 
     A file with neither was trained as published encoders are, but for its number of channels.
+    Raises `ConfigError`, naming `place`, where one of them is broken, or of other channels.
     """
-    if config:
-        return parse_text(config).data
-    if HEADER not in header:
+    if not config and HEADER not in header:
         return DataConfig(channels=channels)
-    found = json.loads(header[HEADER])
+    what = "configuration" if config else f"header {HEADER}"
+    try:
+        data = parse_text(config).data if config else _from_header(header[HEADER])
+        check_pixels(data)
+        if data.channels != channels:
+            raise ConfigError(f"data.channels is {data.channels}, its weights are for {channels}.")
+    except (ConfigError, *UNREADABLE) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ConfigError(
+            f"{place} has a {what} that cannot be used ({reason}): it is damaged or of another "
+            "version of fastmoco; save its state_dict alone to use it."
+        ) from error
+    return data
+
+
+def _from_header(text: str) -> DataConfig:
+    found = json.loads(text)
+    if None in found.values():
+        raise ValueError("one of its values is null")
     values: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) else v for n, v in found.items() if n in _FIELDS
     }
-    return DataConfig(**values)
+    return validated(Config(data=DataConfig(**values))).data

@@ -9,6 +9,7 @@ D trunk width, C feature dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from torchvision.models.resnet import ResNet
 
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.weights.architecture import Architecture, recognize
-from fastmoco.weights.checksums import first, not_finite
-from fastmoco.weights.files import METADATA, load, locate
+from fastmoco.weights.checksums import OURS, first, not_finite
+from fastmoco.weights.files import METADATA, epoch_said, load, locate
 from fastmoco.weights.names import tensors_of, to_torchvision
 from fastmoco.weights.pixels import pixels_of
 
@@ -104,8 +105,10 @@ def interpret(content: dict[str, Any], path: Path) -> Weights:
             f"{path} holds no encoder that fastmoco knows: none of its {len(tensors)} names "
             f"({some}) belongs to a ResNet."
         )
-    header, ours = content.get(METADATA, {}), content.get("fastmoco", {})
-    epoch = content.get("epoch", header.get("epoch"))
+    # Under these names files of others may hold anything.
+    header, ours = _table(content.get(METADATA)), _table(content.get(OURS))
+    header = {name: text for name, text in header.items() if isinstance(text, str)}
+    epoch, config = content.get("epoch", header.get("epoch")), ours.get("config")
     architecture = recognize(named.trunk, str(path))
     if wrong := not_finite({**named.trunk, **named.head}):
         raise ConfigError(
@@ -118,10 +121,14 @@ def interpret(content: dict[str, Any], path: Path) -> Weights:
         architecture=architecture,
         trunk=named.trunk,
         head=_projection_head(named.head, named.kind),
-        epoch=None if epoch is None else int(epoch),
-        config=ours.get("config"),
-        pixels=pixels_of(ours.get("config"), header, architecture.channels),
+        epoch=None if epoch is None else epoch_said(epoch, path),
+        config=config,
+        pixels=pixels_of(config, header, architecture.channels, str(path)),
     )
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _projection_head(head: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

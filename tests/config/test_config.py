@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -20,6 +22,9 @@ from fastmoco.config import (
     parse_text,
     warnings,
 )
+from fastmoco.config.fields import OptimConfig
+from fastmoco.config.parsing import validated
+from fastmoco.machine import ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -227,6 +232,45 @@ def test_aliases_of_a_few_values_are_read(tmp_path: Path) -> None:
     assert load(path).moco.queue_size == 64
 
 
+@pytest.mark.parametrize("name", [*(f.name for f in fields(Config)), *flatten(Config())])
+def test_a_field_or_group_without_a_value_is_named_with_its_file(name: str, tmp_path: Path) -> None:
+    group, _, field = name.partition(".")
+    path = tmp_path / "mine.yaml"
+    lacks = "has no value: write one" if field else "holds no fields: write some"
+    for nothing in ("", "~", "null") if field else ("", "~", "null", "[]", "5"):
+        path.write_text(f"{group}:\n  {field}: {nothing}\n" if field else f"{group}: {nothing}\n")
+        with pytest.raises(ConfigError) as caught:
+            parse(["--config", str(path)])
+        assert str(caught.value) == f"{path}: {name} {lacks}, or leave {name} out."
+
+
+def test_what_is_empty_in_a_file_may_be_given_as_an_option(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data:\n  root:\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml"), "--data.root=x"]).data.root == "x"
+
+
+@pytest.mark.parametrize("text", ["", "null", "# lr: 1", "5", "words", "- a", "[]"])
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    for option in (["--config", f"{tmp_path}/mine.yaml"], [f"--config={tmp_path}/mine.yaml"]):
+        with pytest.raises(ConfigError) as caught:
+            parse(option)
+        assert str(caught.value).startswith(f"{tmp_path}/mine.yaml holds no fields with values")
+
+
+def test_a_configuration_from_python_or_a_checkpoint_has_all_values() -> None:
+    nothing: Any = None
+    reads: list[Callable[[], Config]] = [
+        lambda: parse_text("optim: {lr: }"),
+        lambda: validated(replace(Config(), optim=OptimConfig(lr=nothing))),
+        lambda: parse(["--optim={lr: }"]),
+    ]
+    for read in reads:
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert str(caught.value) == "optim.lr has no value: write one, or leave optim.lr out."
+
+
 def test_unknown_key_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "typo.yaml"
     file.write_text("optim: {lerning_rate: 0.1}\n")
@@ -247,6 +291,12 @@ END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
         (["--moco.queue_size", "128"], 1, ["queue_size 128", "at least 256"]),
         (["--moco.queue_size", "300", "--moco.symmetric", "true"], 1, ["at least 512"]),
         (["--moco.temperature", "0"], 1, ["temperature"]),
+        (["--moco.temperature", ".nan"], 1, ["moco.temperature is nan", "finite"]),
+        (["--moco.temperature", ".inf"], 1, ["moco.temperature is inf", "finite"]),
+        (["--optim.lr", ".inf"], 1, ["optim.lr is inf", "finite"]),
+        (["--optim.weight_decay", ".inf"], 1, ["optim.weight_decay is inf", "finite"]),
+        (["--run.checkpoint_minutes", ".inf"], 1, ["run.checkpoint_minutes is inf", "finite"]),
+        (["--data.intensity", "[0, .inf]"], 1, ["data.intensity is [0.0, inf]", "finite"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
         (["--optim.warmup_epochs", "200"], 1, ["warmup_epochs 200", "epochs 200"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
@@ -298,3 +348,9 @@ def test_identity_ignores_where_and_how_fast() -> None:
     hotter = replace(config, moco=replace(config.moco, temperature=0.9))
     assert limits.identity() == elsewhere.identity() == config.identity()
     assert hotter.identity() != config.identity()
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0, 1e300])
+def test_a_time_that_is_none_is_a_sentence_before_ranks_meet(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"^run\.timeout_s is .*, but must be finite"):
+        ranks.start("cpu", seconds)

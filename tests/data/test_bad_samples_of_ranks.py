@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.config import Config, ConfigError, parse
+from fastmoco.config import Config, ConfigError, OneRankError, parse
 from fastmoco.data.bad_samples import BadSamples
 from fastmoco.data.sources.choose import open_source
 from fastmoco.machine.ranks import World
@@ -70,6 +70,12 @@ def test_the_share_that_ends_a_run_is_of_what_all_ranks_found(
     said = two_ranks.run(exchanged, config, [[1, 2], [3]])
     assert [known for *_, known in said] == [3, 3]
     assert all("3 of 10 samples are bad" in first for first, *_ in said)
+
+
+def test_more_than_the_share_on_one_rank_is_a_sentence_of_that_rank(config: Config) -> None:
+    bad = BadSamples(config, open_source(config), 1)
+    with pytest.raises(OneRankError, match=r"^3 of 10 samples are bad, more than data\.max_bad_"):
+        bad.record(np.array([[number, 0] for number in (3, 5, 7)]))
 
 
 def test_synthetic_images_have_nothing_to_tell(config: Config) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +37,38 @@ def test_doctor_of_a_synthetic_run(
     for name in ("versions", "cpu", "precision", "shuffle", "preflight", "exchange", "step"):
         assert f"\n{name}" in f"\n{printed}"
     assert "every op equals its float64 reference" in printed
+
+
+@pytest.mark.parametrize("mechanism", ["queue", "end_to_end", "memory_bank"])
+def test_doctor_of_every_mechanism_writes_nothing_into_the_run(
+    mechanism: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of bad images, whether indexing finds them or decoding."""
+    monkeypatch.setattr(speed, "BUDGET_S", 0.05)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for number in range(24):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{number:02d}.png")
+    for number, size in ((3, 0), (4, 2000)):
+        path = tmp_path / "images" / f"{number:02d}.png"
+        path.write_bytes(path.read_bytes()[:size])
+    few = ["--moco.queue_size", "8", "--knn.every", "0", "--run.dir", "run", "--run.device", "cpu"]
+    few += ["--model.width", "0.125", "--moco.mechanism", mechanism, "--data.workers", "1"]
+    few += ["--optim.name", "sgd"] * (mechanism != "queue")
+    few += ["--data.source", "folder", "--data.root", "images"]
+    assert doctor.main([*TINY, *few, "--data.max_bad_share", "0.2"]) == 0
+    told = capsys.readouterr().out
+    assert "2 of 24 bad" in told
+    assert "verdict" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert doctor.main([*TINY, *few]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 of 24 samples are bad, more than data.max_bad_share 0.01" in line
+    assert line.endswith("/images/03.png.")
 
 
 def test_doctor_refuses_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:

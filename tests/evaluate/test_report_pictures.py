@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastmoco.config import ConfigError, ModelConfig
+from fastmoco.config.names import in_figure
+from fastmoco.evaluate import report_pictures
 from fastmoco.evaluate.report_pictures import checkpoints, draw_map, principal_plane
 from fastmoco.network.encoder import build_encoder
 from fastmoco.report import main
@@ -55,16 +59,31 @@ def test_more_classes_than_marks_are_drawn_together() -> None:
     assert Image.open(io.BytesIO(png)).size == (720, 540)
 
 
+def test_names_are_drawn_sign_by_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["$x_5$ of $y^2$", "cost $5_$6_", r"\$a$", "one $"]
+    points, labels = torch.arange(8.0).reshape(4, 2), [0, 1, 2, 3]
+    drawn = draw_map(points, labels, names)
+    with matplotlib.rc_context({"text.parse_math": False}), monkeypatch.context() as patch:
+        patch.setattr(report_pictures, "in_figure", lambda name: name)
+        assert draw_map(points, labels, names) == drawn
+    escaped = {
+        **{"_a_b": " _a_b", "a\nb\0": r"a\nb\x00", "\udcff": r"\udcff", "\u3000a": " a"},
+        **{"\u00e9 \u72ac_": "\u00e9 \u72ac_", "": ""},
+    }
+    assert {name: in_figure(name) for name in escaped} == escaped
+
+
 def test_the_page_shows_the_encoder_untrained_and_at_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
-    for name in ("train/a", "train/b", "test/a", "test/b"):
+    odd = os.fsdecode(b"$\\frac$ \xff_")  # no formula, and no text
+    for name in ("train/a", f"train/{odd}", "test/a", f"test/{odd}"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    run = tmp_path / "run"
+    run = tmp_path / f"run {odd}"
     run.mkdir()
     encoder = build_encoder(ModelConfig(arch="resnet18", width=1 / 8))
     torch.save(encoder.state_dict(), run / "checkpoint_0001_step00000004.pth.tar")

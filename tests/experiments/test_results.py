@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,21 @@ def test_a_failed_run_is_a_cross_and_its_numbers_are_not_in_the_mean(tmp_path: P
     assert "1 of 6 runs FAILED (crosses), the first MoCo-0-seed0: The loss became nan" in told
     assert "2 of 6 runs have not ended" in told
     assert "mean and standard deviation of 2 seeds" in told
+
+
+@pytest.mark.parametrize("over", ["points", "epochs"])
+def test_names_that_are_no_formula_are_drawn(over: Any, tmp_path: Path) -> None:
+    r"""`$\frac$` is a formula that matplotlib cannot draw."""
+    odd = r"_$\frac$"
+    paper = Paper(odd, odd, {odd: {odd: 55.2}})
+    grid = replace(GRID, points=(Point(odd, odd, ()),), title=odd, x_label=odd, note=odd)
+    grid = replace(grid, paper=paper, over=over, x_scale="even")
+    plan = Plan([grid], tmp_path, lambda _grid, _point: ())
+    for run in plan.distinct():
+        record(run, [0.2, 0.3], 1, odd)
+    draw(grid, results(grid, plan), tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.width > 1000
 
 
 def test_curves_show_where_a_run_failed(tmp_path: Path) -> None:

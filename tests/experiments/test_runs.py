@@ -65,7 +65,7 @@ def test_a_life_that_said_nothing_has_its_exit_code_for_a_sentence(
 def test_a_refusal_by_an_owner_that_has_ended_by_now_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusal = f"fastmoco: {tmp_path}/run belongs to process 1 on h, which has been training there"
+    refusal = f"fastmoco: {tmp_path}/run belongs to process 1 on h, which has been at work there"
     run = instead_of_training(tmp_path, monkeypatch, f"echo '{refusal}'\nexit 2", "exit 0")
     assert run_all([run], 1, print)
     assert ended(run) == (0, "")

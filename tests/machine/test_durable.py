@@ -60,3 +60,15 @@ def test_reading_waits_for_nothing(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"regular|directory"):
             durable.read_regular(tmp_path / name)
     assert durable.read_regular(tmp_path / "file") == b"text"
+
+
+@pytest.mark.parametrize("name", ["none/a.txt", "folder", "file/a.txt"])
+def test_what_could_not_be_written_is_said_before(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match=f"{name}'$"):
+        durable.require_writable(tmp_path / name)
+    durable.require_writable(tmp_path / "file")
+    durable.require_writable(tmp_path / "new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.machine import owner
+from fastmoco.machine import durable, owner
 from fastmoco.machine.owner import Mark, OwnedError, Owner, read_mark, require_free
-from fastmoco.weights import files
 
 
 def leave(folder: Path, mark: Mark) -> None:
@@ -71,7 +70,7 @@ def test_what_a_process_leaves_that_is_killed_while_it_claims_is_swept(tmp_path:
     code += "with owner.Owner(pathlib.Path(sys.argv[1])): pass"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     assert len(list(tmp_path.iterdir())) == 1
-    files.sweep(tmp_path)
+    durable.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fastmoco.machine import stopping
-from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest
+from fastmoco.machine.stopping import INTERRUPTED, REQUEUE, StopRequest, exit_code
 
 ASKING = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
@@ -104,9 +105,17 @@ sys.meta_path.insert(0, Interrupt())
 """
 
 
-@pytest.mark.parametrize("moment", ["torch", "torchvision", "tensorboard", "fastmoco.run"])
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [
+        ("torch", ["-m", "fastmoco.train"]),
+        ("torchvision", ["-um", "fastmoco", "train"]),
+        ("tensorboard", ["-X", "utf8", "-umfastmoco.train"]),
+        ("fastmoco.run", ["-m", "fastmoco.train", "-m", "x"]),
+    ],
+)
 def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(
-    tmp_path: Path, moment: str
+    tmp_path: Path, moment: str, options: list[str]
 ) -> None:
     """The trainer as it is started; the signal comes when it imports this module."""
     root = Path(__file__).resolve().parents[2]
@@ -114,13 +123,40 @@ def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(
     (tmp_path / "sitecustomize.py").write_text(code)
     path = os.pathsep.join([str(tmp_path), str(root), str(root / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-m", "fastmoco.train", "--run.dir", str(tmp_path / "run")],
+        [sys.executable, *options, "--run.dir", str(tmp_path / "run")],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_interrupted_command_ends_what_it_began_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    def while_importing(*_: object) -> None:
+        pytest.fail("the handler of imports is still there")
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        finally:
+            ended.append(True)
+        return 0
+
+    ended: list[bool] = []
+    monkeypatch.setenv("RANK", rank)
+    before = signal.signal(signal.SIGINT, while_importing)
+    try:
+        assert exit_code(work) == INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is while_importing
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended
+    assert capsys.readouterr().err == ("fastmoco: interrupted\n" if rank == "0" else "")
 
 
 def test_a_library_that_imports_fastmoco_keeps_its_handler() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, OneRankError
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.machine import limits
 
@@ -75,13 +75,14 @@ def end(items: Iterator[Any]) -> None:
 def in_own_words() -> Iterator[None]:
     """Around the taking of an item: what went wrong in a process, in one sentence.
 
-    Raises `ConfigError` where storage keeps failing, and `ChildProcessError` where a process died
-    or is silent.
+    Raises `OneRankError` where storage keeps failing or no sample is good, and `ChildProcessError`
+    where a process died or is silent.
     """
     try:
         yield
     except ConfigError as error:  # PyTorch puts the worker's traceback before it
-        raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
+        name = f"{type(error).__name__}: "
+        raise OneRankError(str(error).rpartition(name)[2].strip()) from None
     except RuntimeError as error:  # torch's words for both; any other is a fault of our own
         if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise

@@ -226,8 +226,8 @@ class WorkerEngine:
     def next(self) -> Batch:
         """The next micro-batch.
 
-        Raises `BadImage` where no sample can replace a bad one, `ConfigError` where storage keeps
-        failing, and `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
+        Raises `OneRankError` where no sample can replace a bad one or storage keeps failing, and
+        `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
         """
         self.ring.settle()
         with in_own_words():

@@ -8,9 +8,7 @@ sample, which is read and decoded once.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,11 +24,12 @@ from fastmoco.data.inspect.kinds import channels_for
 from fastmoco.data.inspect.look import evenly_spaced, kinds_of, look_at
 from fastmoco.data.inspect.rate import loader_rate
 from fastmoco.data.inspect.terminal import terminal_width, text_of
-from fastmoco.data.page import write_page
+from fastmoco.data.page import require_writable, write_page
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables.labels import is_table, table_suffix
+from fastmoco.machine.stopping import exit_code
 
 SAMPLES = 5000
 # Pictures whose headers choose `data.channels`, before any is decoded with that many.
@@ -130,8 +129,6 @@ def _without_root(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one sentence for what cannot be inspected."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes end before we do
     parser = _parser()
     roots, words = _without_root(sys.argv[1:] if arguments is None else arguments)
     own, rest = parser.parse_known_args(words)
@@ -147,17 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse([*rest, *(["--data.root", roots[0]] if roots else [])])
         config = replace(config, knn=replace(config.knn, every=0))
         check(without_colour(config), 1)
+        if own.html is not None:
+            require_writable(own.html)  # asked before the hours that a look at everything takes
         found = inspect(resolve_folders(config), own.samples)
+        print(text_of(found, terminal_width()), flush=True)
         if own.html is not None:
             write_page(own.html, page_of(found))
+            print(f"\nThe page with pictures: {own.html}")
     except ConfigError as error:
         print(f"fastmoco: {error}", file=sys.stderr)
         return 2
-    print(text_of(found, terminal_width()))
-    if own.html is not None:
-        print(f"\nThe page with pictures: {own.html}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -88,8 +88,10 @@ def sections(found: Findings) -> list[Section]:
 def _overview(found: Findings) -> Section:
     contents = found.contents
     looked, total = len(contents.looks), contents.total
-    size = sum(look.size for look in contents.looks) / max(1, len(contents.good))
-    told = [f"{total:,} pictures, about {_bytes(size * total)} in all."]
+    # Files with an unreadable header are not read, so that nobody knows how large they are.
+    read = [look.size for look in contents.looks if look.size]
+    size = sum(read) / max(1, len(read)) * (total - contents.unreadable)
+    told = [f"{total:,} pictures, about {_bytes(size)} in all."]
     if looked < total:
         told.append(
             f"Sizes and unreadable headers are those of all; all else is of {looked:,} pictures, "

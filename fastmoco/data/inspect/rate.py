@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,13 +63,11 @@ def loader_rate(config: Config, source: Source) -> tuple[float, str]:
     batch = config.optim.global_batch_size
     if device.type == "cpu":
         batch = min(batch, _CPU_BATCH)
-    with tempfile.TemporaryDirectory() as folder:  # the list of bad samples is no result of ours
-        small = replace(
-            config,
-            run=replace(config.run, dir=folder),
-            data=replace(config.data, max_bad_share=1.0),
-            optim=replace(config.optim, global_batch_size=batch, accumulate=1),
-        )
-        with build_loader(small, source, device=device) as loader:
-            batches = progress(loader.batches(0, FOREVER), lambda _: batch, "loader")
-            return rate(partial(next, batches), batch, device), loader.description
+    small = replace(
+        config,
+        data=replace(config.data, max_bad_share=1.0),
+        optim=replace(config.optim, global_batch_size=batch, accumulate=1),
+    )
+    with build_loader(small, source, device=device, listed=False) as loader:
+        batches = progress(loader.batches(0, FOREVER), lambda _: batch, "loader")
+        return rate(partial(next, batches), batch, device), loader.description

@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,16 +31,16 @@ from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
 from fastmoco.data.order import permute, stream_key
 from fastmoco.data.pack.shard import Line, Shard
-from fastmoco.data.pack.shrink import Packed, Size, shrink
-from fastmoco.data.pixels.rule import BadImage, PixelRule
-from fastmoco.data.reader import read_sample
+from fastmoco.data.pack.shrink import Packed, Size, shrink_chunk
+from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.image_list import read_list
 from fastmoco.data.sources.listing import read_file
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables.labels import is_table, labels_in
-from fastmoco.machine import durable
+from fastmoco.machine import durable, owner
+from fastmoco.machine.stopping import exit_code
 
 NOTE = "pack.json"
 SHARD_SAMPLES = 5000
@@ -48,19 +49,6 @@ CHUNK = 16
 _ORDER = stream_key(0x7061636B)
 # Threads start at once; processes are faster from here on.
 _PROCESSES_FROM = 500
-
-
-def pack_chunk(samples: Sequence[int], source: Source, size: Size, rule: PixelRule) -> list[Packed]:
-    """The unit of work of one process."""
-    return [_packed(source, sample, size, rule) for sample in samples]
-
-
-def _packed(source: Source, sample: int, size: Size, rule: PixelRule) -> Packed:
-    try:
-        data = read_sample(source, sample)
-    except BadImage as bad:
-        return Packed(b"", "", 0, 0, (0, 0), False, str(bad))
-    return shrink(data, size, rule)
 
 
 def _noted(note: Path) -> dict[str, Any]:
@@ -76,11 +64,13 @@ def _noted(note: Path) -> dict[str, Any]:
     return found
 
 
-class Pack:
-    """A pack in a folder: what it is made of, and the shards that are there already.
+def _of_a_claim(path: Path) -> bool:
+    """Whether a pack leaves it that is killed before it has written its note."""
+    return path.name == owner.NAME or durable.is_left(path)
 
-    Raises `ConfigError` where the folder holds another pack, or anything else.
-    """
+
+class Pack:
+    """A pack in a folder: what it is made of, and the shards that are there already."""
 
     def __init__(self, config: Config, out: Path, size: Size, shard_samples: int) -> None:
         self.source, self.out, self.size = open_source(config), out, size
@@ -88,10 +78,7 @@ class Pack:
         self.describe = _describer(config, self.source)
         order = permute(np.arange(len(self.source.sizes)), len(self.source.sizes), _ORDER)
         self.parts = [order[at : at + shard_samples] for at in range(0, len(order), shard_samples)]
-        self._claim(config, shard_samples)
-
-    def _claim(self, config: Config, shard_samples: int) -> None:
-        mine: dict[str, Any] = {
+        self._note: dict[str, Any] = {
             "pack": 1,
             **asdict(self.size),
             "shard_samples": shard_samples,
@@ -100,19 +87,38 @@ class Pack:
             "max_pixels": self.rule.max_pixels,
             "pillow": PIL.__version__,
         }
-        note = self.out / NOTE
+        self._root = config.data.root
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The folder is this pack's and this process's; what killed ones left in it is gone."""
+        self._begun()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(owner.Owner(self.out))
+            except owner.OwnedError as error:
+                raise ConfigError(str(error).replace("run.dir", "--out")) from error
+            durable.sweep(self.out)
+            if not self._begun():  # asked again: another may have come between
+                text = json.dumps({**self._note, "source": self._root}, indent=1) + "\n"
+                durable.replace(self.out / NOTE, lambda partial: partial.write_text(text))
+            yield
+
+    def _begun(self) -> bool:
+        """Whether the folder holds this pack already. Raises `ConfigError` if it holds others."""
+        note, mine = self.out / NOTE, self._note
         if note.exists():
             found = _noted(note)
             other = [name for name in mine if found.get(name) != mine[name]]
             if other:
                 told = ", ".join(f"{n} {found.get(n)} there, {mine[n]} here" for n in other)
                 raise ConfigError(f"--out {self.out} holds another pack ({told}): choose another.")
-            return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            return True
+        there = self.out.iterdir() if self.out.is_dir() else []
+        if self.out.exists() and not (self.out.is_dir() and all(map(_of_a_claim, there))):
             raise ConfigError(f"--out {self.out} is not an empty folder: choose another.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**mine, "source": config.data.root}, indent=1) + "\n"
-        durable.replace(note, lambda partial: partial.write_text(text))
+        return False
 
     def complete(self) -> Counter[str]:
         """Write every shard that is missing, with a progress bar; what all of them hold."""
@@ -132,7 +138,7 @@ class Pack:
 
     def _images(self, pool: Executor, missing: Sequence[int]) -> Iterator[Packed]:
         """The images of the missing shards in their order, made by all cores."""
-        work = partial(pack_chunk, source=self.source, size=self.size, rule=self.rule)
+        work = partial(shrink_chunk, source=self.source, size=self.size, rule=self.rule)
         samples = [int(sample) for number in missing for sample in self.parts[number]]
         chunks = (samples[at : at + CHUNK] for at in range(0, len(samples), CHUNK))
         for packed in in_order(pool, work, chunks):
@@ -194,9 +200,10 @@ def _pack(given: argparse.Namespace, rest: Sequence[str]) -> None:
     config = resolve_folders(replace(config, knn=replace(config.knn, every=0)))
     size = Size(given.short_side, given.quality)
     pack = Pack(config, given.out, size, given.shard_samples)
-    for sentence in pack.source.warnings:
-        print(f"WARNING: {sentence}", file=sys.stderr)
-    found = pack.complete()
+    with pack.claimed():
+        for sentence in pack.source.warnings:
+            print(f"WARNING: {sentence}", file=sys.stderr)
+        found = pack.complete()
     if not found["images"]:
         raise ConfigError(
             f"data.root {config.data.root} holds {found['bad']:,} images and none can be read; "
@@ -238,4 +245,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

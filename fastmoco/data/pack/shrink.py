@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from fastmoco.data.pixels.deep import stored_or_bad
 from fastmoco.data.pixels.rgb import ORIENTATION, exif_orientation, to_rgb
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.pixels.stored import NPY_START, TIFF_STARTS, is_deep_file
+from fastmoco.data.reader import read_sample
+from fastmoco.data.sources.source import Source
 
 # A JPEG decoder halves a picture at next to no cost. Down to twice the final size that is done
 # first: the 40 to 60 dB that it costs there are far above what quality 90 leaves.
@@ -52,6 +55,21 @@ class Packed(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the bytes, in hex."""
         return hashlib.sha256(self.data).hexdigest()
+
+
+def shrink_chunk(
+    samples: Sequence[int], source: Source, size: Size, rule: PixelRule
+) -> list[Packed]:
+    """The unit of work of one process; not in `__main__`, where that would not find it."""
+    return [_packed(source, sample, size, rule) for sample in samples]
+
+
+def _packed(source: Source, sample: int, size: Size, rule: PixelRule) -> Packed:
+    try:
+        data = read_sample(source, sample)
+    except BadImage as bad:
+        return Packed(b"", "", 0, 0, (0, 0), False, str(bad))
+    return shrink(data, size, rule)
 
 
 def shrink(data: bytes, size: Size, rule: PixelRule) -> Packed:

@@ -37,6 +37,9 @@ _FLAT = 2.0  # levels of 255: the standard deviation below which a picture is ne
 _FLAT_SHARE = 0.1  # of the sample; a few blank pages are usual
 
 
+NO_SURVEY = ValueError, TypeError, KeyError, AttributeError, RecursionError
+
+
 @dataclass(frozen=True)
 class Part:
     """The pictures of the sample that have 8 bits, or those that have more."""
@@ -93,7 +96,7 @@ def survey(source: Source, rule: PixelRule) -> Survey:
     digest = hashlib.sha256(f"{source.fingerprint()} {rule}".encode()).hexdigest()[:20]
     kept = cache_folder() / "pixels" / f"{digest}.json"
     with exclusive(kept.with_suffix(".lock")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or half of one
+        with contextlib.suppress(OSError, *NO_SURVEY):  # none, or half of one
             return _read(json.loads(kept.read_text()))
         found = _look(source, rule)
         with contextlib.suppress(OSError):  # nowhere to keep it
@@ -103,13 +106,19 @@ def survey(source: Source, rule: PixelRule) -> Survey:
 
 
 def _read(kept: dict[str, Any]) -> Survey:
-    """What `asdict` made of a survey, lists for tuples."""
+    """What `asdict` made of a survey, lists for tuples. Raises one of `NO_SURVEY`."""
     for name in ("shallow", "deep"):
         if kept[name] is not None:
             values: dict[str, Any] = kept[name]
             lists = {n: tuple(v) for n, v in values.items() if isinstance(v, list)}
             kept[name] = Part(**{**values, **lists})
-    return Survey(**kept)
+            numbers = [n for v in vars(kept[name]).values() for n in np.atleast_1d(v)]
+            if not all(isinstance(n, np.number) for n in numbers):
+                raise ValueError(f"{name} holds more than numbers")
+    found = Survey(**kept)
+    if not type(found.turned) is type(found.flat) is int:
+        raise ValueError("no numbers of pictures")
+    return found
 
 
 def sample_of(source: Source, count: int) -> list[int]:

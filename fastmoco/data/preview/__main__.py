@@ -9,12 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastmoco.config import ConfigError, check_pixel_options, parse
+from fastmoco.config import ConfigError, check, parse
 from fastmoco.config.command import CommandParser
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.preview import replay
-from fastmoco.data.preview.draw import draw_replay, draw_views
+from fastmoco.data.preview.draw import draw_replay, draw_views, kind_of
 from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.machine import durable
+from fastmoco.machine.stopping import exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,13 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Every option of fastmoco train is one of this as well.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture, a PNG")
+    parser.add_argument(
+        "--out", type=Path, default=Path("views.png"), help="the picture, .png or .jpg"
+    )
     parser.add_argument("--samples", type=int, default=8, help="how many images are shown")
     parser.add_argument("--replay", type=Path, help="a step that a run saved as not finite")
     own, rest = parser.parse_known_args(arguments)
     if own.samples < 1:
         parser.error(f"--samples is {own.samples}, but must be at least 1")
     try:
+        kind_of(own.out)
+        durable.require_writable(own.out)
         if own.replay:
             step = replay.read(own.replay, rest)
             total = draw_replay(step, own.out, samples=own.samples)
@@ -41,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         config = parse(rest)
         without_knn = replace(config, knn=replace(config.knn, every=0))  # nobody needs a test set
-        check_pixel_options(config)
+        check(config, 1)
         config = resolve_pixels(resolve_folders(without_knn))
         draw_views(config, own.out, samples=own.samples)
     except (ConfigError, OSError) as error:
@@ -52,4 +58,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fastmoco.config import Config
+from fastmoco.config import Config, ConfigError
 from fastmoco.data.backends.choose import has_dali
 from fastmoco.data.backends.dali.reader import Delivery
 from fastmoco.data.backends.float_views import FloatCanvas
@@ -23,10 +24,14 @@ from fastmoco.data.preview.sheet import Column, captions, sheet
 from fastmoco.data.reader import Reader, Work, read_work
 from fastmoco.data.sources.choose import open_source
 from fastmoco.data.table import UInt8, ViewTable
+from fastmoco.machine import durable
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""What PIL calls the format of a picture with this suffix."""
 
 
 def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -> None:
-    """Writes a PNG: one row per sample of the step, original, im_q and im_k per executor.
+    """Writes a picture: one row per sample of the step, original, im_q and im_k per executor.
 
     config: from `resolve_pixels`.
     Raises `ConfigError` for unusable data, `OSError` if the picture cannot be written.
@@ -37,7 +42,7 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
         noise = SyntheticEngine(config, plan, torch.device("cpu")).next()
         both = {"im_q": noise.im_q, "im_k": noise.im_k}
         columns = [Column(name, list(views[:samples].numpy())) for name, views in both.items()]
-        return sheet(columns, side).save(path)
+        return write(path, columns, side)
     source = open_source(config)
     plan = make_plan(config, source, len(source.sizes))
     reader = Reader(source, config.run.seed, PixelRule.of(config.data))
@@ -62,11 +67,11 @@ def draw_views(config: Config, path: Path, *, samples: int = 8, step: int = 0) -
     if dali and not rule.float_views:
         for name, batch in zip(tables, _by_dali(config, work), strict=True):
             columns.append(Column(f"{name}, by DALI", list(batch)))
-    sheet(columns, side).save(path)
+    write(path, columns, side)
 
 
 def draw_replay(step: replay.SavedStep, path: Path, *, samples: int = 8) -> int:
-    """Writes a PNG of the views that a step got; how many samples its batch has.
+    """Writes a picture of the views that a step got; how many samples its batch has.
 
     Raises `ConfigError` and `OSError` as `draw_views` does, also where the images have changed.
     """
@@ -79,8 +84,21 @@ def draw_replay(step: replay.SavedStep, path: Path, *, samples: int = 8) -> int:
         views = torch.cat([getattr(part, name) for part in parts])[:samples].cpu().numpy()
         pictures = [visible(view) for view in views]
         columns.append(Column(name, pictures, [[f"sample {number}"] for number in numbers]))
-    sheet(columns, config.augment.image_size).save(path)
+    write(path, columns, config.augment.image_size)
     return len(numbers)
+
+
+def kind_of(path: Path) -> str:
+    """PIL's name for the format of a picture. Raises `ConfigError` for another suffix."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--out {path} must end in {' or '.join(FORMATS)}.")
+    return FORMATS[path.suffix.lower()]
+
+
+def write(path: Path, columns: Sequence[Column], side: int) -> None:
+    """The columns as a picture, which appears whole. Raises as `draw_views` does."""
+    kind, page = kind_of(path), sheet(columns, side)
+    durable.replace(path, lambda partial: page.save(partial, kind))
 
 
 def _by_dali(config: Config, work: Work) -> list[UInt8]:

@@ -98,13 +98,12 @@ def batches(step: SavedStep, device: torch.device) -> list[Batch]:
 
     Raises `ConfigError` where the images are no longer the same.
     """
-    with tempfile.TemporaryDirectory() as folder:  # what is found out here is not the run's
-        config = replace(step.config, run=replace(step.config.run, dir=folder))
-        with build_loader(config, device=device) as loader:
-            images = loader.fingerprint.digest if loader.fingerprint else ""
-            if images != step.images or _samples(loader.plan, step.step) != step.samples:
-                raise ConfigError(
-                    f"The images in {config.data.root or config.data.source} are not those of step "
-                    f"{step.step}: set --data.root to where they are."
-                )
-            return list(loader.batches(step.step - 1, step.step))
+    config = step.config
+    with build_loader(config, device=device, listed=False) as loader:
+        images = loader.fingerprint.digest if loader.fingerprint else ""
+        if images != step.images or _samples(loader.plan, step.step) != step.samples:
+            raise ConfigError(
+                f"The images in {config.data.root or config.data.source} are not those of step "
+                f"{step.step}: set --data.root to where they are."
+            )
+        return list(loader.batches(step.step - 1, step.step))

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.listing import open_regular
+from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder, exclusive
 
 _MAGIC = b"fastmoco index 4\n"  # 4: with checksums
@@ -150,7 +151,7 @@ def save_index(index: Index, path: Path) -> Index:
     sums = [zlib.crc32(_bytes(array)) for array in index.arrays.values()]
     head = json.dumps({"facts": index.facts, "layout": layout, "sums": sums}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = durable.partial_of(path)
     try:
         with open(partial, "wb") as file:
             file.write(_MAGIC + hashlib.sha256(head).digest())
@@ -211,6 +212,12 @@ FILE_NAMES = ("utf-8", "surrogateescape")  # file names are bytes; this round-tr
 _BEGAN = time.time()
 
 
+def begin_anew() -> None:
+    """A run begins: to `rescan`, what this process has indexed before is old from now on."""
+    global _BEGAN
+    _BEGAN = time.time()
+
+
 def kept_index(
     what: str,
     holds: Callable[[Index], bool],
@@ -222,7 +229,7 @@ def kept_index(
     """The cached index of `what` where it holds, else a new one; one rank per machine scans.
 
     again: a better index where files that were bad have changed. rescan: use none that is older
-    than this process; another rank may have made one since.
+    than this process, or its run; another rank may have made one since.
     """
     digest = hashlib.sha256(what.encode(*FILE_NAMES)).hexdigest()[:20]
     cached = cache_folder() / "index" / digest

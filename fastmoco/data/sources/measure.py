@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,15 +103,22 @@ DIED = (
 
 
 @contextlib.contextmanager
-def in_parallel(*, many: bool) -> Iterator[Executor]:
-    """All cores: processes for much work, threads where processes would take longer to start.
+def in_parallel(*, many: bool, workers: int = 0) -> Iterator[Executor]:
+    """So many workers, or one for each core: processes for much work, and threads where processes
+    would take longer to start.
 
-    Whatever leaves the block, work that nobody began by then is dropped, not waited for.
+    Whatever leaves the block, work that nobody began by then is dropped, not waited for. An error
+    or Ctrl-C ends the processes in the middle of theirs. They do not outlive this one either.
     """
-    pool = _processes(_cores()) if many else ThreadPoolExecutor(_cores())
+    workers = workers or _cores()
+    pool, started = _processes(workers) if many else (ThreadPoolExecutor(workers), ())
     try:
         yield pool
-    except BrokenProcessPool as error:
+    except BaseException as error:
+        for process in started:
+            process.terminate()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         # Imported on demand: it brings the command line, which the processes of a scan do without.
         from fastmoco.config import ConfigError
 
@@ -117,13 +127,15 @@ def in_parallel(*, many: bool) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _processes(workers: int) -> Executor:
+def _processes(workers: int) -> tuple[Executor, Collection[BaseProcess]]:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, context, _in_process)
     with _interrupts_held():  # started here, all processes hold them from their first moment
+        others = set(multiprocessing.active_children())
         for _ in range(workers):
             pool.submit(int)
-    return pool
+        started = set(multiprocessing.active_children()) - others
+    return pool, started
 
 
 @contextlib.contextmanager
@@ -150,9 +162,19 @@ def _cores() -> int:
     return int(machine_cores())
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes: the one that started these says so and ends them."""
+def _in_process() -> None:
+    """Ctrl-C reaches all processes: the one that started these says so and ends them.
+
+    One that was killed cannot, and its processes would wait for work for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def in_order(

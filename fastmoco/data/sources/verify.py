@@ -30,9 +30,12 @@ def verify(source: Source, rule: PixelRule) -> dict[int, str]:
     kept = cache_folder() / "verified" / f"{digest}.stamped.json"
     with exclusive(kept.with_suffix(".lock")):
         known: Known | None = None
-        with contextlib.suppress(OSError, ValueError):  # none yet, or half of one
+        broken = ValueError, TypeError, AttributeError, RecursionError
+        with contextlib.suppress(OSError, *broken):  # none yet, or half of one
             rows = json.loads(kept.read_text())
-            known = {int(sample): (reason, stamp) for sample, (reason, stamp) in rows.items()}
+            known = {int(n): (str(reason), list(stamp)) for n, (reason, stamp) in rows.items()}
+            if not all(0 <= n < len(source.sizes) for n in known):
+                known = None
         samples: Sequence[int] = range(len(source.sizes))
         if known is not None:
             samples = [n for n, (_, stamp) in known.items() if source.stamp(n) != stamp]

@@ -32,6 +32,7 @@ from fastmoco.evaluate.linear.protocol import Protocol, TrunkChangedError
 from fastmoco.evaluate.options import View, command
 from fastmoco.machine import ranks
 from fastmoco.machine.cache import cache_folder
+from fastmoco.machine.stopping import exit_code
 
 
 def parser() -> CommandParser:
@@ -173,4 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

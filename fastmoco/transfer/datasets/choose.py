@@ -45,11 +45,11 @@ def detection_set(
         if masks or keypoints:
             what = "masks" if masks else "keypoints"
             raise ConfigError(
-                f"{root} has the layout of VOC, in which detection data has no {what}: give one in "
-                "the layout of COCO, or detect boxes."
+                f"{folder} has the layout of VOC, in which detection data has no {what}: give one "
+                "in the layout of COCO, or detect boxes."
             )
         return read_voc(folder, split)
-    raise ConfigError(_neither(root, folder, keypoints))
+    raise ConfigError(_neither(folder, keypoints))
 
 
 def segmentation_set(root: str, split: str) -> Segmentations:
@@ -64,7 +64,7 @@ def segmentation_set(root: str, split: str) -> Segmentations:
     if years(folder):
         return read_voc_segmentation(folder, split)
     raise ConfigError(
-        f"{root} holds no VOC2007, VOC2012 or VOCdevkit with ImageSets: semantic segmentation is "
+        f"{folder} holds no VOC2007, VOC2012 or VOCdevkit with ImageSets: semantic segmentation is "
         "read in that layout. `rendered` needs no folder."
     )
 
@@ -105,11 +105,12 @@ def known(split: str) -> str:
     return split
 
 
-def _neither(root: str, folder: Path, keypoints: bool) -> str:
+def _neither(folder: Path, keypoints: bool) -> str:
     if not folder.is_dir():
-        return f"{root} is not a folder, so there is no detection data in it."
+        return f"{folder} is not a folder, so there is no detection data in it."
     file = "person_keypoints_*.json" if keypoints else "instances_*.json"
     return (
-        f"{root} holds neither annotations/{file} as COCO does, nor VOC2007, VOC2012 or VOCdevkit "
-        "with ImageSets as VOC does: give the folder above one of them. `rendered` needs no folder."
+        f"{folder} holds neither annotations/{file} as COCO does, nor VOC2007, VOC2012 or "
+        "VOCdevkit with ImageSets as VOC does: give the folder above one of them. `rendered` needs "
+        "no folder."
     )

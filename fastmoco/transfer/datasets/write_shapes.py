@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -28,8 +25,9 @@ from tqdm import tqdm
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser, as_seed
 from fastmoco.data.sources.listing import walk
-from fastmoco.data.sources.measure import DIED
+from fastmoco.data.sources.measure import in_parallel
 from fastmoco.machine.host import machine_cores
+from fastmoco.machine.stopping import exit_code
 from fastmoco.transfer.datasets.rendered import CLASSES, SIZES, coco_content, pixel_classes
 from fastmoco.transfer.datasets.scenes import DIFFICULT, Layout, layout, picture
 from fastmoco.transfer.datasets.voc import CLASS_FILE
@@ -78,15 +76,11 @@ def _write(
     with contextlib.ExitStack() as stack:
         each: Callable[..., Iterable[Layout]] = map
         if processes > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=context))
+            pool = stack.enter_context(in_parallel(many=True, workers=processes))
             each = partial(pool.map, chunksize=8)
         for split, count in counts.items():
             work = each(partial(_scene, out, split, seed, photographs), range(count))
-            try:
-                layouts = list(tqdm(work, split, count, leave=False, disable=None))
-            except BrokenProcessPool as error:
-                raise ConfigError(DIED) from error
+            layouts = list(tqdm(work, split, count, leave=False, disable=None))
             if split != "pretrain":
                 _lists(out, voc, split, layouts)
 
@@ -204,4 +198,4 @@ def _photographs(folder: Path | None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

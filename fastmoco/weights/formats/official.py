@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmoco.config import Config, ConfigError
 from fastmoco.method.step import Step
 from fastmoco.weights.checksums import first
+from fastmoco.weights.files import epoch_said
 from fastmoco_kernels import ema_
 
 PREFIX = "module."
@@ -167,4 +168,4 @@ def resume_official(
     load_optimizer(step, content["optimizer"], place)
     params_q, params_k = step.moco.parameter_pairs()
     ema_(params_k, params_q, config.moco.momentum)
-    return int(content["epoch"]) * steps_per_epoch
+    return epoch_said(content["epoch"], place) * steps_per_epoch

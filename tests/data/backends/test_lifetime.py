@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from fastmoco.data.backends.choose import has_dali
+from tests.support.runs.sessions import all_ended, members
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = Path("/dev/shm")
@@ -42,20 +42,6 @@ if __name__ == "__main__":
 """
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-
-
-def members(session: int) -> set[int]:
-    """Live processes of a session, zombies aside."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.add(int(entry.name))
-    return found
 
 
 def shared_memory_of(processes: set[int]) -> set[str]:
@@ -105,10 +91,7 @@ def test_nothing_is_left(photos: Path, tmp_path: Path, backend: str, end: str) -
             process.kill()
         process.stdout.read()
         process.wait()
-        deadline = time.monotonic() + 600  # torch's workers look for their parent every 5 s
-        while members(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not members(process.pid)
+        assert all_ended(process.pid, 600)  # torch's workers look for their parent every 5 s
         assert not shared_memory_of(family)
         assert process.returncode == {"interrupt": -2, "exception": 1, "kill": -9}[end]
         if end == "interrupt":  # only the parent says what happened

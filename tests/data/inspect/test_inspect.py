@@ -25,6 +25,7 @@ from fastmoco.data.inspect.contents import Contents, contents_of, kind_of_reason
 from fastmoco.data.inspect.findings import Findings
 from fastmoco.data.inspect.rate import rate
 from fastmoco.data.sources.choose import resolve_folders
+from fastmoco.machine import durable
 from tests.support.data.hostile import GOOD, build_corpus, hostile_files, jpeg
 from tests.support.data.images import npy, png
 
@@ -330,9 +331,49 @@ def test_bad_input_is_one_sentence(
     assert part in line
 
 
-def test_a_page_that_cannot_be_written_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("place", ["no/page.html", "set"])
+def test_a_page_that_cannot_be_written_is_one_sentence_before_anything_is_looked_at(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
     root = make(tmp_path / "set", "rgb", 8)
-    assert cli.main(["inspect", str(root), "--html", str(tmp_path / "no" / "page.html")]) == 2
-    assert "Cannot write the page" in capsys.readouterr().err
+    monkeypatch.setattr(inspect, "inspect", lambda *_: pytest.fail("it was looked at"))
+    assert inspect.main([str(root), "--html", str(tmp_path / place)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastmoco: Cannot write the page {tmp_path / place}: ")
+
+
+def test_what_was_found_is_said_even_if_the_page_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    root = make(tmp_path / "set", "rgb", 8)
+    monkeypatch.setattr(durable, "replace", full)
+    assert inspect.main([str(root), "--html", str(tmp_path / "page.html")]) == 2
+    told = capsys.readouterr()
+    assert "8 pictures" in told.out
+    assert "No space left" in told.err.splitlines()[-1]
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("odd", [b"", b"no image", "cut", "long"])
+def test_the_size_of_all_is_that_of_the_files_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: bytes | str
+) -> None:
+    """Neither a file that is no picture changes it, nor does a long one raise that of others."""
+    root = make(tmp_path / "set", "rgb", 8)
+    files = sorted((root / "a").iterdir())
+    if isinstance(odd, bytes):
+        files[0].write_bytes(odd)
+        size = sum(path.stat().st_size for path in files[1:])
+    else:  # its header can be read
+        whole = files[0].read_bytes()
+        files[0].write_bytes(whole[: len(whole) // 2] + bytes(100_000) * (odd == "long"))
+        size = sum(path.stat().st_size for path in files)
+    assert inspect.main([str(root)]) == 0
+    unit, name = (1000, "kB") if size >= 1000 else (1, "bytes")
+    assert f"8 pictures, about {size / unit:.3g} {name} in all" in capsys.readouterr().out

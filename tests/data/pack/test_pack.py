@@ -7,6 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +24,11 @@ from fastmoco.data.pixels.rgb import ORIENTATION
 from fastmoco.data.pixels.rule import RGB8, PixelRule
 from fastmoco.data.sources import shards
 from fastmoco.data.sources.index import load_index
+from fastmoco.machine.owner import Owner
 from tests.support.data.images import npy, png, tiff
+from tests.support.runs.sessions import all_ended, members
 
+ROOT = Path(__file__).resolve().parents[3]
 SIZE = Size(short_side=32, quality=90)
 
 
@@ -226,6 +233,62 @@ def test_a_copied_pack_is_opened_by_its_index(
     source = shards.open_shards(str(copy), limit)
     assert "000002.tar" in scanned
     assert source.bad
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("module", ["fastmoco", "fastmoco.data.pack"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_an_interrupted_pack(tmp_path: Path, how: int, module: str) -> None:
+    """It works in processes here; what one that was killed cannot delete, the next one does."""
+    images, out = tmp_path / "images", tmp_path / "pack"
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    Image.fromarray(noise).save(images / "0.jpg")
+    for number in range(1, 1000):
+        os.link(images / "0.jpg", images / f"{number}.jpg")
+    verb = ["pack"] if module == "fastmoco" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *verb, f"--data.root={images}", f"--out={out}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
+    try:
+        while not any(path.stat().st_size for path in out.glob(".000000.tar.*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        assert all_ended(process.pid, 60)
+        _, errors = process.communicate()
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)
+    if how == signal.SIGKILL:
+        assert len(list(out.glob(".000000.tar.*"))) == 1
+        for path in list(images.iterdir())[5:]:
+            path.unlink()
+        (out / "pack.json").unlink()  # it may be killed before that is written, too
+        assert pack.main([f"--data.root={images}", f"--out={out}", "--short-side=32"]) == 0
+        names = ["000000.jsonl", "000000.tar", "000000.tar.fastmoco-index", "pack.json"]
+        assert sorted(os.listdir(out)) == names
+    else:
+        assert (process.returncode, errors) == (130, "fastmoco: interrupted\n")
+        assert os.listdir(out) == ["pack.json"]
+
+
+def test_one_process_packs_into_a_folder(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pack"
+    out.mkdir()
+    with Owner(out):
+        assert run(images, out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{out} belongs to process {os.getpid()}" in line
+    assert "choose another --out" in line
+    assert run(images, out) == 0
 
 
 def test_what_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

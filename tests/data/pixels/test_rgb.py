@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import struct
 import zlib
@@ -191,3 +192,27 @@ def test_a_colour_beyond_8_bits_is_refused() -> None:
     config = Config(data=DataConfig(alpha_over=(0, 256, 0)), augment=AugmentConfig(image_size=64))
     with pytest.raises(ConfigError, match=r"data\.alpha_over is \[0, 256, 0\]"):
         check(config, 1)
+
+
+def test_a_broken_note_of_a_survey_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    halves().save(tmp_path / "images" / "a.png")
+    source = open_folder(str(tmp_path / "images"), 10**6)
+    found = survey(source, RGB8)
+    (kept,) = (tmp_path / "cache" / "pixels").glob("*.json")
+    whole = json.loads(kept.read_text())
+    part = whole["shallow"]
+    for broken in (
+        *("[]", 3, {}, {**whole, "shallow": 3}, {**whole, "flat": "none"}, {**whole, "more": 1}),
+        *({**whole, "shallow": {**part, "mean": mean}} for mean in ("", ["a", "b", "c"], [[1]])),
+        *({**whole, "shallow": {**part, "pictures": None}}, "[" * 9999),
+    ):
+        kept.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+        again = survey(source, RGB8)
+        assert again == found
+        assert again.looked_at == 1
+    kept.write_text(json.dumps({**whole, "turned": 7}))
+    assert survey(source, RGB8).turned == 7  # one that is not broken is taken

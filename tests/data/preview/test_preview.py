@@ -63,3 +63,42 @@ def test_headings_and_captions_stay_in_their_columns() -> None:
 def test_preview_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data.root", str(tmp_path / "none"), "--out", str(tmp_path / "x.png")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("--out=views", "must end in .png or .jpg or .jpeg"),
+        ("--out=views.gif", "must end in .png"),
+        ("--out=none/views.png", "none/views.png"),
+        ("--out=folder.png", "folder.png"),
+        ("--augment.image_size=1", "augment.image_size is 1"),
+        ("--augment.jitter_p=7", "augment.jitter_p is 7.0"),
+        ("--augment.blur_min=3", "augment.blur_min 3.0 exceeds"),
+        ("--optim.global_batch_size=1", "BN group"),
+        ("--moco.temperature=0", "moco.temperature"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_anything_is_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    part: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "images").mkdir()
+    small = ["--optim.global_batch_size=16", "--moco.queue_size=64", "--data.root=images"]
+    assert main([*small, option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "images"]
+
+
+def test_a_jpeg_is_one(tmp_path: Path) -> None:
+    out = tmp_path / "views.JPG"
+    small = ["--optim.global_batch_size=16", "--moco.queue_size=64", "--augment.image_size=32"]
+    assert main([*small, "--data.source=synthetic", f"--out={out}"]) == 0
+    with Image.open(out) as image:
+        assert image.format == "JPEG"

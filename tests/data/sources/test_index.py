@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmoco.config import ConfigError
+from fastmoco.config import ConfigError, parse
 from fastmoco.data.pixels.rule import RGB8
 from fastmoco.data.sources import folder as folder_module
 from fastmoco.data.sources import index as index_module
 from fastmoco.data.sources import listing
+from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.folder import FolderSource, open_folder, with_stamps
 from fastmoco.data.sources.image_list import open_list
 from fastmoco.data.sources.index import Index, load_index, save_index
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.verify import verify
+from fastmoco.run.directory import resolved
 
 LIMIT = 10**8
 
@@ -190,6 +192,21 @@ def test_rescan_reads_anew_once_per_start(
     monkeypatch.setattr(index_module, "_BEGAN", 0.0)  # another rank has just made one
     open_folder(str(tmp_path), LIMIT, rescan=True)
     assert len(scans) == 2
+
+
+def test_rescan_reads_anew_in_every_run_of_a_process(
+    tmp_path: Path, jpeg: bytes, scans: list[str]
+) -> None:
+    """And once in each, although a run opens its images several times."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg)
+    options = ["--run.dir", str(tmp_path / "run"), "--data.root", str(tmp_path / "images")]
+    config = parse([*options, "--data.rescan", "true", "--knn.every", "0"])
+    for run in (1, 2, 3):
+        resolved(config)
+        open_source(config)
+        assert len(scans) == run
 
 
 def test_several_folders_by_a_pattern(tmp_path: Path, jpeg: bytes) -> None:

@@ -22,6 +22,7 @@ from fastmoco.data.sources import folder as folders
 from fastmoco.data.sources import listing, measure
 from fastmoco.data.sources.folder import open_folder
 from fastmoco.machine import host
+from tests.support.runs.sessions import all_ended, members
 
 LIMIT = 10**8
 
@@ -181,9 +182,26 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_ends_a_scan_in_processes_at_once(tmp_path: Path) -> None:
+BUSY = """
+import time
+from fastmoco.data.sources import measure as scan
+
+def probe(paths):
+    print("begin", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    scan.measure(probe, ["x"] * 1_000_000, 1_000_000)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("code", [SLOW, BUSY])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_processes_of_a_scan_end_with_it(tmp_path: Path, code: str, how: int) -> None:
+    """Waiting for work, or in the middle of some; after Ctrl-C, and where it is killed."""
     program = tmp_path / "program.py"
-    program.write_text(SLOW)
+    program.write_text(code)
     process = subprocess.Popen(
         [sys.executable, str(program)],
         stdout=subprocess.PIPE,
@@ -194,8 +212,14 @@ def test_ctrl_c_ends_a_scan_in_processes_at_once(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "begin\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate()  # all processes have closed the pipe
-    assert process.returncode != 0
-    assert errors.count("Traceback") <= 1, errors
+    try:
+        assert process.stdout.readline() == "begin\n"
+        # Ctrl-C reaches the whole group.
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        assert all_ended(process.pid, 60)
+        _, errors = process.communicate()
+        assert process.returncode == -how
+        assert errors.count("Traceback") <= 1, errors
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)

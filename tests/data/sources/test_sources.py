@@ -280,7 +280,10 @@ def test_every_form_decodes_as_pil_does(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(decode(one.data, RULE)), expected), name
 
 
-def test_verify_finds_what_headers_do_not_show(photos: Path, tmp_path: Path) -> None:
+def test_verify_finds_what_headers_do_not_show(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "some"
     root.mkdir()
     for number, path in enumerate(files_of(photos)[:8]):
@@ -292,6 +295,10 @@ def test_verify_finds_what_headers_do_not_show(photos: Path, tmp_path: Path) -> 
     assert sorted(found) == [2, 5]
     assert all("truncated" in reason for reason in found.values())
     assert verify(source, RULE) == found  # kept
+    (kept,) = (tmp_path / "cache" / "verified").glob("*.json")
+    for broken in ("", "[1]", "3", '{"0": 1}', '{"x": ["", []]}', '{"99": ["", []]}', "[" * 9999):
+        kept.write_text(broken)
+        assert verify(source, RULE) == found
     config = Config(
         run=RunConfig(dir=str(tmp_path / "run")),
         data=DataConfig(root=str(root), verify=True, max_bad_share=0.5),

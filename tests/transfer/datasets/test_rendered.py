@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +35,11 @@ from fastmoco.transfer.datasets.scenes import (
 )
 from fastmoco.transfer.datasets.shapes import KEYPOINTS, SHAPES, Pose
 from fastmoco.transfer.datasets.write_shapes import main, voc_palette, write_shapes
+from tests.support.runs.sessions import all_ended, members
 
 pytest.importorskip("pycocotools", reason="the extra transfer is not installed")
 
+ROOT = Path(__file__).resolve().parents[3]
 # By hand: a circle, a ring with a hole of half its radius, a square of side 1.7, a pentagram of ten
 # triangles between the centre, a tip (radius 1) and a notch (0.45), a triangle of base 1.9.
 AREAS = {
@@ -247,3 +254,27 @@ def test_the_command_refuses_in_a_sentence(
         assert part in said
         assert said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_nothing_outlives_an_interrupted_drawing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmoco", "shapes", f"--out={tmp_path / 'out'}", "--train=99999"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
+    try:
+        while not any(tmp_path.glob(".out*/out/coco/train/*.jpg")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+        assert all_ended(process.pid, 60)
+        assert process.communicate() == ("", "fastmoco: interrupted\n")
+        assert process.returncode == 130
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import Config
+from fastmoco.config import Config, ConfigError, OneRankError
 from fastmoco.data.backends.dali import graph
 from fastmoco.data.backends.dali.reader import Delivery
 from fastmoco.data.batch import Batch
@@ -21,6 +21,8 @@ from fastmoco.data.reader import Reader, read_work
 from fastmoco.machine.host import cores
 
 _REPAIRS = 20
+# How a traceback names errors whose message is for the user.
+_SENTENCES = [f"{kind.__module__}.{kind.__name__}" for kind in (ConfigError, OneRankError)]
 
 
 class DaliEngine:
@@ -70,7 +72,7 @@ class DaliEngine:
         self._pipe.build()
 
     def next(self) -> Batch:
-        """The next micro-batch. Raises `BadImage` where no sample can replace a bad one."""
+        """The next micro-batch. Raises `OneRankError` where no sample can replace a bad one."""
         for _ in range(_REPAIRS):
             try:
                 views = self._run()
@@ -79,6 +81,11 @@ class DaliEngine:
             except RuntimeError as error:
                 self._repair(error)
                 self.start(self._micro_step)
+            except Exception as error:  # DALI leaves of a reader's error no more than its traceback
+                name, _, told = str(error).strip().rpartition("\n")[2].partition(": ")
+                if name not in _SENTENCES:
+                    raise
+                raise OneRankError(told) from None
             else:
                 self._micro_step += 1
                 return views

@@ -83,10 +83,7 @@ class NvjpegEngine:
         self._thread.start()
 
     def next(self) -> Batch:
-        """The next micro-batch.
-
-        Raises `BadImage` where no sample can replace a bad one, and as `processes.in_own_words`.
-        """
+        """The next micro-batch. Raises as `processes.in_own_words`."""
         with processes.in_own_words():  # torch tells of a dead process in the main thread as well
             try:
                 made = self._made.get(timeout=self.timeout_s or None)

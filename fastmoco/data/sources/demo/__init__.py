@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +28,10 @@ from PIL import Image
 from fastmoco.config import ConfigError
 from fastmoco.config.command import CommandParser
 from fastmoco.data.sources.demo.patterns import FAMILIES, Plane, inside
-from fastmoco.data.sources.measure import DIED
+from fastmoco.data.sources.measure import in_parallel
 from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder
+from fastmoco.machine.stopping import exit_code
 
 VERSION = 2
 DIGEST = "digest"
@@ -308,18 +306,14 @@ def _move_away(folder: Path) -> None:
 
 def _render_all(folder: Path, processes: int) -> None:
     """Render every class and split, the larger jobs first."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with in_parallel(many=True, workers=processes) as pool:
         jobs = [
             pool.submit(render_class, folder, family, split, count)
             for split, count in PER_CLASS.items()
             for family in CLASSES
         ]
-        try:
-            for job in jobs:
-                job.result()
-        except BrokenProcessPool as error:
-            raise ConfigError(DIED) from error
+        for job in jobs:
+            job.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -336,4 +330,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
