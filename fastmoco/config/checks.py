@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from itertools import pairwise
 
-from fastmoco.config.fields import Config, ConfigError, DataConfig, flatten
+from fastmoco.config.fields import Config, ConfigError, DataConfig, OptimConfig, flatten
 
 _INFINITE = float("inf")
 MOST_SEED = 2**64 - 1
@@ -72,11 +73,7 @@ def check(config: Config, world_size: int) -> None:
             f"augment.blur_min {config.augment.blur_min} exceeds augment.blur_max "
             f"{config.augment.blur_max}: swap them."
         )
-    if config.optim.warmup_epochs >= config.optim.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of optim.epochs "
-            f"{config.optim.epochs}: choose fewer."
-        )
+    _check_schedule(config.optim)
     check_pixel_options(config)
     if config.model.width * 64 % 1:
         raise ConfigError(
@@ -108,6 +105,19 @@ def check(config: Config, world_size: int) -> None:
             f"{config.run.tracker}, or set run.tracker to none."
         )
     _check_mechanism(config)
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    if optim.warmup_epochs >= optim.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs {optim.warmup_epochs} leaves nothing of optim.epochs "
+            f"{optim.epochs}: choose fewer."
+        )
+    if any(a >= b for a, b in pairwise((0, *optim.milestones))):
+        raise ConfigError(
+            f"optim.milestones is {list(optim.milestones)}, but must be epochs after the first, "
+            "each later than the one before."
+        )
 
 
 def _check_mechanism(config: Config) -> None:

@@ -101,9 +101,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     return None
 
 
-def _frame(
-    frame: bytes, adobe: int, common_process: bool, end: int, quantized: bool
-) -> JpegHeader:
+def _frame(frame: bytes, adobe: int, common_process: bool, end: int, quantized: bool) -> JpegHeader:
     """Reads the payload of a start-of-frame segment."""
     components = frame[5]
     identifiers = frame[6::3][:components]

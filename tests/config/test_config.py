@@ -299,6 +299,8 @@ END_TO_END = ["--moco.mechanism", "end_to_end", "--optim.name", "sgd"]
         (["--data.intensity", "[0, .inf]"], 1, ["data.intensity is [0.0, inf]", "finite"]),
         (["--moco.momentum", "1.5"], 1, ["moco.momentum is 1.5"]),
         (["--optim.warmup_epochs", "200"], 1, ["warmup_epochs 200", "epochs 200"]),
+        (["--optim.milestones", "[160, 120]"], 1, ["optim.milestones is [160, 120]", "later"]),
+        (["--optim.milestones", "[-5]"], 1, ["optim.milestones is [-5]", "after the first"]),
         (["--augment.blur_min", "3"], 1, ["blur_min 3.0", "blur_max 2.0"]),
         (["--augment.image_size", "24"], 1, ["image_size 24", "at least 32"]),
         (["--augment.hue", "0.6"], 1, ["augment.hue is 0.6"]),
