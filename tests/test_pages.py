@@ -15,7 +15,7 @@ PAGES = [
     *DOCS,
     *sorted((ROOT / "docs" / "experiments").glob("*.md")),
 ]
-MOST_WORDS = 7_100
+MOST_WORDS = 7_000
 MOST_LINES = 149
 MOST_LINES_OF_README = 119
 MOST_CHARACTERS = 119
