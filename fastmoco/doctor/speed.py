@@ -22,7 +22,7 @@ from fastmoco.data.sources.source import Source
 from fastmoco.data.table import Int64
 from fastmoco.doctor.findings import CPU_PIXELS, Line
 from fastmoco.machine.ranks import World
-from fastmoco.method.build import build_step
+from fastmoco.method.build import build_step, compile_encoders
 from fastmoco.method.memory_bank import allocate_bank
 from fastmoco.method.moco import build_moco
 
@@ -70,13 +70,15 @@ def speed(config: Config, world: World) -> Iterator[Line]:
     if config.data.source != "synthetic":
         samples = len(open_source(config).sizes)
     device = _step_speed(config, world, samples)
-    yield "step", f"{device:.1f} images/s in batches of {batch}, images on the device already"
+    compiled = compile_encoders(config, world.device)
+    how = ", not compiled as the run's will be" if compiled else ""
+    yield "step", f"{device:.1f} images/s in batches of {batch}, images on the device already{how}"
     if config.data.source == "synthetic":
         return
     with build_loader(config, device=world.device, listed=False) as loader:
         delivered = rate(puller(loader), micro, world.device, BUDGET_S)
         yield "loader", f"{delivered:.1f} images/s with nothing else to do; {loader.description}"
-    yield "verdict", _verdict(delivered, device, world.device)
+    yield "verdict", _verdict(delivered, device, world.device, compiled)
     if world.device.type == "cpu" and torch.get_num_threads() > 1:
         yield "threads", _best_threads(config, world)
 
@@ -117,7 +119,8 @@ def _best_threads(config: Config, world: World) -> str:
     return f"fed by the loader, by compute threads: {told}{advice}"
 
 
-def _verdict(loader: float, step: float, device: torch.device) -> str:
+def _verdict(loader: float, step: float, device: torch.device, compiled: bool) -> str:
+    """Which limits. `compiled`: the run compiles its step, for which nobody waits here."""
     if device.type == "cpu":  # both want the same cores, so their times add up at worst
         together = 1 / (1 / loader + 1 / step)
         share = 100 * (1 - together / step)
@@ -125,6 +128,11 @@ def _verdict(loader: float, step: float, device: torch.device) -> str:
         return (
             f"the {limit} limits; they share the cores, so expect {together:.1f} to "
             f"{min(loader, step):.1f} images/s, up to {share:.0f} % below the step alone"
+        )
+    if loader > 1.1 * step and compiled:
+        return (
+            f"the loader is {loader / step:.1f} times as fast as this step; the compiled one is "
+            "faster, and data_wait_percent in the run's metrics.jsonl tells who waits"
         )
     if loader > 1.1 * step:
         return f"the device limits; the loader is {loader / step:.1f} times as fast"
