@@ -13,8 +13,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
@@ -55,16 +56,33 @@ _OPEN_FILES = 64
 _PACKED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
+class OpenFile:
+    """A file that closes itself once nobody holds it: a thread that reads it keeps it open."""
+
+    def __init__(self, path: str) -> None:
+        """Raises `OSError`."""
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.number >= 0:
+            close(self.number)
+
+
 class ShardSource(Indexed):
-    """Images inside tar files, numbered shard by shard in the order of the archive."""
+    """Images inside tar files, numbered shard by shard in the order of the archive.
+
+    Threads may read at the same time.
+    """
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._files: dict[int, int] = {}
+        self._files: dict[int, OpenFile] = {}
+        self._lock = threading.Lock()  # of the files; reading itself takes none
         self._named: tuple[int, list[str]] = (-1, [])  # a shard, its pictures
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.index,)  # open files stay in their process
+        return type(self), (self.index,)  # open files and their lock stay in their process
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -72,22 +90,23 @@ class ShardSource(Indexed):
 
     def read(self, sample: int) -> bytes:
         arrays = self.index.arrays
-        file = self._open(int(arrays["shard_of"][sample]))
-        return os.pread(file, int(arrays["lengths"][sample]), int(arrays["offsets"][sample]))
+        file = self._open(int(arrays["shard_of"][sample]))  # held, so that it stays open
+        length, offset = int(arrays["lengths"][sample]), int(arrays["offsets"][sample])
+        return os.pread(file.number, length, offset)
 
     def name(self, sample: int) -> str:
         """Shard and member; walks the shard, once for neighbours, as only reports need it."""
         number = int(self.index.arrays["shard_of"][sample])
         shard = self.index.facts["shards"][number]
-        if self._named[0] != number:
-            names: list[str] = []
+        named, names = self._named  # both at once: threads may ask for names of other shards
+        if named != number:
+            names = []
             with contextlib.suppress(OSError, ConfigError):
                 any_name = self.index.facts["any_name"]
                 found = _pictures(Path(self._path(number)), any_name=any_name)[0].images
                 names = [member.name for member in found]
             self._named = number, names
         at = sample - int(self.shard_sizes[:number].sum())
-        names = self._named[1]
         return f"{shard}:{names[at] if at < len(names) else f'number {at}'}"
 
     def relative_names(self) -> Iterator[bytes]:
@@ -110,18 +129,16 @@ class ShardSource(Indexed):
         path: str = self.index.facts["shards"][shard]
         return path
 
-    def _open(self, shard: int) -> int:
-        file = self._files.get(shard)
+    def _open(self, shard: int) -> OpenFile:
+        with self._lock:
+            file = self._files.get(shard)
         if file is None:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            file = os.open(self._path(shard), os.O_RDONLY)
-            try:
-                require_unchanged(self.index, shard, os.fstat(file))
-            except OSError:
-                os.close(file)
-                raise
-            self._files[shard] = file
+            file = OpenFile(self._path(shard))
+            require_unchanged(self.index, shard, os.fstat(file.number))
+            with self._lock:
+                while len(self._files) >= _OPEN_FILES:
+                    del self._files[next(iter(self._files))]  # closed after those who read it
+                file = self._files.setdefault(shard, file)
         return file
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ import pytest
 
 from fastmoco.config import ConfigError
 from fastmoco.data.sources import shards
-from fastmoco.data.sources.shards import open_shards
+from fastmoco.data.sources.measure import in_parallel
+from fastmoco.data.sources.shards import ShardSource, open_shards
 from tests.support.data.images import png
 
 LIMIT = 10**8
@@ -23,9 +27,9 @@ def picture(number: int) -> bytes:
     return png(np.full((3, 4 + number, 3), number, np.uint8))
 
 
-def write(path: Path, names: list[str]) -> Path:
+def write(path: Path, names: list[str], *, first: int = 0) -> Path:
     with tarfile.open(path, "w") as tar:
-        for number, name in enumerate(names):
+        for number, name in enumerate(names, first):
             member = tarfile.TarInfo(name)
             member.size = len(picture(number))
             tar.addfile(member, io.BytesIO(picture(number)))
@@ -42,6 +46,62 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.Monke
         assert source.read(sample) == picture(sample % 2)
         # One more is the listing of the folder itself.
         assert len(set(os.listdir("/proc/self/fd")) - before) <= 3 + 1
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """More shards than are open at a time; every picture has bytes of its own."""
+    monkeypatch.setattr(shards, "in_parallel", lambda many: in_parallel(many=False))  # starts soon
+    for number in range(100):
+        write(tmp_path / f"{number:03d}.tar", [f"{number}.png"], first=number)
+    return tmp_path
+
+
+def test_a_file_stays_open_while_it_is_read(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number would be that of another file, which a thread opens meanwhile."""
+    source, read, meanwhile = open_shards(str(many), LIMIT), os.pread, list(range(1, 100))
+
+    def slow(file: int, length: int, offset: int) -> bytes:
+        while meanwhile:
+            source.read(meanwhile.pop())
+        return read(file, length, offset)
+
+    monkeypatch.setattr(os, "pread", slow)
+    assert source.read(0) == picture(0)
+
+
+def test_threads_read_the_bytes_of_their_own_picture(many: Path) -> None:
+    source, interval = open_shards(str(many), LIMIT), sys.getswitchinterval()
+    before = set(os.listdir("/proc/self/fd"))
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            asked = [n % 100 for n in range(0, 7 * 3001, 7)]
+            found = list(pool.map(source.read, asked))
+    finally:
+        sys.setswitchinterval(interval)
+    truth = [picture(number) for number in range(100)]
+    assert [n for n, data in zip(asked, found, strict=True) if data != truth[n]] == []
+    assert len(set(os.listdir("/proc/self/fd")) - before) <= shards._OPEN_FILES + 1
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(99) == truth[99]
+    del source, copy
+    assert len(set(os.listdir("/proc/self/fd")) - before) <= 1
+
+
+def test_threads_that_ask_for_names_get_those_of_their_own_shard(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, sizes = open_shards(str(many), LIMIT), vars(ShardSource)["shard_sizes"].fget
+    meanwhile = [50]
+
+    def slow(self: ShardSource) -> object:
+        if meanwhile:
+            source.name(meanwhile.pop())
+        return sizes(self)
+
+    monkeypatch.setattr(ShardSource, "shard_sizes", property(slow))
+    assert source.name(1).endswith("001.tar:1.png")
 
 
 def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:

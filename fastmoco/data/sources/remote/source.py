@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -67,19 +66,13 @@ class _Far:
 class RemoteShards(_Far, shards.ShardSource):
     """Images in the tar shards of a bucket."""
 
-    def __init__(self, index: Index, cache: Cache) -> None:
-        super().__init__(index, cache)
-        self._reading = threading.Lock()  # evaluation reads from threads
-
-    def read(self, sample: int) -> bytes:
-        with self._reading:
-            return super().read(sample)
-
-    def _open(self, shard: int) -> int:
-        if shard not in self._files:
-            # Those thrown out of the cache take room on the disk until they are closed.
-            for number in [n for n, file in self._files.items() if not os.fstat(file).st_nlink]:
-                os.close(self._files.pop(number))
+    def _open(self, shard: int) -> shards.OpenFile:
+        with self._lock:
+            if shard not in self._files:
+                # Those thrown out of the cache take room on the disk until they are closed.
+                self._files = {
+                    n: file for n, file in self._files.items() if os.fstat(file.number).st_nlink
+                }
         while True:
             try:
                 return super()._open(shard)
