@@ -46,6 +46,7 @@ from fastmoco.data.sources.listing import (
     walk,
 )
 from fastmoco.data.sources.measure import CHUNK, HEAD, in_order, in_parallel, progress
+from fastmoco.data.sources.splits import require_one_split
 from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
 from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder
@@ -150,7 +151,8 @@ def open_shards(
     root: may be a pattern of several. any_name: members count by their content too. rescan: read
     all shards anew.
 
-    Raises `ConfigError` for no shard, a compressed or unreadable one, or no image in them.
+    Raises `ConfigError` for no shard, shards of several splits, a compressed or unreadable one, or
+    no image in them.
     """
     if not root:
         raise ConfigError("data.root is not set: name a folder of shards, or one of them.")
@@ -158,6 +160,7 @@ def open_shards(
     shards = [shard for place in matching(root) for shard in _shards(Path(place), passed)]
     if not shards:
         raise ConfigError(f"data.root {root} holds no .tar file.")
+    require_one_split(root, [str(shard) for shard in shards])
     stamps = [stamp(shard) for shard in shards]
     index = kept_index(
         repr((stamps, max_pixels, any_name)),

@@ -27,6 +27,7 @@ from fastmoco.data.sources.measure import in_order, progress
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, head, listed, there
 from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.splits import require_one_split
 from fastmoco.data.sources.tables import parquet
 from fastmoco.data.sources.tables.arrow import ArrowSource, scan_arrow
 
@@ -114,6 +115,7 @@ def open_remote(data: DataConfig) -> Source:
         )
     suffix, make = _KINDS[data.source]
     objects, cache = listed(data.root, suffix), Cache()
+    require_one_split(data.root, [one.url for one in objects])
     _require_room(objects, cache, data)
     index = kept_index(
         repr((objects, data.max_pixels, data.any_name)),

@@ -9,7 +9,6 @@ may be meant, the only `Image` of `datasets` counts, else the one with such a na
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +22,10 @@ from fastmoco.data.decode import BadImage, image_size
 from fastmoco.data.sources.image_list import LABELS, numbered, plain
 from fastmoco.data.sources.listing import Passed, starts_like_image, walk
 from fastmoco.data.sources.measure import HEAD
+from fastmoco.data.sources.splits import require_one_split
 
 SUFFIXES = (".parquet", ".arrow")
 _IMAGES = frozenset({"image", "img", "picture", "photo", "jpg", "jpeg", "png", "imagebytes"})
-_SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation)(?![a-z])", re.IGNORECASE)
 NULL = "null instead of an image"
 
 
@@ -69,12 +68,7 @@ def table_files(root: str, suffix: str) -> list[Path]:
         found += _below(place, suffix) if place.is_dir() else [place]
     if not found:
         raise ConfigError(f"data.root {root} holds no {suffix} file.")
-    splits = {m[1].lower()[:2]: m[1] for path in found if (m := _SPLIT.match(path.name))}
-    if len(splits) > 1 and "tr" in splits:
-        raise ConfigError(
-            f"data.root {root} holds the splits {' and '.join(sorted(splits.values()))}: name one "
-            f"of them, such as {found[0].parent}/{splits['tr']}-*{suffix}."
-        )
+    require_one_split(root, [str(path) for path in found])
     return found
 
 

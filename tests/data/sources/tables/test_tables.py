@@ -214,13 +214,6 @@ def test_what_cannot_be_trained_on_is_said_in_a_sentence(photos: Path, tmp_path:
         file.write_table(single)
     with pytest.raises(ConfigError, match="compressed"):
         opened("arrow", tmp_path / "z.arrow")
-    splits = tmp_path / "splits"
-    splits.mkdir()
-    for name in ("train-0.parquet", "test-0.parquet"):
-        write(splits / name, [good])
-    with pytest.raises(ConfigError, match="holds the splits test and train"):
-        opened("parquet", splits)
-    assert len(opened("parquet", splits / "train-*.parquet").sizes) == 1
 
 
 def test_a_table_beside_class_folders_describes_them(tmp_path: Path) -> None:
