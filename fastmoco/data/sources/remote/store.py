@@ -29,6 +29,10 @@ class MissingError(ConfigError):
     """There is no such object."""
 
 
+class ForbiddenError(ConfigError):
+    """The object may not be read, or may not be known to be missing."""
+
+
 class Object(NamedTuple):
     """One object as it was listed."""
 
@@ -79,7 +83,8 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
             if isinstance(error, FileNotFoundError):
                 raise MissingError(f"{what} does not exist.") from error
             if isinstance(error, PermissionError):
-                raise ConfigError(f"{what} may not be read: {error or 'no permission'}.") from error
+                why = " ".join(str(error).split()) or "no permission"
+                raise ForbiddenError(f"{what} may not be read: {why.rstrip('.')}.") from error
             if attempt == ATTEMPTS - 1:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ConfigError(
@@ -92,13 +97,21 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
 
 def _cause(what: str, raised: Exception) -> BaseException:
     """What is wrong. Over HTTP fsspec calls an object missing whatever its server answers."""
+    status = _status(raised)
     cause = raised.__cause__
-    if not (what.startswith("http") and isinstance(raised, FileNotFoundError) and cause):
-        return raised
-    status = getattr(cause, "status", None)
-    if status in (404, 410):
-        return raised
-    return PermissionError(str(cause)) if status in (401, 403) else cause
+    if what.startswith("http") and isinstance(raised, FileNotFoundError) and cause:
+        status = _status(cause)
+        if status in (404, 410):
+            return raised
+        return PermissionError(str(cause)) if status in (401, 403) else cause
+    # gcsfs says so of what is not there, too, where nobody may list.
+    forbidden = status in (401, 403) or str(raised).startswith("Forbidden")
+    return PermissionError(str(raised)) if forbidden else raised
+
+
+def _status(error: BaseException) -> object:
+    """The number of the answer that some protocols keep."""
+    return getattr(error, "status", getattr(error, "code", None))
 
 
 def _object(url: str, info: dict[str, Any]) -> Object:
@@ -138,10 +151,14 @@ def listed(root: str, suffix: str) -> list[Object]:
 
 
 def there(url: str) -> Object | None:
-    """The object as it is now; None where there is none. Raises `ConfigError`."""
+    """The object as it is now; None where there is none, or nobody may know. Raises `ConfigError`.
+
+    S3 and Google answer 403 and 401 for what is missing where listing is not allowed, as in most
+    public buckets.
+    """
     try:
         return look(url)
-    except MissingError:
+    except (MissingError, ForbiddenError):
         return None
 
 

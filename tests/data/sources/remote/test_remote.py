@@ -120,6 +120,16 @@ def test_faults_do_not_change_the_samples(
     assert fault in far.spoiled
 
 
+def test_a_public_bucket_that_may_not_be_listed_is_read(
+    far: FarStore, shards: Path, tmp_path: Path
+) -> None:
+    """S3 says 403, not 404, of the index that is not there."""
+    root = f"{far.put_folder(shards, 'public')}/{{00..11}}.tar"
+    far.spoil = lambda method, path, number: "403" * path.endswith(".fastmoco-index")
+    assert same(batches(config(tmp_path, root)), batches(config(tmp_path, str(shards))))
+    assert "403" in far.spoiled
+
+
 def test_a_cache_that_holds_a_part_gives_the_same_samples_and_keeps_its_bound(
     far: FarStore, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
