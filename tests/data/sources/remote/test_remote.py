@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,21 +189,6 @@ def test_a_wrong_checksum_is_refused(far: FarStore, tmp_path: Path, monkeypatch:
         pytest.raises(ConfigError, match="another checksum than its ETag"),
     ):
         fetch(one, file)
-
-
-def test_half_an_object_of_a_killed_process_takes_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "fetch", lambda one, into: into.write(bytes(one.size)))
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    half = tmp_path / f"half.{killed.pid}.part"
-    half.write_bytes(bytes(90))
-    alive = tmp_path / f"other.{os.getpid()}.part"
-    alive.write_bytes(bytes(5))
-    assert Cache(tmp_path, limit=100).path(Object("s3://b/1.tar", 95, "")).stat().st_size == 95
-    assert not half.exists()
-    assert alive.exists()
 
 
 def test_a_full_disk_gives_up_old_objects_first_and_then_a_sentence(
