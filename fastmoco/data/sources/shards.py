@@ -164,12 +164,11 @@ def open_shards(
     stamps = [stamp(shard) for shard in shards]
     index = kept_index(
         repr((stamps, max_pixels, any_name)),
-        holds=lambda index: True,
-        scan=lambda: _join(shards, max_pixels, any_name=any_name, rescan=rescan),
+        holds=lambda index: "stamps" in index.facts,
+        scan=lambda: stamped(_join(shards, max_pixels, any_name=any_name, rescan=rescan), stamps),
         rescan=rescan,
     )
     index.facts["warnings"] = [*passed.warnings(), *index.facts["warnings"]]
-    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}", by_name=not any_name)
     return ShardSource(index)
 
@@ -237,6 +236,11 @@ def stamp(shard: Path) -> list[Any]:
         kind = durable.what_it_is(status.st_mode)
         raise ConfigError(f"The shard {shard} is {kind}, not a regular file.")
     return [str(shard.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def stamped(index: Index, stamps: list[list[Any]]) -> Index:
+    """The index with the stamps of its files. They are kept with it: reader processes load it."""
+    return Index(index.arrays, {**index.facts, "stamps": stamps})
 
 
 def require_unchanged(index: Index, file: int, status: os.stat_result) -> None:

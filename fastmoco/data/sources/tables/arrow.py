@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
-from fastmoco.data.sources.shards import ShardSource, joined, stamp
+from fastmoco.data.sources.shards import ShardSource, joined, stamp, stamped
 from fastmoco.data.sources.tables.columns import (
     Measured,
     encoded,
@@ -50,11 +50,10 @@ def open_arrow(root: str, max_pixels: int, *, rescan: bool = False) -> ArrowSour
     stamps = [stamp(path) for path in files]
     index = kept_index(
         repr((stamps, max_pixels)),
-        holds=lambda index: "shards" in index.facts,
-        scan=lambda: _scan(files, max_pixels),
+        holds=lambda index: "stamps" in index.facts,
+        scan=lambda: stamped(_scan(files, max_pixels), stamps),
         rescan=rescan,
     )
-    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}")
     return ArrowSource(index)
 

@@ -176,9 +176,20 @@ def test_a_table_that_is_replaced_during_a_run_is_not_read(
     one = write(tmp_path / f"a.{source}", [*images[:9]])
     opened_before = opened(source, tmp_path)
     write(one, [*images[9:18]])
-    with pytest.raises(OSError, match=r"a\.\w+ was changed after it was indexed"):
-        opened_before.read(0)
+    for before in (opened_before, pickle.loads(pickle.dumps(opened_before))):
+        with pytest.raises(OSError, match=r"a\.\w+ was changed after it was indexed"):
+            before.read(0)
     assert opened(source, tmp_path).read(0) == images[9]
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_other_pictures_of_the_same_sizes_are_another_set(source: str, tmp_path: Path) -> None:
+    """What was found in them, such as the range of their pixels, is kept by the fingerprint."""
+    first = opened(source, write(tmp_path / f"a.{source}", [b"P5 2 2 255\n" + bytes(4)] * 3))
+    other = opened(source, write(tmp_path / f"b.{source}", [b"P5 2 2 255\n" + b"\xff" * 4] * 3))
+    assert first.fingerprint() != other.fingerprint()
+    again = opened(source, write(tmp_path / f"a.{source}", [b"P5 2 2 255\n" + b"\7" * 4] * 3))
+    assert first.fingerprint() != again.fingerprint()
 
 
 def test_a_folder_of_save_to_disk_leaves_caches_out(photos: Path, tmp_path: Path) -> None:
