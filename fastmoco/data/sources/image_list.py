@@ -384,7 +384,7 @@ def open_list(root: str, max_pixels: int, *, rescan: bool = False) -> FolderSour
     """
     if not root:
         raise ConfigError("data.root is not set: name the list of the training images.")
-    paths = [Path(path).resolve() for path in matching(root)]
+    paths = [Path(os.path.realpath(path)) for path in matching(root)]
     stamp = list_stamp(paths)
     index = kept_index(
         f"{paths} {max_pixels}",
