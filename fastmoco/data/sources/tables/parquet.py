@@ -254,6 +254,8 @@ def _measure(
             values.add(encoded(batch.column(0), column))
     except (pyarrow("").ArrowException, OSError) as error:
         damage = f"row group {group} is damaged: {reason(error)}"
+    if not damage and len(values.lengths) != rows:
+        damage = f"row group {group} is damaged: it has {len(values.lengths)} of {rows} rows"
     sizes, lengths = np.zeros((rows, 2), np.int32), np.zeros(rows, np.uint32)
     if damage:  # a row is read by decoding its whole row group
         bad = dict.fromkeys(range(rows), damage)
