@@ -157,15 +157,29 @@ def _scan(objects: Sequence[Object], cache: Cache, data: DataConfig) -> Index:
 
 
 def _indexed(one: Object, cache: Cache, data: DataConfig) -> Index:
-    """The index of one object."""
-    if data.source == "shards":
-        packed = _packed(one, data.max_pixels)
-        if packed is not None:
-            return packed
+    """The index of one object. Raises `ConfigError`, with the name of the object."""
+    if data.source == "shards" and (packed := _packed(one, data.max_pixels)) is not None:
+        return packed
+    while True:
         path = cache.path(one)
+        try:
+            index = _scanned(one, path, data)
+        except (ConfigError, OSError) as error:
+            if not path.exists():
+                continue  # another process made room between fetching and opening
+            if isinstance(error, ConfigError):
+                raise ConfigError(str(error).replace(str(path), one.url)) from error
+            raise
+        if end := index.facts.get("end"):
+            index.facts["end"] = end.replace(str(path), one.url)
+        return index
+
+
+def _scanned(one: Object, path: Path, data: DataConfig) -> Index:
+    if data.source == "shards":
         return shards.scan_shard(path, list(one), data.max_pixels, any_name=data.any_name)
     scan = scan_arrow if data.source == "arrow" else _scan_parquet
-    return scan(cache.path(one), data.max_pixels)
+    return scan(path, data.max_pixels)
 
 
 def _scan_parquet(path: Path, max_pixels: int) -> Index:

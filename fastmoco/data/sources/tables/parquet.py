@@ -252,6 +252,8 @@ def _measure(
         batches = file.iter_batches(CHUNK, [group], columns=[column.path], use_threads=False)
         for batch in batches:
             values.add(encoded(batch.column(0), column))
+    except FileNotFoundError:
+        raise  # thrown out of the cache of a bucket: the rows are not bad
     except (pyarrow("").ArrowException, OSError) as error:
         damage = f"row group {group} is damaged: {reason(error)}"
     if not damage and len(values.lengths) != rows:
