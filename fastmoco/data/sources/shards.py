@@ -215,6 +215,29 @@ def head_of(shard: Path) -> list[Any]:
         return [os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()]
 
 
+def load_shard_index(path: str) -> Index:
+    """The index of one shard. It may come from anybody, as the shard does.
+
+    Raises `OSError` as `load_index` does, `KeyError` and `ValueError` for what `scan_shard` would
+    not make.
+    """
+    index = load_index(path)
+    count, facts = len(index.sizes), index.facts
+    shapes = {"sizes": ("i4", (count, 2)), "offsets": ("i8", (count,)), "lengths": ("u4", (count,))}
+    for name, (kind, shape) in shapes.items():
+        array = index.arrays[name]
+        if array.dtype != np.dtype(kind) or array.shape != shape or (array < 0).any():
+            raise ValueError(f"{path} has other {name} than a shard")
+    kinds = {"bad": dict, "others": dict, "beside": int, "end": str}
+    if not (
+        all(isinstance(facts[name], kind) for name, kind in kinds.items())
+        and all(isinstance(number, int) for number in facts["others"].values())
+        and all(0 <= sample < count and isinstance(why, str) for sample, why in index.bad.items())
+    ):
+        raise ValueError(f"{path} has other notes than a shard")
+    return index
+
+
 def came_with(index: Index, head: list[Any], max_pixels: int) -> bool:
     """Whether the index came with the shard that has this `head_of`, wherever both lie now."""
     if index.facts.get("packed") != head:
@@ -304,7 +327,7 @@ def _indexed(shard: Path, max_pixels: int, *, any_name: bool, rescan: bool) -> I
     spare = cache_folder() / "index" / hashlib.sha256(os.fsencode(stamped[0])).hexdigest()[:20]
     for place in (beside, spare):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            index = load_index(str(place))
+            index = load_shard_index(str(place))
             holds = index.facts["stamp"] == stamped or came_with(index, head_of(shard), max_pixels)
             if holds and not rescan:
                 return index

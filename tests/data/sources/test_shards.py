@@ -10,12 +10,14 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fastmoco.config import ConfigError
 from fastmoco.data.sources import shards
+from fastmoco.data.sources.index import Index, save_index
 from fastmoco.data.sources.measure import in_parallel
 from fastmoco.data.sources.shards import ShardSource, open_shards
 from tests.support.data.images import png
@@ -134,3 +136,43 @@ def test_a_shard_that_would_never_end_is_refused(
     for root in (shard, tmp_path):
         with pytest.raises(ConfigError, match=r"is a (FIFO|device), not a regular|holds no \.tar"):
             open_shards(str(root), LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "facts"),
+    [
+        ({"offsets": None}, {}),
+        ({"offsets": np.zeros(1, np.int64)}, {}),
+        ({"offsets": np.full(2, -512, np.int64)}, {}),
+        ({"offsets": np.full(2, 1 << 63, np.uint64)}, {}),
+        ({"sizes": np.full((2, 2), -1, np.int32)}, {}),
+        ({"sizes": np.full((2, 3), 1, np.int32)}, {}),
+        ({}, {"bad": [1]}),
+        ({}, {"bad": {"x": "no number"}}),
+        ({}, {"bad": {"7": "no sample"}}),
+        ({}, {"others": 5}),
+        ({}, {"others": {".txt": "many"}}),
+        ({}, {"beside": "x"}),
+        ({}, {"end": 5}),
+    ],
+)
+def test_an_index_that_came_with_a_shard_and_is_none_is_not_used(
+    arrays: dict[str, Any], facts: dict[str, Any], tmp_path: Path
+) -> None:
+    """It fits the shard by its checksum, so that anybody may have made it."""
+    right: dict[str, Any] = {
+        "sizes": np.array([[4, 3], [5, 3]], np.int32),
+        "offsets": np.array([512, 1536], np.int64),
+        "lengths": np.array([9, 9], np.uint32),  # not those of the pictures
+    }
+    lengths = []
+    for name, odd, more in (("right", {}, {}), ("wrong", arrays, facts)):
+        shard = write(tmp_path / f"{name}.tar", ["0.png", "1.png"])
+        known = {"bad": {}, "end": "", "others": {}, "beside": 0, "stamp": [], **more}
+        whole = {name: array for name, array in {**right, **odd}.items() if array is not None}
+        index = Index(whole, {**known, "packed": shards.head_of(shard)})
+        save_index(index, shards.index_beside(shard))
+        source = open_shards(str(shard), LIMIT)
+        lengths.append([len(source.read(0)), len(source.read(1))])
+        assert not source.bad
+    assert lengths == [[9, 9], [len(picture(0)), len(picture(1))]]

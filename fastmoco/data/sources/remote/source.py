@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.data.sources import shards
-from fastmoco.data.sources.index import Index, kept_index, load_index, require_readable
+from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, progress
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, head, listed, there
@@ -196,7 +196,7 @@ def _packed(one: Object, max_pixels: int) -> Index | None:
         path = Path(folder) / "index"
         with open(path, "wb") as file:
             fetch(beside, file)
-        index = load_index(str(path))
+        index = shards.load_shard_index(str(path))
         digest = hashlib.sha256(head(one.url, min(shards.HEAD_BYTES, one.size))).hexdigest()
         if shards.came_with(index, [one.size, digest], max_pixels):
             arrays = {name: np.array(array) for name, array in index.arrays.items()}
