@@ -290,7 +290,8 @@ def _label_columns(cells: Sequence[Sequence[str]], names: Sequence[str], column:
         return named
     width = mode(map(len, cells[:_LOOK_AT])) if cells else 0  # a row may lack its label
     others = [at for at in range(width) if at != column]
-    unnamed = [at for at in others if names and not names[at]]  # an index, as of pandas
+    # An index, as of pandas; the header of R is one cell shorter than its rows.
+    unnamed = [at for at in others if names and not "".join(names[at : at + 1])]
     others = [at for at in others if at not in unnamed]
     return others if not names or len(others) == 1 else []
 

@@ -266,3 +266,11 @@ def test_the_index_column_of_pandas_is_no_path_where_names_have_no_suffix(tmp_pa
     rows = read_list(write(tmp_path / "list.csv", ",0\n\n0,a/one\n1,a/two\n2,a/three\n"))
     assert rows.paths == ["a/one", "a/two", "a/three"]
     assert rows.lines == [3, 4, 5]  # an empty line counts
+
+
+def test_a_header_with_fewer_names_than_columns_is_a_sentence_about_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.csv", "id,path\n0,1.jpg,2\n1,2.jpg,3\n")
+    assert read_list(path).paths == ["1.jpg", "2.jpg"]
+    path = write(tmp_path / "list.csv", ",path\n0,1.jpg,2\n1,2.jpg,3\n")
+    with pytest.raises(ConfigError, match="has no labels: add a column label"):
+        labelled_list(path)
