@@ -262,7 +262,7 @@ def stamp(shard: Path) -> list[Any]:
 
 
 def stamped(index: Index, stamps: list[list[Any]]) -> Index:
-    """The index with the stamps of its files. They are kept with it: reader processes load it."""
+    """The index with the stamps of its files, kept with it: processes that are spawned load it."""
     return Index(index.arrays, {**index.facts, "stamps": stamps})
 
 

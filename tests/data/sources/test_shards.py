@@ -109,7 +109,7 @@ def test_threads_that_ask_for_names_get_those_of_their_own_shard(
 def test_a_shard_that_is_replaced_during_a_run_is_not_read(tmp_path: Path) -> None:
     """Its offsets are those of other members; one that is open already stays what it was.
 
-    Nor do reader processes read it, which start later.
+    Nor do processes read it that are spawned to pack or to verify.
     """
     for number in range(2):
         write(tmp_path / f"{number}.tar", ["1.png"])
