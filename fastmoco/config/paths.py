@@ -5,6 +5,7 @@ A path that exists is taken as it is, whatever signs are in its name.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -21,10 +22,15 @@ _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 def spelled_out(path: str) -> str:
     """The path with the home folder and environment variables in their place.
 
-    Raises `ConfigError` for a variable that is not set, or a user who does not exist.
+    Raises `ConfigError` for a variable that is not set, a user who does not exist, and for what no
+    file can be called.
     """
     if not path or os.path.lexists(path):
         return path
+    return _possible(_spelled_out(path))
+
+
+def _spelled_out(path: str) -> str:
     if path.startswith("file://"):
         path = os.fsdecode(unquote_to_bytes(os.fsencode(path[len("file://") :])))
         return path.removeprefix("localhost") if path.startswith("localhost/") else path
@@ -40,6 +46,19 @@ def spelled_out(path: str) -> str:
     if home == path and path.startswith("~"):
         raise ConfigError(f"The path {path} names the home folder of a user who does not exist.")
     return home
+
+
+def _possible(path: str) -> str:
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise ConfigError(f"The path {path!r} holds a NUL byte, which no path may.") from error
+    except OSError as error:
+        pattern = glob.has_magic(path) or "{" in path or "://" in path  # stands for other names
+        if error.errno == errno.ENAMETOOLONG and not pattern:
+            short = f"{path[:40]}...{path[-20:]}"
+            raise ConfigError(f"The path {short} is too long for a name of a file.") from error
+    return path
 
 
 def matching(pattern: str) -> list[str]:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.sources.fingerprint import fingerprint
 from fastmoco.data.sources.source import Source
 from fastmoco.evaluate.features import stream_features
 from fastmoco.evaluate.labelled_images import ImageSet
@@ -49,9 +50,10 @@ PART_OF = "of.json"
 def identity(evaluation: Evaluation, source: Source, batch_size: int) -> str:
     """Equal exactly where parts may be joined.
 
-    It tells weights, images, view, statistics of pixels, precision and batch size apart.
+    It tells weights, images, view, statistics of pixels, precision and batch size apart. Times of
+    folders do not count, as the parts may lie in one.
     """
-    digest = hashlib.sha256(source.fingerprint().encode())
+    digest = hashlib.sha256(fingerprint(source).digest.encode())
     for name, tensor in sorted(evaluation.weights.trunk.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

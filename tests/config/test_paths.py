@@ -42,6 +42,21 @@ def test_home_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert spelled_out(name) == name
 
 
+def test_what_no_file_can_be_called_is_a_sentence() -> None:
+    for path, told in {
+        "a\0b": r"holds a NUL byte",
+        "x" * 300: r"xxx\.\.\.xxx.* is too long",
+        "a/" * 3000: r"a/\.\.\.a/.* is too long",
+        "~/" + "x" * 300: r"xxx\.\.\.xxx.* is too long",
+    }.items():
+        with pytest.raises(ConfigError, match=told) as refused:
+            spelled_out(path)
+        assert len(str(refused.value)) < 120
+    many = "{" + ",".join(f"{n:04d}" for n in range(300)) + "}.tar"
+    assert spelled_out(many) == many
+    assert spelled_out(f"s3://b/{'x' * 5000}").startswith("s3://")
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is the reference")
 @pytest.mark.parametrize(
     "pattern",

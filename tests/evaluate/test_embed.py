@@ -147,9 +147,11 @@ class KilledError(BaseException):
     """Ends the process where it stands."""
 
 
+@pytest.mark.parametrize("inside", [False, True])
 def test_a_killed_run_goes_on_where_it_was(
-    checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inside: bool, checkpoint: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where it writes into the folder of the images."""
     monkeypatch.setattr(embed, "PART_BATCHES", 1)
     assert run(checkpoint, images, tmp_path / "whole.npz") == 0
     compute, computed = embed.Embedding._compute, list[range]()
@@ -161,7 +163,7 @@ def test_a_killed_run_goes_on_where_it_was(
         computed.append(part)
 
     monkeypatch.setattr(embed.Embedding, "_compute", killed)
-    out = tmp_path / "x.npz"
+    out = (images if inside else tmp_path) / "x.npz"
     with pytest.raises(KilledError):
         run(checkpoint, images, out)
     assert not out.exists()

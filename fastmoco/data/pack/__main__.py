@@ -29,14 +29,17 @@ import PIL
 
 from fastmoco.config import Config, ConfigError, parse
 from fastmoco.config.command import CommandParser
+from fastmoco.config.paths import matching
 from fastmoco.data.order import permute, stream_key
 from fastmoco.data.pack.shard import Line, Shard
 from fastmoco.data.pack.shrink import Packed, Size, shrink_chunk
 from fastmoco.data.pixels.rule import PixelRule
 from fastmoco.data.sources.choose import open_source, resolve_folders
+from fastmoco.data.sources.fingerprint import fingerprint
 from fastmoco.data.sources.image_list import read_list
 from fastmoco.data.sources.listing import read_file
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
+from fastmoco.data.sources.remote.store import is_remote
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables.labels import is_table, labels_in
 from fastmoco.machine import durable, owner
@@ -73,17 +76,18 @@ class Pack:
     """A pack in a folder: what it is made of, and the shards that are there already."""
 
     def __init__(self, config: Config, out: Path, size: Size, shard_samples: int) -> None:
+        _require_apart(config, out)
         self.source, self.out, self.size = open_source(config), out, size
         self.rule = PixelRule.of(config.data)
         self.describe = _describer(config, self.source)
         order = permute(np.arange(len(self.source.sizes)), len(self.source.sizes), _ORDER)
         self.parts = [order[at : at + shard_samples] for at in range(0, len(order), shard_samples)]
         self._note: dict[str, Any] = {
-            "pack": 1,
+            "pack": 2,  # 2: times of folders do not count, as --out may lie in one
             **asdict(self.size),
             "shard_samples": shard_samples,
             "images": len(self.source.sizes),
-            "source_fingerprint": self.source.fingerprint(),
+            "source_fingerprint": fingerprint(self.source).digest,
             "max_pixels": self.rule.max_pixels,
             "pillow": PIL.__version__,
         }
@@ -154,6 +158,17 @@ class Pack:
                 f"{max(sizes) >> 20:,}: make room, and the same command goes on with "
                 f"{shard.tar.name}."
             )
+
+
+def _require_apart(config: Config, out: Path) -> None:
+    """Raises `ConfigError` where the same command, once more, would pack its own shards."""
+    if config.data.source == "shards" and not is_remote(config.data.root):
+        for place in matching(config.data.root):
+            if out.resolve().is_relative_to(Path(place).resolve()):
+                raise ConfigError(
+                    f"--out {out} lies in {place}, whose shards are packed, so that its own would "
+                    "count as well: name a folder outside."
+                )
 
 
 def _describer(config: Config, source: Source) -> Callable[[int], Line]:

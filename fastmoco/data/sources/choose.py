@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,10 @@ def _named(root: Path, names: Sequence[str]) -> list[Path]:
 def _split(root: Path, test_root: str) -> tuple[Path, Path | None]:
     """The folder of the training images, and the one of labelled test images if there is one."""
     trains, tests = _named(root, _TRAIN), _named(root, _TEST)
-    beside = bool(test_root) and Path(test_root).resolve().parent == root.resolve()
+    # Not `Path.resolve`, for which a link in a circle is a RuntimeError.
+    beside = bool(test_root) and Path(os.path.realpath(test_root)).parent == Path(
+        os.path.realpath(root)
+    )
     if trains and (tests or beside):
         if len(trains) > 1:
             both = " and ".join(path.name for path in trains)
@@ -144,7 +148,8 @@ def shared_images(config: Config) -> list[str]:
     """A warning where the kNN test images lie in the folder of the training images."""
     if not (config.knn.every and config.data.root and config.knn.test_root):
         return []
-    test, root = (Path(path).resolve() for path in (config.knn.test_root, config.data.root))
+    places = (config.knn.test_root, config.data.root)
+    test, root = (Path(os.path.realpath(place)) for place in places)
     if not test.is_relative_to(root):
         return []
     return [

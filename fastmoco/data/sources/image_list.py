@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 
@@ -52,6 +53,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_SEPARATOR = re.compile(r"[\t;,\s]")
 _PATH_AND_LABEL = re.compile(r"(.+\S)\s+(\S+)")
 _LOOK_AT = 50  # rows that tell how a list is written
 
@@ -77,7 +79,13 @@ def read_list(path: Path) -> Rows:
     cells = [row for _, row in table]
     column, header = _path_column(path, cells)
     names = [name.strip() for name in cells[0]] if header else []
-    rows = [(line, row) for line, row in table[header:] if len(row) > column and row[column]]
+    rows = [(line, row) for line, row in table[header:] if any(map(str.strip, row))]
+    for line, row in rows:
+        if len(row) <= column or not row[column].strip():
+            raise ConfigError(
+                f"The list {path} names no image in line {line}: write its path there, or delete "
+                "the line."
+            )
     labelled = _label_columns(cells[header:], names, column)
     labels = None
     if len(labelled) == 1:
@@ -107,7 +115,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"The list {path} is no text in {encoding}: {error.reason}.") from error
     text = text.removeprefix("\ufeff")
-    lines = re.split(r"\r?\n", text) if "\n" in text else text.split("\r")
+    lines = re.split(r"\r*\n", text) if "\n" in text else text.split("\r")
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
             raise ConfigError(
@@ -127,28 +135,43 @@ Table = list[tuple[int, list[str]]]
 
 
 def _table(path: Path, lines: list[tuple[int, str]]) -> Table:
-    """Line numbers and cells: by the separator that all rows agree on, else whole lines."""
+    """Line numbers and cells: by the separator that the rows agree on, else whole lines."""
     sample = [line for _, line in lines[:_LOOK_AT]]
     whole: Table = [(number, [_unquoted(line)]) for number, line in lines]
     comma_separated = path.suffix.lower() in (".csv", ".tsv")
-    if not comma_separated and any(_exists(path.parent, _unquoted(line)) for line in sample):
+    if not comma_separated and any(
+        _SEPARATOR.search(line.strip()) and _exists(path.parent, _unquoted(line)) for line in sample
+    ):
         return whole  # a path may hold any sign
-    for sign in "\t;,":
-        counts = {len(row) for row in csv.reader(sample, delimiter=sign)}
-        if min(counts, default=1) > 1 and (comma_separated or _is_table(path, sample, sign)):
-            return _separated(lines, sign)
-    if comma_separated:
-        return _separated(lines, ",")
-    pairs = [_PATH_AND_LABEL.fullmatch(line.strip()) for line in sample]
-    if sample and all(pair and is_image_name(_unquoted(pair[1])) for pair in pairs):
-        found = ((number, _PATH_AND_LABEL.fullmatch(line.strip())) for number, line in lines)
-        return [(n, [_unquoted(pair[1]), pair[2]]) for n, pair in found if pair]
+    if sign := _sign(path, sample, comma_separated=comma_separated):
+        return _separated(path, lines, sign)
+    if 2 * sum(_has_label(line) for line in sample) > len(sample):
+        return [(number, _path_and_label(line)) for number, line in lines]
     return whole
 
 
-def _is_table(path: Path, sample: Sequence[str], sign: str) -> bool:
+def _sign(path: Path, sample: Sequence[str], *, comma_separated: bool) -> str:
+    """What separates all rows, else most of them, where one lacks a cell; empty for whole lines."""
+    tables = {sign: _rows(sample, sign) for sign in "\t;,"}
+    for sign, rows in tables.items():
+        several = min(map(len, rows), default=1) > 1
+        if several and (comma_separated or _is_table(path, sample, rows)):
+            return sign
+    for sign, rows in tables.items():
+        if 2 * sum(_is_row(path.parent, row, sign) for row in rows) > len(rows):
+            return sign
+    return "," * comma_separated
+
+
+def _rows(sample: Sequence[str], sign: str) -> list[list[str]]:
+    try:
+        return list(csv.reader(sample, delimiter=sign))
+    except csv.Error:
+        return []
+
+
+def _is_table(path: Path, sample: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether the rows of a text file are more than paths that hold the sign."""
-    rows = list(csv.reader(sample, delimiter=sign))
     if any(plain(name) in _PATHS for name in rows[0]):
         return True
     if not all(is_image_name(_unquoted(line)) for line in sample):
@@ -156,12 +179,65 @@ def _is_table(path: Path, sample: Sequence[str], sign: str) -> bool:
     return any(_exists(path.parent, cell.strip()) for row in rows for cell in row)
 
 
-def _separated(lines: list[tuple[int, str]], sign: str) -> Table:
+def _is_row(folder: Path, row: Sequence[str], sign: str) -> bool:
+    """Whether a row is a path and more, not a path that holds the sign."""
+    cells = [cell.strip() for cell in row]
+    more = any(map(is_image_name, cells)) and not is_image_name(sign.join(cells))
+    return len(row) > 1 and (more or any(_exists(folder, cell) for cell in cells))
+
+
+def _has_label(line: str) -> bool:
+    pair = _PATH_AND_LABEL.fullmatch(line.strip())
+    return pair is not None and is_image_name(_unquoted(pair[1]))
+
+
+def _path_and_label(line: str) -> list[str]:
+    """The path of a line, and its label, which may be missing."""
+    pair = _PATH_AND_LABEL.fullmatch(line.strip())
+    if pair is None or (not _has_label(line) and is_image_name(_unquoted(line))):
+        return [_unquoted(line), ""]
+    return [_unquoted(pair[1]), pair[2]]
+
+
+def _separated(path: Path, lines: list[tuple[int, str]], sign: str) -> Table:
+    """Line numbers and cells. Raises `ConfigError` for a quote that swallows other rows."""
     reader = csv.reader((line for _, line in lines), delimiter=sign)
     rows: Table = []
-    for row in reader:
-        rows.append((lines[reader.line_num - 1][0], row))
+    first = 0
+    try:
+        for row in reader:
+            if reader.line_num > first + 1:  # a text in quotes goes on, or a quote is not closed
+                part = [line for _, line in lines[first : reader.line_num]]
+                _require_closed(path, part, sign, {len(row), len(rows[0][1] if rows else row)})
+            rows.append((lines[first][0], row))
+            first = reader.line_num
+    except csv.Error as error:
+        raise ConfigError(f"The list {path} {_fault(str(error), lines[first][0])}.") from error
     return rows
+
+
+def _require_closed(path: Path, lines: Sequence[str], sign: str, widths: set[int]) -> None:
+    """Raises `csv.Error` where lines are not one row of a table that has so many columns."""
+    list(csv.reader(lines, delimiter=sign, strict=True))
+    for line in lines[1:]:
+        cells = line.partition('"')[0].split(sign)
+        if len(cells) in widths and _is_row(path.parent, cells, sign):
+            raise csv.Error
+
+
+def _fault(error: str, line: int) -> str:
+    """What is wrong in a line that `csv` cannot read, and what to do."""
+    if "field" in error and "limit" in error:
+        return (
+            f"has a cell of more than {csv.field_size_limit():,} signs in line {line}: close the "
+            "quote before it, or leave that column out"
+        )
+    if "new-line" in error:
+        return f"has a carriage return in the middle of line {line}: delete it"
+    return (
+        f"has a quote in line {line} that is not closed as it should be: delete it, or write "
+        'quotes that belong to a text twice, as in "a ""b"" c"'
+    )
 
 
 def _unquoted(text: str) -> str:
@@ -212,8 +288,10 @@ def _label_columns(cells: Sequence[Sequence[str]], names: Sequence[str], column:
     """The columns that may hold the labels: by name, or the only one beside the paths."""
     if named := [at for at, name in enumerate(names) if plain(name) in LABELS]:
         return named
-    others = [at for at in range(len(cells[0]) if cells else 0) if at != column]
-    unnamed = [at for at in others if names and not names[at]]  # an index, as of pandas
+    width = mode(map(len, cells[:_LOOK_AT])) if cells else 0  # a row may lack its label
+    others = [at for at in range(width) if at != column]
+    # An index, as of pandas; the header of R is one cell shorter than its rows.
+    unnamed = [at for at in others if names and not "".join(names[at : at + 1])]
     others = [at for at in others if at not in unnamed]
     return others if not names or len(others) == 1 else []
 
@@ -250,7 +328,9 @@ def labelled_list(path: Path) -> tuple[list[Path], list[int], list[str]]:
         )
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if not label:
-            raise ConfigError(f"The list {path} has no label in line {line}.")
+            raise ConfigError(
+                f"The list {path} has no label in line {line}: write it there, or delete the line."
+            )
     return [path.parent / name for name in rows.paths], *numbered(rows.labels)
 
 
@@ -305,7 +385,7 @@ def open_list(root: str, max_pixels: int, *, rescan: bool = False) -> FolderSour
     """
     if not root:
         raise ConfigError("data.root is not set: name the list of the training images.")
-    paths = [Path(path).resolve() for path in matching(root)]
+    paths = [Path(os.path.realpath(path)) for path in matching(root)]
     stamp = list_stamp(paths)
     index = kept_index(
         f"{paths} {max_pixels}",

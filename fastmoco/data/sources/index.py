@@ -56,7 +56,8 @@ class Index:
     """Named arrays, among them `sizes`: int32 (N, 2), width and height, 0 where unreadable."""
     facts: dict[str, Any]
     """JSON: whatever the source needs to validate the index, and of bad samples `bad`: {sample:
-    reason}, `stamps`: {sample: `stamp_of` its file} and `where`: {sample: line of a list}."""
+    reason}, `stamps`: {sample: `stamp_of` its file} and `where`: {sample: line of a list}. The
+    `stamps` of shards and tables are a list, of all files."""
     path: str = ""
     """The cache file that the arrays are mapped from; empty if they are in memory."""
 
@@ -71,12 +72,15 @@ class Index:
         return self.arrays["sizes"]
 
     def fingerprint(self) -> str:
-        """Hash of all arrays and of the folders or shards that they number."""
+        """Hash of all arrays and of the folders, files or objects that they number."""
         digest = hashlib.sha256()
         for name in sorted(self.arrays):
             digest.update(_bytes(self.arrays[name]))
-        places = [self.facts.get("folders"), self.facts.get("shards")]
-        digest.update(json.dumps(places).encode())
+        kinds = ("folders", "shards", "files", "objects")
+        digest.update(json.dumps([self.facts.get(kind) for kind in kinds]).encode())
+        stamps = self.facts.get("stamps")
+        if isinstance(stamps, list):  # of all files; those of bad images alone come and go
+            digest.update(json.dumps(stamps).encode())
         return digest.hexdigest()
 
     @property

@@ -13,8 +13,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
@@ -45,6 +46,7 @@ from fastmoco.data.sources.listing import (
     walk,
 )
 from fastmoco.data.sources.measure import CHUNK, HEAD, in_order, in_parallel, progress
+from fastmoco.data.sources.splits import require_one_split
 from fastmoco.data.sources.tar import Member, Pictures, Tar, pictures
 from fastmoco.machine import durable
 from fastmoco.machine.cache import cache_folder
@@ -55,16 +57,33 @@ _OPEN_FILES = 64
 _PACKED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
+class OpenFile:
+    """A file that closes itself once nobody holds it: a thread that reads it keeps it open."""
+
+    def __init__(self, path: str) -> None:
+        """Raises `OSError`."""
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.number >= 0:
+            close(self.number)
+
+
 class ShardSource(Indexed):
-    """Images inside tar files, numbered shard by shard in the order of the archive."""
+    """Images inside tar files, numbered shard by shard in the order of the archive.
+
+    Threads may read at the same time.
+    """
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._files: dict[int, int] = {}
+        self._files: dict[int, OpenFile] = {}
+        self._lock = threading.Lock()  # of the files; reading itself takes none
         self._named: tuple[int, list[str]] = (-1, [])  # a shard, its pictures
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.index,)  # open files stay in their process
+        return type(self), (self.index,)  # open files and their lock stay in their process
 
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
@@ -72,22 +91,23 @@ class ShardSource(Indexed):
 
     def read(self, sample: int) -> bytes:
         arrays = self.index.arrays
-        file = self._open(int(arrays["shard_of"][sample]))
-        return os.pread(file, int(arrays["lengths"][sample]), int(arrays["offsets"][sample]))
+        file = self._open(int(arrays["shard_of"][sample]))  # held, so that it stays open
+        length, offset = int(arrays["lengths"][sample]), int(arrays["offsets"][sample])
+        return os.pread(file.number, length, offset)
 
     def name(self, sample: int) -> str:
         """Shard and member; walks the shard, once for neighbours, as only reports need it."""
         number = int(self.index.arrays["shard_of"][sample])
         shard = self.index.facts["shards"][number]
-        if self._named[0] != number:
-            names: list[str] = []
+        named, names = self._named  # both at once: threads may ask for names of other shards
+        if named != number:
+            names = []
             with contextlib.suppress(OSError, ConfigError):
                 any_name = self.index.facts["any_name"]
                 found = _pictures(Path(self._path(number)), any_name=any_name)[0].images
                 names = [member.name for member in found]
             self._named = number, names
         at = sample - int(self.shard_sizes[:number].sum())
-        names = self._named[1]
         return f"{shard}:{names[at] if at < len(names) else f'number {at}'}"
 
     def relative_names(self) -> Iterator[bytes]:
@@ -110,18 +130,16 @@ class ShardSource(Indexed):
         path: str = self.index.facts["shards"][shard]
         return path
 
-    def _open(self, shard: int) -> int:
-        file = self._files.get(shard)
+    def _open(self, shard: int) -> OpenFile:
+        with self._lock:
+            file = self._files.get(shard)
         if file is None:
-            if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            file = os.open(self._path(shard), os.O_RDONLY)
-            try:
-                require_unchanged(self.index, shard, os.fstat(file))
-            except OSError:
-                os.close(file)
-                raise
-            self._files[shard] = file
+            file = OpenFile(self._path(shard))
+            require_unchanged(self.index, shard, os.fstat(file.number))
+            with self._lock:
+                while len(self._files) >= _OPEN_FILES:
+                    del self._files[next(iter(self._files))]  # closed after those who read it
+                file = self._files.setdefault(shard, file)
         return file
 
 
@@ -133,7 +151,8 @@ def open_shards(
     root: may be a pattern of several. any_name: members count by their content too. rescan: read
     all shards anew.
 
-    Raises `ConfigError` for no shard, a compressed or unreadable one, or no image in them.
+    Raises `ConfigError` for no shard, shards of several splits, a compressed or unreadable one, or
+    no image in them.
     """
     if not root:
         raise ConfigError("data.root is not set: name a folder of shards, or one of them.")
@@ -141,15 +160,15 @@ def open_shards(
     shards = [shard for place in matching(root) for shard in _shards(Path(place), passed)]
     if not shards:
         raise ConfigError(f"data.root {root} holds no .tar file.")
+    require_one_split(root, [str(shard) for shard in shards])
     stamps = [stamp(shard) for shard in shards]
     index = kept_index(
         repr((stamps, max_pixels, any_name)),
-        holds=lambda index: True,
-        scan=lambda: _join(shards, max_pixels, any_name=any_name, rescan=rescan),
+        holds=lambda index: "stamps" in index.facts,
+        scan=lambda: stamped(_join(shards, max_pixels, any_name=any_name, rescan=rescan), stamps),
         rescan=rescan,
     )
     index.facts["warnings"] = [*passed.warnings(), *index.facts["warnings"]]
-    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}", by_name=not any_name)
     return ShardSource(index)
 
@@ -196,6 +215,29 @@ def head_of(shard: Path) -> list[Any]:
         return [os.fstat(file.fileno()).st_size, hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()]
 
 
+def load_shard_index(path: str) -> Index:
+    """The index of one shard. It may come from anybody, as the shard does.
+
+    Raises `OSError` as `load_index` does, `KeyError` and `ValueError` for what `scan_shard` would
+    not make.
+    """
+    index = load_index(path)
+    count, facts = len(index.sizes), index.facts
+    shapes = {"sizes": ("i4", (count, 2)), "offsets": ("i8", (count,)), "lengths": ("u4", (count,))}
+    for name, (kind, shape) in shapes.items():
+        array = index.arrays[name]
+        if array.dtype != np.dtype(kind) or array.shape != shape or (array < 0).any():
+            raise ValueError(f"{path} has other {name} than a shard")
+    kinds = {"bad": dict, "others": dict, "beside": int, "end": str}
+    if not (
+        all(isinstance(facts[name], kind) for name, kind in kinds.items())
+        and all(isinstance(number, int) for number in facts["others"].values())
+        and all(0 <= sample < count and isinstance(why, str) for sample, why in index.bad.items())
+    ):
+        raise ValueError(f"{path} has other notes than a shard")
+    return index
+
+
 def came_with(index: Index, head: list[Any], max_pixels: int) -> bool:
     """Whether the index came with the shard that has this `head_of`, wherever both lie now."""
     if index.facts.get("packed") != head:
@@ -217,6 +259,11 @@ def stamp(shard: Path) -> list[Any]:
         kind = durable.what_it_is(status.st_mode)
         raise ConfigError(f"The shard {shard} is {kind}, not a regular file.")
     return [str(shard.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def stamped(index: Index, stamps: list[list[Any]]) -> Index:
+    """The index with the stamps of its files, kept with it: processes that are spawned load it."""
+    return Index(index.arrays, {**index.facts, "stamps": stamps})
 
 
 def require_unchanged(index: Index, file: int, status: os.stat_result) -> None:
@@ -280,7 +327,7 @@ def _indexed(shard: Path, max_pixels: int, *, any_name: bool, rescan: bool) -> I
     spare = cache_folder() / "index" / hashlib.sha256(os.fsencode(stamped[0])).hexdigest()[:20]
     for place in (beside, spare):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            index = load_index(str(place))
+            index = load_shard_index(str(place))
             holds = index.facts["stamp"] == stamped or came_with(index, head_of(shard), max_pixels)
             if holds and not rescan:
                 return index

@@ -24,6 +24,8 @@ from fastmoco.data.sources.listing import (
 
 _BLOCK = 512
 _DEEPEST = 3
+_MOST_LINKS = 40  # in a row, as Linux follows them
+_LARGEST_HEADER = 1 << 24  # bytes; damage may claim to be one of any size
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip", ".gz"),
     b"BZh": ("bzip2", "bunzip2", ".bz2"),
@@ -59,9 +61,10 @@ class _Window:
         self._file, self._start, self._size, self._at = file, start, size, 0
 
     def read(self, size: int) -> bytes:
-        data = os.pread(
-            self._file, max(0, min(size, self._size - self._at)), self._start + self._at
-        )
+        left = self._size - self._at
+        if size > _LARGEST_HEADER or left <= 0:  # not asked for what no file can hold
+            return b""
+        data = os.pread(self._file, min(size, left), self._start + self._at)
         self._at += len(data)
         return data
 
@@ -110,7 +113,8 @@ class Tar:
                     raise tarfile.ReadError
                 headers.offset = window.seek(at)
                 member = tarfile.TarInfo.fromtarfile(headers)
-            except (tarfile.TarError, ValueError) as error:
+            # Python's errors are of numbers too large, and of headers in front of headers.
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
                 cut = window.tell() >= size
                 if at == 0 and depth == 0 and (not cut or self._packed()):
                     raise self._no_tar() from error
@@ -165,10 +169,10 @@ class Tar:
     def _follow(self, name: str, target: str) -> Member:
         """The member that a link leads to, under the name of the link."""
         seen, at = set[str](), _normal(name)
-        while at in self._links and at not in seen:
+        while at in self._links and at not in seen and len(seen) <= _MOST_LINKS:
             seen.add(at)
             at = self._links[at]
-        found = self._places.get(at)
+        found = self._places.get(at) if len(seen) <= _MOST_LINKS else None
         fault = f"a link to {target}, which is not in the archive"
         return found._replace(name=name) if found else Member(name, 0, 0, fault)
 

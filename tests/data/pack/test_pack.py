@@ -167,13 +167,16 @@ def test_the_manifest_names_every_image_and_the_loader_reads_its_bytes(
             assert data == (images / str(line["source"])).read_bytes()
 
 
+@pytest.mark.parametrize("place", ["resumed", "images/a/pack", "images/cat/pack"])
 def test_a_pack_that_was_interrupted_ends_with_the_same_bytes(
+    place: str,
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    """Also where it lies in a folder of the images, before, after and among others."""
+    whole, resumed = tmp_path / "whole", tmp_path / place
     assert run(images, whole) == 0
     written: list[str] = []
     write = Shard.write
@@ -195,6 +198,20 @@ def test_a_pack_that_was_interrupted_ends_with_the_same_bytes(
         for path in whole.glob(f"*.{suffix}"):
             assert (resumed / path.name).read_bytes() == path.read_bytes()
     assert sorted(os.listdir(resumed)) == sorted(os.listdir(whole))
+
+
+def test_a_pack_of_shards_does_not_pack_itself(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "shards"
+    assert run(images, root) == 0
+    more = (f"--data.root={root}", "--data.source=shards")
+    assert run(images, root / "in" / "pack", *more) == 2
+    told = capsys.readouterr().err
+    assert f"--out {root}/in/pack lies in {root}, whose shards are packed" in told
+    assert not (root / "in").exists()
+    assert run(images, tmp_path / "pack", *more) == 0
+    assert run(images, root / "in", f"--data.root={root}/*.tar", "--data.source=shards") == 0
 
 
 def test_a_shard_without_its_manifest_is_written_again(images: Path, tmp_path: Path) -> None:

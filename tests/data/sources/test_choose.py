@@ -52,6 +52,13 @@ def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
         resolved(tmp_path, (), every=1)
 
 
+def test_a_link_in_a_circle_is_no_split(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    config = resolved(tmp_path / "circle", (), every=1, test_root=str(tmp_path / "circle"))
+    assert config.data.root == str(tmp_path / "circle")
+    assert len(shared_images(config)) == 1
+
+
 def test_a_folder_is_a_split_beside_a_test_set_of_any_name(tmp_path: Path) -> None:
     config = resolved(tmp_path, ("train", "held"), every=1, test_root=str(tmp_path / "held"))
     assert config.data.root == str(tmp_path / "train")

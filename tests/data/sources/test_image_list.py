@@ -136,6 +136,72 @@ def test_labels_that_are_not_clear_are_refused_where_they_are_asked_for(images: 
         labelled_list(images / "list.csv")
 
 
+@pytest.mark.parametrize(
+    ("sign", "suffix"), [*((s, t) for s in "\t;," for t in (".csv", ".txt")), (" ", ".txt")]
+)
+@pytest.mark.parametrize("at", [0, 1, 5, 60])
+def test_a_line_without_its_label_is_an_image_and_named_where_labels_are_asked_for(
+    images: Path, at: int, sign: str, suffix: str
+) -> None:
+    """Also after the lines that tell how a list is written, and where its whole line is a file."""
+    lines = [f"{NAMES[n % 2]}{sign}{n}" for n in range(70)]
+    if sign == ",":
+        lines = [f'"{NAMES[n % 2]}",{n}' for n in range(70)]
+    lines[at] = "6.jpg"
+    path = write(images / f"list{suffix}", "\n".join(lines))
+    source = open_list(str(path), LIMIT)
+    assert len(source.sizes) == 70
+    assert not source.bad
+    assert source.name(at) == str(images / "6.jpg")
+    told = rf"list{suffix} has no label in line {at + 1}: write it there, or delete the line\."
+    with pytest.raises(ConfigError, match=told):
+        labelled_list(path)
+
+
+def test_a_line_without_its_path_is_refused_by_its_number(images: Path) -> None:
+    for line in ("7", "7,", "7, "):
+        path = write(images / "list.csv", f"label,path\n3,a/1.jpg\n,\n{line}\n2,6.jpg\n")
+        with pytest.raises(
+            ConfigError, match=r"list\.csv names no image in line 4: write its path"
+        ):
+            open_list(str(path), LIMIT)
+    path = write(images / "list.csv", "label,path\n3,a/1.jpg\n,\n2,6.jpg\n")  # nothing in it
+    assert read_list(path).lines == [2, 4]
+
+
+ROWS = [f"{name},{n}" for n, name in enumerate(["a/1.jpg", "6.jpg", "#5.jpg"] * 30)]
+
+
+@pytest.mark.parametrize(
+    ("at", "row", "told"),
+    [
+        *((at, '"6.jpg,7', f"a quote in line {at + 1} that is not closed") for at in (0, 8, 70)),
+        *((at, '6.jpg,"7', f"a quote in line {at + 1} that is not closed") for at in (0, 8, 70)),
+        (8, '6.jpg,"7\n6.jpg,"8', "a quote in line 9 that is not closed"),
+        (8, '6.jpg,"7\n6.jpg,8"', "a quote in line 9 that is not closed"),
+        (8, '"6.jpg,7\n6.jpg,8"', "a quote in line 9 that is not closed"),
+        (8, '"6.jpg,7\n6.jpg,7\n6.jpg",8', "a quote in line 9 that is not closed"),
+        (8, '6.jpg,"' + "7" * 200_000 + '"', "a cell of more than 131,072 signs in line 9: close"),
+        (8, "6.jpg,7\r6.jpg,8", "a carriage return in the middle of line 9: delete it"),
+    ],
+)
+def test_a_line_that_would_swallow_others_is_refused_by_its_number(
+    images: Path, at: int, row: str, told: str
+) -> None:
+    lines = [*ROWS[:at], row, *ROWS[at:]]
+    path = write(images / "list.csv", "\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"The list .*list\.csv has {told}"):
+        open_list(str(path), LIMIT)
+
+
+def test_texts_in_quotes_may_have_lines(images: Path) -> None:
+    text = 'text,path,label\n"a dog,\nas in b.jpg, it\nruns",a/1.jpg,2\n"a ""b"" c" ,6.jpg,9\n'
+    rows = read_list(write(images / "list.csv", text))
+    assert rows.paths == ["a/1.jpg", "6.jpg"]
+    assert rows.labels == ["2", "9"]
+    assert rows.lines == [2, 5]
+
+
 def test_places_other_than_the_folder_of_the_list(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,8 +256,9 @@ def test_what_is_no_list_or_no_file_is_named_with_its_line(images: Path) -> None
         1: "line 3: OSError: a FIFO, not a regular file",
         2: "line 4: OSError: a device, not a regular file",
     }
-    for place in (images, images / "pipe"):
-        with pytest.raises(ConfigError, match="cannot be read as a list"):
+    (images / "circle").symlink_to("circle")
+    for place in (images, images / "pipe", images / "circle"):
+        with pytest.raises(ConfigError, match=r"cannot be read( as a list|: Too many)"):
             open_list(str(place), LIMIT)
 
 
@@ -199,3 +266,11 @@ def test_the_index_column_of_pandas_is_no_path_where_names_have_no_suffix(tmp_pa
     rows = read_list(write(tmp_path / "list.csv", ",0\n\n0,a/one\n1,a/two\n2,a/three\n"))
     assert rows.paths == ["a/one", "a/two", "a/three"]
     assert rows.lines == [3, 4, 5]  # an empty line counts
+
+
+def test_a_header_with_fewer_names_than_columns_is_a_sentence_about_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.csv", "id,path\n0,1.jpg,2\n1,2.jpg,3\n")
+    assert read_list(path).paths == ["1.jpg", "2.jpg"]
+    path = write(tmp_path / "list.csv", ",path\n0,1.jpg,2\n1,2.jpg,3\n")
+    with pytest.raises(ConfigError, match="has no labels: add a column label"):
+        labelled_list(path)

@@ -270,6 +270,58 @@ def test_compressed_shards_are_refused_with_the_command(
         assert len(open_shards(str(tmp_path / "good"), LIMIT).sizes) == 2
 
 
+def header(name: str, size: int, kind: bytes) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+START = header("1.jpg", len(jpeg(0)), b"0") + jpeg(0) + bytes(-len(jpeg(0)) % 512)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"".join(header("long", 4, b"L") + b"a.j\0" + bytes(508) for _ in range(2000)),
+        header("of an unknown kind", 1 << 80, b"Z"),
+        header("pax", 512, b"x") + b"9999999999999999999 path=a\n" + bytes(485),
+    ],
+    ids=["headers of headers", "a size", "a length"],
+)
+def test_damage_that_python_cannot_count_ends_a_shard(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(START + damage + bytes(1024))
+    source = open_shards(str(tmp_path / "0.tar"), LIMIT)
+    assert content(source) == [("1.jpg", jpeg(0))]
+    assert "its complete members are used" in source.warnings[0]
+
+
+def test_a_header_that_claims_to_be_large_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = list[int](), os.pread
+
+    def noted(file: int, size: int, offset: int) -> bytes:
+        asked.append(size)
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", noted)
+    rest = b"\1" * (1 << 25)
+    (tmp_path / "0.tar").write_bytes(START + header("pax", len(rest), b"x") + rest)
+    assert len(open_shards(str(tmp_path / "0.tar"), LIMIT).sizes) == 1
+    assert max(asked) <= 1 << 24
+
+
+def test_a_row_of_links_without_an_end_is_not_followed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(1000):
+            link(tar, f"{number:04d}.jpg", f"{number + 1:04d}.jpg", tarfile.SYMTYPE)
+        add(tar, "1000.jpg", jpeg(1))
+    source = open_shards(str(tmp_path / "0.tar"), LIMIT)
+    assert set(source.bad) == set(range(960))
+    assert source.bad[0] == "a link to 0001.jpg, which is not in the archive"
+    assert source.read(960) == source.read(1000) == jpeg(1)
+
+
 def test_upper_case_hidden_and_linked_shards(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.TAR", ["1.jpg"])
     write(tmp_path / "in" / "._b.tar", ["2.jpg"])

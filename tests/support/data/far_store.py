@@ -16,8 +16,8 @@ from typing import Any
 
 BUCKET = "images"
 Spoil = Callable[[str, str, int], str]
-"""From method, path and number of a request: "" to serve it, `500`, `cut` after half of the body,
-or `slow`, a second late."""
+"""From method, path and number of a request: "" to serve it, `500` or `403`, `cut` after half of
+the body, or `slow`, a second late."""
 
 
 class FarStore:
@@ -74,8 +74,8 @@ class FarStore:
         if how:
             self.spoiled.append(how)
         time.sleep(self.delay_s + (how == "slow"))
-        if how == "500":
-            asked.send_response(500)
+        if how in ("500", "403"):
+            asked.send_response(int(how))
             asked.send_header("Content-Length", "0")
             asked.end_headers()
             return

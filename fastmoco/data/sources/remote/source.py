@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,11 +22,12 @@ from numpy.typing import NDArray
 
 from fastmoco.config import ConfigError, DataConfig
 from fastmoco.data.sources import shards
-from fastmoco.data.sources.index import Index, kept_index, load_index, require_readable
+from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, progress
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, head, listed, there
 from fastmoco.data.sources.source import Source
+from fastmoco.data.sources.splits import require_one_split
 from fastmoco.data.sources.tables import parquet
 from fastmoco.data.sources.tables.arrow import ArrowSource, scan_arrow
 
@@ -67,19 +67,13 @@ class _Far:
 class RemoteShards(_Far, shards.ShardSource):
     """Images in the tar shards of a bucket."""
 
-    def __init__(self, index: Index, cache: Cache) -> None:
-        super().__init__(index, cache)
-        self._reading = threading.Lock()  # evaluation reads from threads
-
-    def read(self, sample: int) -> bytes:
-        with self._reading:
-            return super().read(sample)
-
-    def _open(self, shard: int) -> int:
-        if shard not in self._files:
-            # Those thrown out of the cache take room on the disk until they are closed.
-            for number in [n for n, file in self._files.items() if not os.fstat(file).st_nlink]:
-                os.close(self._files.pop(number))
+    def _open(self, shard: int) -> shards.OpenFile:
+        with self._lock:
+            if shard not in self._files:
+                # Those thrown out of the cache take room on the disk until they are closed.
+                self._files = {
+                    n: file for n, file in self._files.items() if os.fstat(file.number).st_nlink
+                }
         while True:
             try:
                 return super()._open(shard)
@@ -121,6 +115,7 @@ def open_remote(data: DataConfig) -> Source:
         )
     suffix, make = _KINDS[data.source]
     objects, cache = listed(data.root, suffix), Cache()
+    require_one_split(data.root, [one.url for one in objects])
     _require_room(objects, cache, data)
     index = kept_index(
         repr((objects, data.max_pixels, data.any_name)),
@@ -162,15 +157,29 @@ def _scan(objects: Sequence[Object], cache: Cache, data: DataConfig) -> Index:
 
 
 def _indexed(one: Object, cache: Cache, data: DataConfig) -> Index:
-    """The index of one object."""
-    if data.source == "shards":
-        packed = _packed(one, data.max_pixels)
-        if packed is not None:
-            return packed
+    """The index of one object. Raises `ConfigError`, with the name of the object."""
+    if data.source == "shards" and (packed := _packed(one, data.max_pixels)) is not None:
+        return packed
+    while True:
         path = cache.path(one)
+        try:
+            index = _scanned(one, path, data)
+        except (ConfigError, OSError) as error:
+            if not path.exists():
+                continue  # another process made room between fetching and opening
+            if isinstance(error, ConfigError):
+                raise ConfigError(str(error).replace(str(path), one.url)) from error
+            raise
+        if end := index.facts.get("end"):
+            index.facts["end"] = end.replace(str(path), one.url)
+        return index
+
+
+def _scanned(one: Object, path: Path, data: DataConfig) -> Index:
+    if data.source == "shards":
         return shards.scan_shard(path, list(one), data.max_pixels, any_name=data.any_name)
     scan = scan_arrow if data.source == "arrow" else _scan_parquet
-    return scan(cache.path(one), data.max_pixels)
+    return scan(path, data.max_pixels)
 
 
 def _scan_parquet(path: Path, max_pixels: int) -> Index:
@@ -187,7 +196,7 @@ def _packed(one: Object, max_pixels: int) -> Index | None:
         path = Path(folder) / "index"
         with open(path, "wb") as file:
             fetch(beside, file)
-        index = load_index(str(path))
+        index = shards.load_shard_index(str(path))
         digest = hashlib.sha256(head(one.url, min(shards.HEAD_BYTES, one.size))).hexdigest()
         if shards.came_with(index, [one.size, digest], max_pixels):
             arrays = {name: np.array(array) for name, array in index.arrays.items()}

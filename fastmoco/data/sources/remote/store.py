@@ -22,11 +22,17 @@ ATTEMPTS = 8
 PAUSE_S = 0.2
 PIECE = 8 << 20
 _MD5 = re.compile(r"[0-9a-f]{32}")
+_OPAQUE: set[str] = set()
+"""Folders with ETags that look like an MD5 and are none."""
 Result = TypeVar("Result")
 
 
 class MissingError(ConfigError):
     """There is no such object."""
+
+
+class ForbiddenError(ConfigError):
+    """The object may not be read, or may not be known to be missing."""
 
 
 class Object(NamedTuple):
@@ -79,7 +85,8 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
             if isinstance(error, FileNotFoundError):
                 raise MissingError(f"{what} does not exist.") from error
             if isinstance(error, PermissionError):
-                raise ConfigError(f"{what} may not be read: {error or 'no permission'}.") from error
+                why = " ".join(str(error).split()) or "no permission"
+                raise ForbiddenError(f"{what} may not be read: {why.rstrip('.')}.") from error
             if attempt == ATTEMPTS - 1:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ConfigError(
@@ -92,13 +99,21 @@ def _insist(what: str, work: Callable[[], Result]) -> Result:
 
 def _cause(what: str, raised: Exception) -> BaseException:
     """What is wrong. Over HTTP fsspec calls an object missing whatever its server answers."""
+    status = _status(raised)
     cause = raised.__cause__
-    if not (what.startswith("http") and isinstance(raised, FileNotFoundError) and cause):
-        return raised
-    status = getattr(cause, "status", None)
-    if status in (404, 410):
-        return raised
-    return PermissionError(str(cause)) if status in (401, 403) else cause
+    if what.startswith("http") and isinstance(raised, FileNotFoundError) and cause:
+        status = _status(cause)
+        if status in (404, 410):
+            return raised
+        return PermissionError(str(cause)) if status in (401, 403) else cause
+    # gcsfs says so of what is not there, too, where nobody may list.
+    forbidden = status in (401, 403) or str(raised).startswith("Forbidden")
+    return PermissionError(str(raised)) if forbidden else raised
+
+
+def _status(error: BaseException) -> object:
+    """The number of the answer that some protocols keep."""
+    return getattr(error, "status", getattr(error, "code", None))
 
 
 def _object(url: str, info: dict[str, Any]) -> Object:
@@ -138,10 +153,14 @@ def listed(root: str, suffix: str) -> list[Object]:
 
 
 def there(url: str) -> Object | None:
-    """The object as it is now; None where there is none. Raises `ConfigError`."""
+    """The object as it is now; None where there is none, or nobody may know. Raises `ConfigError`.
+
+    S3 and Google answer 403 and 401 for what is missing where listing is not allowed, as in most
+    public buckets.
+    """
     try:
         return look(url)
-    except MissingError:
+    except (MissingError, ForbiddenError):
         return None
 
 
@@ -155,7 +174,9 @@ def fetch(one: Object, into: BinaryIO) -> None:
     where the disk is full.
     """
     require_same(one)
-    for attempt in range(ATTEMPTS):
+    place = one.url.rpartition("/")[0]
+    sums: list[str] = []
+    for _ in range(ATTEMPTS):
         into.seek(0)
         digest = hashlib.md5(usedforsecurity=False)
         for start in range(0, one.size, PIECE):
@@ -163,11 +184,15 @@ def fetch(one: Object, into: BinaryIO) -> None:
             digest.update(piece)
             into.write(piece)
         # The ETag of an object that was sent in one part is its MD5; of others it is opaque.
-        if not _MD5.fullmatch(one.tag) or digest.hexdigest() == one.tag:
+        if not _MD5.fullmatch(one.tag) or place in _OPAQUE or digest.hexdigest() == one.tag:
             break
         require_same(one)
-        if attempt == ATTEMPTS - 1:
-            raise ConfigError(f"{one.url} arrives with another checksum than its ETag.")
+        if digest.hexdigest() in sums:  # damage differs: these tags are others, as with KMS keys
+            _OPAQUE.add(place)
+            break
+        sums.append(digest.hexdigest())
+    else:
+        raise ConfigError(f"{one.url} arrives with another checksum than its ETag.")
     require_same(one)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.index import Index, kept_index, require_readable
 from fastmoco.data.sources.measure import in_order, in_parallel, progress
-from fastmoco.data.sources.shards import ShardSource, joined, stamp
+from fastmoco.data.sources.shards import ShardSource, joined, stamp, stamped
 from fastmoco.data.sources.tables.columns import (
     Measured,
     encoded,
@@ -50,11 +50,10 @@ def open_arrow(root: str, max_pixels: int, *, rescan: bool = False) -> ArrowSour
     stamps = [stamp(path) for path in files]
     index = kept_index(
         repr((stamps, max_pixels)),
-        holds=lambda index: "shards" in index.facts,
-        scan=lambda: _scan(files, max_pixels),
+        holds=lambda index: "stamps" in index.facts,
+        scan=lambda: stamped(_scan(files, max_pixels), stamps),
         rescan=rescan,
     )
-    index.facts["stamps"] = stamps
     require_readable(index, f"data.root {root}")
     return ArrowSource(index)
 
@@ -78,6 +77,13 @@ def arrow_batches(path: Path) -> tuple[Any, Any, Any]:
         raise _damaged(path, error) from error
 
 
+def checked(batch: Any, name: str) -> Any:
+    """A column of a batch. Raises pyarrow's exception where following it would end the process."""
+    column = batch.column(name)
+    column.validate(full=True)
+    return column
+
+
 def _damaged(path: Path, error: BaseException) -> ConfigError:
     return ConfigError(f"{path} cannot be read as Arrow ({reason(error)}): fetch it again.")
 
@@ -99,7 +105,7 @@ def scan_arrow(path: Path, max_pixels: int) -> Index:
     measured = Measured(max_pixels)
     try:
         for batch in batches:
-            values = encoded(batch.column(column.name), column)
+            values = encoded(checked(batch, column.name), column)
             places.append(_places(values, whole.address, whole.size, path))
             measured.add(values)
     except (pa.ArrowException, OSError) as error:
@@ -124,7 +130,7 @@ def _places(values: Any, start: int, size: int, path: Path) -> NDArray[np.int64]
             "Parquet."
         )
     kind = np.int64 if pyarrow("").types.is_large_binary(values.type) else np.int32
-    at = np.frombuffer(ends, kind)[values.offset : values.offset + len(values) + 1]
+    at = np.frombuffer(ends, kind, values.offset + len(values) + 1)[values.offset :]
     places = np.stack([data.address - start + at[:-1], np.diff(at)], axis=1).astype(np.int64)
     places[~np.asarray(values.is_valid())] = 0
     return places

@@ -9,7 +9,7 @@ may be meant, the only `Image` of `datasets` counts, else the one with such a na
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ from fastmoco.data.decode import BadImage, image_size
 from fastmoco.data.sources.image_list import LABELS, numbered, plain
 from fastmoco.data.sources.listing import Passed, starts_like_image, walk
 from fastmoco.data.sources.measure import HEAD
+from fastmoco.data.sources.splits import require_one_split
 
 SUFFIXES = (".parquet", ".arrow")
 _IMAGES = frozenset({"image", "img", "picture", "photo", "jpg", "jpeg", "png", "imagebytes"})
-_SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation)(?![a-z])", re.IGNORECASE)
 NULL = "null instead of an image"
 
 
@@ -69,12 +69,7 @@ def table_files(root: str, suffix: str) -> list[Path]:
         found += _below(place, suffix) if place.is_dir() else [place]
     if not found:
         raise ConfigError(f"data.root {root} holds no {suffix} file.")
-    splits = {m[1].lower()[:2]: m[1] for path in found if (m := _SPLIT.match(path.name))}
-    if len(splits) > 1 and "tr" in splits:
-        raise ConfigError(
-            f"data.root {root} holds the splits {' and '.join(sorted(splits.values()))}: name one "
-            f"of them, such as {found[0].parent}/{splits['tr']}-*{suffix}."
-        )
+    require_one_split(root, [str(path) for path in found])
     return found
 
 
@@ -90,8 +85,9 @@ def _below(folder: Path, suffix: str) -> list[Path]:
         state = folder / inner / "state.json"
         if names and suffix == ".arrow" and state.is_file():
             try:
-                names = [row["filename"] for row in json.loads(state.read_text())["_data_files"]]
-            except (OSError, ValueError, LookupError, TypeError) as error:
+                rows = json.loads(state.read_text())["_data_files"]
+                names = [os.path.basename(row["filename"]) for row in rows]
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 raise ConfigError(f"{state} does not name the files of a data set.") from error
         found += [folder / inner / name for name in names]
     return found
@@ -107,12 +103,13 @@ def image_column(schema: Any, file: Path) -> Column:
     def is_bytes(kind: Any) -> bool:
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
-    found = []
+    found, names = list[Column](), _names(schema, file)
     for field in schema:
         if is_bytes(field.type):
             found.append(Column(field.name, ""))
         elif types.is_struct(field.type):
-            inner = {child.name: child.type for child in field.type}
+            kinds = (child.type for child in field.type)
+            inner = dict(zip(_names(field.type, file), kinds, strict=True))
             if "bytes" in inner and is_bytes(inner["bytes"]):
                 found.append(Column(field.name, "bytes"))
     images = {n for n, one in _features(schema).items() if one.get("_type") == "Image"}
@@ -121,11 +118,10 @@ def image_column(schema: Any, file: Path) -> Column:
     if len(named) == 1 or len(found) == 1:
         return named[0] if len(named) == 1 else found[0]
     if found:
-        names = ", ".join(column.name for column in named or found)
-        raise ConfigError(f"{file} has several columns of images ({names}): keep one of them.")
+        several = ", ".join(column.name for column in named or found)
+        raise ConfigError(f"{file} has several columns of images ({several}): keep one of them.")
     raise ConfigError(
-        f"{file} has no column of images (binary, or a struct with bytes) among "
-        f"{', '.join(schema.names)}."
+        f"{file} has no column of images (binary, or a struct with bytes) among {', '.join(names)}."
     )
 
 
@@ -134,8 +130,16 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: one for name, one in features.items() if isinstance(one, dict)}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _names(fields: Any, file: Path) -> list[str]:
+    """The names of fields. Raises `ConfigError` for one that is no text."""
+    try:
+        return [field.name for field in fields]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} has a column whose name is no text: fetch it again.") from error
 
 
 def label_column(schema: Any, file: Path) -> tuple[str, list[str]]:
@@ -144,12 +148,13 @@ def label_column(schema: Any, file: Path) -> tuple[str, list[str]]:
     Raises `ConfigError` for none and for several.
     """
     classes = {
-        name: [str(label) for label in feature.get("names") or []]
+        name: [str(label) for label in names] if isinstance(names, list) else []
         for name, feature in _features(schema).items()
         if feature.get("_type") == "ClassLabel"
+        for names in [feature.get("names")]
     }
-    found = [n for n in classes if n in schema.names]
-    found = found or [name for name in schema.names if plain(name) in LABELS]
+    columns = _names(schema, file)
+    found = [n for n in classes if n in columns] or [n for n in columns if plain(n) in LABELS]
     if len(found) == 1:
         return found[0], classes.get(found[0], [])
     several = f"has several columns of labels ({', '.join(found)}): keep one of them"

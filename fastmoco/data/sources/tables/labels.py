@@ -8,8 +8,15 @@ from pathlib import Path
 from fastmoco.config import ConfigError
 from fastmoco.data.sources.listing import is_hidden
 from fastmoco.data.sources.source import Source
-from fastmoco.data.sources.tables.arrow import arrow_batches, open_arrow
-from fastmoco.data.sources.tables.columns import SUFFIXES, label_column, labels_of, table_files
+from fastmoco.data.sources.tables.arrow import arrow_batches, checked, open_arrow
+from fastmoco.data.sources.tables.columns import (
+    SUFFIXES,
+    label_column,
+    labels_of,
+    pyarrow,
+    reason,
+    table_files,
+)
 from fastmoco.data.sources.tables.parquet import open_parquet, parquet_file
 
 
@@ -49,17 +56,32 @@ def labels_in(root: str, images: int) -> tuple[list[int], list[str]]:
     """The label of each of so many rows, and the class names. Raises `ConfigError`."""
     suffix = table_suffix(root)
     values: list[object] = []
-    names: list[str] = []
+    found: dict[Path, list[str]] = {}
     for file in table_files(root, suffix):
-        if suffix == ".parquet":
-            table = parquet_file(file)
-            column, names = label_column(table.schema_arrow, file)
-            values += table.read(columns=[column]).column(0).to_pylist()
-        else:
-            _, schema, batches = arrow_batches(file)
-            column, names = label_column(schema, file)
-            for batch in batches:
-                values += batch.column(column).to_pylist()
+        try:
+            rows, found[file] = _labels(file, suffix)
+        except (pyarrow("").ArrowException, OSError) as error:
+            raise ConfigError(
+                f"The labels of {file} cannot be read ({reason(error)}): fetch it again."
+            ) from error
+        first = next(iter(found))
+        if found[file] != found[first]:
+            raise ConfigError(
+                f"{file} and {first} have other names of classes, or in another order: name the "
+                "files of one data set."
+            )
+        values += rows
     if len(values) != images:
         raise ConfigError(f"{root} has {len(values)} labels for {images} images.")
-    return labels_of(values, names, Path(root))
+    return labels_of(values, found[first], Path(root))
+
+
+def _labels(file: Path, suffix: str) -> tuple[list[object], list[str]]:
+    """The labels of the rows of a file, and the class names where it has them."""
+    if suffix == ".parquet":
+        table = parquet_file(file)
+        column, names = label_column(table.schema_arrow, file)
+        return table.read(columns=[column]).column(0).to_pylist(), names
+    _, schema, batches = arrow_batches(file)
+    column, names = label_column(schema, file)
+    return [value for batch in batches for value in checked(batch, column).to_pylist()], names

@@ -33,7 +33,7 @@ from fastmoco.data.sources.index import (
 )
 from fastmoco.data.sources.listing import stamp_of
 from fastmoco.data.sources.measure import CHUNK, in_order, in_parallel, progress
-from fastmoco.data.sources.shards import require_unchanged, stamp
+from fastmoco.data.sources.shards import require_unchanged, stamp, stamped
 from fastmoco.data.sources.tables.columns import (
     NULL,
     Column,
@@ -147,13 +147,13 @@ def open_parquet(
     stamps = [stamp(path) for path in files]
     index = kept_index(
         repr((stamps, max_pixels)),
-        holds=lambda index: "groups" in index.facts,
-        scan=lambda: scan_parquet(files, max_pixels),
+        holds=lambda index: "stamps" in index.facts,
+        scan=lambda: stamped(scan_parquet(files, max_pixels), stamps),
         rescan=rescan,
     )
     require_readable(index, f"data.root {root}")
     largest, total = index.facts["largest"], int(index.arrays["lengths"].sum(dtype=np.int64))
-    index.facts.update(stamps=stamps, warnings=[])
+    index.facts["warnings"] = []
     if not shuffle_window and largest > _LARGE_GROUP and total > KEPT_BYTES:
         index.facts["warnings"].append(
             f"A row group of {root} has up to {largest >> 20:,} MiB and is decoded for nearly "
@@ -252,8 +252,12 @@ def _measure(
         batches = file.iter_batches(CHUNK, [group], columns=[column.path], use_threads=False)
         for batch in batches:
             values.add(encoded(batch.column(0), column))
+    except FileNotFoundError:
+        raise  # thrown out of the cache of a bucket: the rows are not bad
     except (pyarrow("").ArrowException, OSError) as error:
         damage = f"row group {group} is damaged: {reason(error)}"
+    if not damage and len(values.lengths) != rows:
+        damage = f"row group {group} is damaged: it has {len(values.lengths)} of {rows} rows"
     sizes, lengths = np.zeros((rows, 2), np.int32), np.zeros(rows, np.uint32)
     if damage:  # a row is read by decoding its whole row group
         bad = dict.fromkeys(range(rows), damage)

@@ -95,9 +95,33 @@ def test_what_is_not_there(site: Site) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 def test_what_may_not_be_read(site: Site, status: int) -> None:
     site.answer = lambda method, number: status
-    for ask in (look, there):
-        with pytest.raises(ConfigError, match=rf"a\.tar may not be read: {status}"):
-            ask(site.url)
+    with pytest.raises(ConfigError, match=rf"a\.tar may not be read: {status}"):
+        look(site.url)
+    assert there(site.url) is None  # a store says so of what is missing where nobody may list
+
+
+class HttpError(Exception):
+    """As that of gcsfs, which is not installed here."""
+
+    code = 401
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("Forbidden: https://x\nno list access."), HttpError("no list access")]
+)
+def test_what_google_forbids(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Files:
+        def info(self, url: str) -> None:
+            asked.append(url)
+            raise error
+
+    monkeypatch.setattr(store, "_of", lambda url: Files())
+    assert there("gs://b/a.tar.fastmoco-index") is None
+    with pytest.raises(ConfigError, match=r"^gs://b/a\.tar may not be read: .*no list access\.$"):
+        look("gs://b/a.tar")
+    assert len(asked) == 2  # once each
 
 
 def test_a_server_that_is_gone_is_no_missing_object(site: Site) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastmoco.data.sources.remote import cache as cache_module
 from fastmoco.data.sources.remote import store as store_module
 from fastmoco.data.sources.remote.cache import Cache
 from fastmoco.data.sources.remote.store import Object, fetch, look
+from fastmoco.data.sources.tables import parquet as parquet_source
 from tests.support.data.far_store import FarStore
 
 for module in ("s3fs", "moto", "pyarrow"):
@@ -120,6 +120,16 @@ def test_faults_do_not_change_the_samples(
     assert fault in far.spoiled
 
 
+def test_a_public_bucket_that_may_not_be_listed_is_read(
+    far: FarStore, shards: Path, tmp_path: Path
+) -> None:
+    """S3 says 403, not 404, of the index that is not there."""
+    root = f"{far.put_folder(shards, 'public')}/{{00..11}}.tar"
+    far.spoil = lambda method, path, number: "403" * path.endswith(".fastmoco-index")
+    assert same(batches(config(tmp_path, root)), batches(config(tmp_path, str(shards))))
+    assert "403" in far.spoiled
+
+
 def test_a_cache_that_holds_a_part_gives_the_same_samples_and_keeps_its_bound(
     far: FarStore, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +147,70 @@ def test_a_cache_that_holds_a_part_gives_the_same_samples_and_keeps_its_bound(
     monkeypatch.setenv("FASTMOCO_REMOTE_GB", str(3 * largest / 1e9))
     with pytest.raises(ConfigError, match="needs room for 8 objects"):
         open_source(remote)
+
+
+def test_what_is_wrong_with_an_object_is_said_by_its_own_name(
+    far: FarStore, shards: Path, tmp_path: Path
+) -> None:
+    far.put("odd/0.tar", b"no archive" * 100)
+    with pytest.raises(ConfigError, match=r"^The shard s3://images/odd/0\.tar is no tar file"):
+        open_source(config(tmp_path, "s3://images/odd"))
+    far.put("odd/0.parquet", b"no table" * 100)
+    with pytest.raises(ConfigError, match=r"^s3://images/odd/0\.parquet cannot be read as Parquet"):
+        open_source(config(tmp_path, "s3://images/odd", source="parquet"))
+    far.put("odd/0.tar", (shards / "00.tar").read_bytes()[:-11000])
+    cut = open_source(config(tmp_path, "s3://images/odd"))
+    assert cut.warnings[0].startswith("s3://images/odd/0.tar is cut off")
+
+
+@pytest.mark.parametrize("source", ["shards", "parquet", "arrow"])
+def test_an_object_that_is_thrown_out_before_it_is_indexed_is_fetched_again(
+    source: str, far: FarStore, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"image": [b"P5 2 2 255\n" + bytes(4)]})
+    parquet.write_table(table, tmp_path / "0.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "0.arrow"), table.schema) as file:
+        file.write_table(table)
+    path = shards / "00.tar" if source == "shards" else tmp_path / f"0.{source}"
+    far.put(f"out-{source}/0{path.suffix}", path.read_bytes())
+    fetched, thrown = Cache.path, list[Path]()
+
+    def thrown_out(self: Cache, one: Object) -> Path:
+        place = fetched(self, one)
+        if not thrown:
+            thrown.append(place)
+            place.unlink()
+        return place
+
+    monkeypatch.setattr(Cache, "path", thrown_out)
+    found = open_source(config(tmp_path, f"s3://images/out-{source}", source=source))
+    assert not found.bad
+    assert len(found.sizes) == (5 if source == "shards" else 1)
+    assert thrown
+
+
+def test_an_object_that_is_thrown_out_while_it_is_indexed_has_no_bad_rows(
+    far: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"image": [b"P5 2 2 255\n" + bytes(4)]}), tmp_path / "0.parquet")
+    far.put("while/0.parquet", (tmp_path / "0.parquet").read_bytes())
+    measure, thrown = parquet_source._measure, list[Path]()
+
+    def thrown_out(task: parquet_source.Group, max_pixels: int) -> object:
+        if not thrown:
+            thrown.append(Path(task[0]))
+            thrown[0].unlink()
+        return measure(task, max_pixels)
+
+    monkeypatch.setattr(parquet_source, "_measure", thrown_out)
+    assert not open_source(config(tmp_path, "s3://images/while", source="parquet")).bad
+    assert thrown
 
 
 def test_an_object_that_changes_is_refused_and_not_replaced(
@@ -174,8 +248,8 @@ def test_a_store_that_stays_broken_ends_in_a_sentence(far: FarStore, tmp_path: P
 
 
 def test_a_wrong_checksum_is_refused(far: FarStore, tmp_path: Path, monkeypatch: Any) -> None:
-    one = look(far.put("sum.tar", bytes(1000)))
-    monkeypatch.setattr(store_module, "_piece", lambda one, start: b"\1" * 1000)
+    one, damage = look(far.put("sum.tar", bytes(1000))), itertools.count()
+    monkeypatch.setattr(store_module, "_piece", lambda one, start: b"%1000d" % next(damage))
     with (
         open(tmp_path / "x", "wb") as file,
         pytest.raises(ConfigError, match="another checksum than its ETag"),
@@ -183,19 +257,21 @@ def test_a_wrong_checksum_is_refused(far: FarStore, tmp_path: Path, monkeypatch:
         fetch(one, file)
 
 
-def test_half_an_object_of_a_killed_process_takes_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_etag_that_is_no_checksum_is_found_out_once(
+    far: FarStore, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(cache_module, "fetch", lambda one, into: into.write(bytes(one.size)))
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    half = tmp_path / f"half.{killed.pid}.part"
-    half.write_bytes(bytes(90))
-    alive = tmp_path / f"other.{os.getpid()}.part"
-    alive.write_bytes(bytes(5))
-    assert Cache(tmp_path, limit=100).path(Object("s3://b/1.tar", 95, "")).stat().st_size == 95
-    assert not half.exists()
-    assert alive.exists()
+    """With keys of KMS, S3 gives ETags that look like an MD5."""
+    known = store_module._object
+    opaque = lambda url, info: known(url, info)._replace(tag="0123456789abcdef" * 2)  # noqa: E731
+    monkeypatch.setattr(store_module, "_object", opaque)
+    monkeypatch.setattr(store_module, "_OPAQUE", set())
+    for number, times in enumerate((2, 1)):
+        one = look(far.put(f"kms/{number}.tar", bytes([number]) * 1000))
+        far.requests.clear()
+        with open(tmp_path / "x", "wb") as file:
+            fetch(one, file)
+        assert (tmp_path / "x").read_bytes() == bytes([number]) * 1000
+        assert [method for method, _ in far.requests].count("GET") == times
 
 
 def test_a_full_disk_gives_up_old_objects_first_and_then_a_sentence(

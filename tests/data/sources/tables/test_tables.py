@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from fastmoco.data.sources.choose import open_source
 from fastmoco.data.sources.fingerprint import changes, fingerprint
 from fastmoco.data.sources.source import Source
 from fastmoco.data.sources.tables import parquet
-from fastmoco.data.sources.tables.labels import is_table
+from fastmoco.data.sources.tables.columns import Column
+from fastmoco.data.sources.tables.labels import is_table, labels_in
 from fastmoco.evaluate.labelled_images import LabelledImages
 
 pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
@@ -168,6 +170,69 @@ def test_a_damaged_row_group_is_bad_and_the_others_are_used(photos: Path, tmp_pa
     assert source.sizes[7:14].max() == 0 < source.sizes[14:].min()
 
 
+@pytest.mark.parametrize("offset", [10**9, -1])
+def test_an_arrow_file_that_leads_out_of_itself_is_refused(offset: int, tmp_path: Path) -> None:
+    """Following it would end the process."""
+    table = write(tmp_path / "t.arrow", [b"x" * 777] * 5)
+    data = table.read_bytes()
+    assert data.count(struct.pack("<3i", 777, 1554, 2331)) == 1
+    data = data.replace(struct.pack("<3i", 777, 1554, 2331), struct.pack("<3i", 777, offset, 2331))
+    table.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"t\.arrow cannot be read as Arrow"):
+        opened("arrow", table)
+
+
+def test_a_column_whose_name_is_no_text_is_refused(photos: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.arrow", [files_of(photos)[0].read_bytes()], qqqq=pa.array([1]))
+    table.write_bytes(table.read_bytes().replace(b"qqqq", b"\xffqqq"))
+    with pytest.raises(ConfigError, match=r"t\.arrow has a column whose name is no text"):
+        opened("arrow", table)
+
+
+def test_a_row_group_without_all_of_its_rows_is_bad(photos: Path, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.parquet", [files_of(photos)[0].read_bytes()] * 3)
+    sizes, _, bad = parquet._measure((str(table), 0, Column("image", "bytes"), 5), LIMIT)
+    assert sizes.tolist() == [[0, 0]] * 5
+    assert bad == dict.fromkeys(range(5), "row group 0 is damaged: it has 3 of 5 rows")
+
+
+def test_labels_that_are_damaged_are_a_sentence(photos: Path, tmp_path: Path) -> None:
+    """The images beside them may be whole."""
+    images = [path.read_bytes() for path in files_of(photos)[:7]]
+    table = write(
+        tmp_path / "t.parquet", [*images], label=pa.array([f"class {n}" for n in range(7)])
+    )
+    data = bytearray(table.read_bytes())
+    group = pq.ParquetFile(table).metadata.row_group(0)
+    labels = next(c for n in range(3) if (c := group.column(n)).path_in_schema == "label")
+    at = labels.dictionary_page_offset or labels.data_page_offset
+    data[at : at + 16] = b"\xff" * 16
+    table.write_bytes(data)
+    assert not opened("parquet", table).bad
+    with pytest.raises(ConfigError, match=r"The labels of .*t\.parquet cannot be read \("):
+        labels_in(str(table), 7)
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_files_that_number_their_classes_in_another_order_are_refused(
+    source: str, photos: Path, tmp_path: Path
+) -> None:
+    image = files_of(photos)[0].read_bytes()
+    for number, names in enumerate((["cat", "dog"], ["cat", "dog"], ["dog", "cat"])):
+        feature = {"_type": "ClassLabel", "names": names}
+        info = {"info": {"features": {"label": feature, "image": {"_type": "Image"}}}}
+        table = pa.table({"image": column([image], IMAGE), "label": pa.array([1])})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        if source == "parquet":
+            pq.write_table(table, tmp_path / f"{number}.parquet")
+        else:
+            with pa.ipc.new_stream(str(tmp_path / f"{number}.arrow"), table.schema) as file:
+                file.write_table(table)
+    assert labels_in(f"{tmp_path}/{{0,1}}.{source}", 2) == ([1, 1], ["cat", "dog"])
+    with pytest.raises(ConfigError, match=rf"2\.{source} and .*0\.{source} have other names of cl"):
+        labels_in(str(tmp_path), 3)
+
+
 @pytest.mark.parametrize("source", ["parquet", "arrow"])
 def test_a_table_that_is_replaced_during_a_run_is_not_read(
     source: str, photos: Path, tmp_path: Path
@@ -176,9 +241,20 @@ def test_a_table_that_is_replaced_during_a_run_is_not_read(
     one = write(tmp_path / f"a.{source}", [*images[:9]])
     opened_before = opened(source, tmp_path)
     write(one, [*images[9:18]])
-    with pytest.raises(OSError, match=r"a\.\w+ was changed after it was indexed"):
-        opened_before.read(0)
+    for before in (opened_before, pickle.loads(pickle.dumps(opened_before))):
+        with pytest.raises(OSError, match=r"a\.\w+ was changed after it was indexed"):
+            before.read(0)
     assert opened(source, tmp_path).read(0) == images[9]
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow"])
+def test_other_pictures_of_the_same_sizes_are_another_set(source: str, tmp_path: Path) -> None:
+    """What was found in them, such as the range of their pixels, is kept by the fingerprint."""
+    first = opened(source, write(tmp_path / f"a.{source}", [b"P5 2 2 255\n" + bytes(4)] * 3))
+    other = opened(source, write(tmp_path / f"b.{source}", [b"P5 2 2 255\n" + b"\xff" * 4] * 3))
+    assert first.fingerprint() != other.fingerprint()
+    again = opened(source, write(tmp_path / f"a.{source}", [b"P5 2 2 255\n" + b"\7" * 4] * 3))
+    assert first.fingerprint() != again.fingerprint()
 
 
 def test_a_folder_of_save_to_disk_leaves_caches_out(photos: Path, tmp_path: Path) -> None:
@@ -188,6 +264,10 @@ def test_a_folder_of_save_to_disk_leaves_caches_out(photos: Path, tmp_path: Path
     state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert len(opened("arrow", tmp_path).sizes) == 5
+    for text in ("{}", "no", '{"_data_files": [{"filename": 5}]}', "[" * 100_000):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"state\.json does not name the files of a data set"):
+            opened("arrow", tmp_path)
 
 
 def test_what_cannot_be_trained_on_is_said_in_a_sentence(photos: Path, tmp_path: Path) -> None:
@@ -214,13 +294,6 @@ def test_what_cannot_be_trained_on_is_said_in_a_sentence(photos: Path, tmp_path:
         file.write_table(single)
     with pytest.raises(ConfigError, match="compressed"):
         opened("arrow", tmp_path / "z.arrow")
-    splits = tmp_path / "splits"
-    splits.mkdir()
-    for name in ("train-0.parquet", "test-0.parquet"):
-        write(splits / name, [good])
-    with pytest.raises(ConfigError, match="holds the splits test and train"):
-        opened("parquet", splits)
-    assert len(opened("parquet", splits / "train-*.parquet").sizes) == 1
 
 
 def test_a_table_beside_class_folders_describes_them(tmp_path: Path) -> None:
