@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastmoco.data.bad_samples import BAD_SAMPLES
 from fastmoco.data.pixels.resolve import resolve_pixels
 from fastmoco.data.sources.choose import open_source, resolve_folders
 from fastmoco.data.sources.index import begin_anew
+from fastmoco.data.sources.remote.store import is_remote
 from fastmoco.data.sources.source import Source
 from fastmoco.machine import durable, owner
 from fastmoco.weights import files
@@ -55,6 +57,7 @@ def resolved(config: Config) -> tuple[Config, Source | None]:
     """
     begin_anew()
     config, begun, written = resolve_folders(config), None, Path(config.run.dir) / CONFIG
+    _require_apart(config)
     named = Path(config.run.resume)
     if written.is_file():
         begun = _written_by_us(written)
@@ -64,6 +67,20 @@ def resolved(config: Config) -> tuple[Config, Source | None]:
             begun = None if text is None else parse_text(text)
     source = None if config.data.source == "synthetic" else open_source(config)
     return resolve_pixels(config, source, begun), source
+
+
+def _require_apart(config: Config) -> None:
+    """Raises `ConfigError` where the pictures that a run draws would become its training images."""
+    run, root = (Path(os.path.realpath(path)) for path in (config.run.dir, config.data.root))
+    if (
+        config.data.source == "folder"
+        and not is_remote(config.data.root)
+        and run.is_relative_to(root)
+    ):
+        raise ConfigError(
+            f"run.dir {config.run.dir} lies in data.root {config.data.root}, so that the pictures "
+            "of the run would become its training images: set run.dir to a folder outside."
+        )
 
 
 def _written_by_us(path: Path) -> Config:

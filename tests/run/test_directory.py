@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from PIL import Image
 
-from fastmoco.config import Config, ConfigError, RunConfig
+from fastmoco.config import Config, ConfigError, DataConfig, KnnConfig, RunConfig
 from fastmoco.machine.owner import Owner, read_mark
-from fastmoco.run.directory import check_run_directory, claimed
+from fastmoco.run.directory import check_run_directory, claimed, resolved
 
 
 def test_a_folder_in_which_another_run_trains_is_refused(tmp_path: Path) -> None:
@@ -55,3 +56,25 @@ def test_what_is_no_file_where_a_file_belongs_is_refused(tmp_path: Path, name: s
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match=f"{name} is no regular file"):
         check_run_directory(Config(run=RunConfig(dir=str(tmp_path))))
+
+
+def test_a_run_does_not_draw_pictures_into_its_training_images(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (9, 8)).save(photos / "one.png")
+    inside = tmp_path / "link"
+    inside.symlink_to(photos)
+    for folder in (photos, photos / "runs", inside / "runs"):
+        config = Config(
+            run=RunConfig(dir=str(folder)),
+            data=DataConfig(root=str(photos)),
+            knn=KnnConfig(every=0),
+        )
+        with pytest.raises(ConfigError, match=r"lies in data\.root .* set run\.dir"):
+            resolved(config)
+    beside = Config(
+        run=RunConfig(dir=f"{photos}-runs"),
+        data=DataConfig(root=str(photos)),
+        knn=KnnConfig(every=0),
+    )
+    assert resolved(beside)[1] is not None
