@@ -77,6 +77,24 @@ def captures(config: Config, world: World, *, compiled: bool) -> bool:
     return asked and possible
 
 
+def _kind(config: Config, world: World, *, compiled: bool) -> Callable[..., Step]:
+    """The class of the step, with what it alone takes."""
+    captured = captures(config, world, compiled=compiled)
+    if is_one_graph(config, world, compiled=compiled):
+        return partial(CapturedStep if captured else WholeStep, world=world)
+    if config.moco.mechanism == "end_to_end":
+        return partial(EndToEndStep, world=world)
+    if config.moco.mechanism == "memory_bank":
+        return partial(
+            MemoryBankStep,
+            world=world,
+            seed=config.run.seed,
+            negatives=config.negatives(),
+            bank_momentum=config.moco.bank_momentum,
+        )
+    return Step
+
+
 def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bool) -> Step:
     """The step of this run; precision, compilation and shuffle-BN strategy are fixed here.
 
@@ -104,24 +122,10 @@ def build_step(config: Config, moco: MoCo, world: World, *, compile_encoders: bo
         keys=views * config.optim.global_batch_size,
         skip=config.run.nonfinite == "skip",
     )
-    mechanisms: dict[str, Callable[..., Step]] = {
-        "queue": Step,
-        "end_to_end": partial(EndToEndStep, world=world),
-        "memory_bank": partial(
-            MemoryBankStep,
-            world=world,
-            seed=config.run.seed,
-            negatives=config.negatives(),
-            bank_momentum=config.moco.bank_momentum,
-        ),
-    }
-    build = mechanisms[config.moco.mechanism]
-    captured = captures(config, world, compiled=compile_encoders)
+    build = _kind(config, world, compiled=compile_encoders)
     if compile_encoders:
         name_operands_by_type()
-    if is_one_graph(config, world, compiled=compile_encoders):
-        build = partial(CapturedStep if captured else WholeStep, world=world)
-    else:
+    if not is_one_graph(config, world, compiled=compile_encoders):
         if compile_encoders:
             embed_q.compile(dynamic=False)
             embed_k.compile(dynamic=False)

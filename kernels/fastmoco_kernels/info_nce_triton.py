@@ -125,6 +125,35 @@ def partial_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _enqueue(  # type: ignore[no-untyped-def]
+    chunk,
+    keys_ptr,
+    queue,
+    queue_ptr,
+    cursor_ptr,
+    M,
+    K,
+    C,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write CHUNK of the M keys behind the cursor of the queue; the first moves the cursor."""
+    # 32-bit arithmetic: a 64-bit remainder is a call that spills. K is below 2**31.
+    cursor = (tl.load(cursor_ptr).to(tl.uint32) % K.to(tl.uint32)).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    key = chunk * CHUNK + tl.arange(0, CHUNK)
+    valid = (key < M)[:, None] & (column < C)[None, :]
+    source = keys_ptr + key.to(tl.int64)[:, None] * C + column[None, :]
+    place = cursor + key
+    place = tl.where(place < K, place, place - K)
+    target = queue + place[:, None] * C + column[None, :]
+    fresh = tl.load(source, mask=valid, other=0.0)
+    tl.store(target, fresh.to(queue.dtype.element_ty), mask=valid)
+    if chunk == 0:
+        tl.store(queue_ptr, tl.where(cursor + M < K, cursor + M, cursor + M - K))
+
+
+@jit
 def reduce_kernel(  # type: ignore[no-untyped-def]
     q_ptr,  # (N, C)
     k_ptr,  # (N, C)
@@ -185,15 +214,4 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
         tl.store(rank_ptr + n, tl.sum(above, 0).to(tl.int64))
         tl.store(dq_ptr + n * C + column, dq, mask=column < C)
     elif ENQUEUE:
-        # 32-bit arithmetic: a 64-bit remainder is a call that spills. K is below 2**31.
-        cursor = (tl.load(cursor_ptr).to(tl.uint32) % K.to(tl.uint32)).to(tl.int64)
-        key = (n - N) * CHUNK + tl.arange(0, CHUNK)
-        valid = (key < M)[:, None] & (column < C)[None, :]
-        source = keys_ptr + key.to(tl.int64)[:, None] * C + column[None, :]
-        place = cursor + key
-        place = tl.where(place < K, place, place - K)
-        target = queue + place[:, None] * C + column[None, :]
-        fresh = tl.load(source, mask=valid, other=0.0)
-        tl.store(target, fresh.to(queue.dtype.element_ty), mask=valid)
-        if n == N:
-            tl.store(queue_ptr, tl.where(cursor + M < K, cursor + M, cursor + M - K))
+        _enqueue(n - N, keys_ptr, queue, queue_ptr, cursor_ptr, M, K, C, CHUNK, BLOCK_C)
