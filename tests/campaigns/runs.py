@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -30,6 +31,8 @@ PLACE = "FASTMOCO_CAMPAIGN"
 """Environment variable with the folder of a campaign; set once the disk is below it."""
 LIMIT_S = 1800.0
 """A run that takes longer hangs: one takes five seconds on an idle machine."""
+SEMAPHORES = "campaign"
+"""How the names of semaphores begin that a run of a campaign makes, with the campaign's number."""
 OPERATIONS = {"open": 1, "write": 2, "fsync": 4, "rename": 8}
 """Kinds of operations on files, as `disk_faults.c` numbers them."""
 SMALL = [
@@ -169,6 +172,7 @@ def _live(
     try:
         os.setsid()  # its processes are found by their session
         os.environ.update(added)
+        name_semaphores()
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for stream in (1, 2):
             os.dup2(file, stream)
@@ -185,6 +189,16 @@ def _live(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _prefix() -> str:
+    """Runs are forked by the campaign, or they are it."""
+    return f"{SEMAPHORES}{os.environ.setdefault('FASTMOCO_CAMPAIGN_PID', str(os.getpid()))}"
+
+
+def name_semaphores() -> None:
+    """Let this process, and all that it starts by multiprocessing, name them after the campaign."""
+    multiprocessing.current_process()._config["semprefix"] = f"/{_prefix()}"  # type: ignore[attr-defined]
 
 
 def left_processes(sessions: set[int], patience_s: float = 30.0) -> list[str]:
@@ -211,7 +225,10 @@ def _sessions() -> list[tuple[int, str]]:
 
 
 def shared_memory() -> set[str]:
-    """Names in shared memory that no process has mapped: what was left there."""
+    """Names in shared memory that no process has mapped: what was left there.
+
+    Of semaphores only those of this campaign: other tests beside it kill processes as well.
+    """
     names = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
     if not names:
         return names
@@ -222,7 +239,8 @@ def shared_memory() -> set[str]:
         except OSError:
             continue
     text = "\n".join(mapped)
-    return {name for name in names if f"/dev/shm/{name}" not in text}
+    ours = {name for name in names if not name.startswith("sem.") or f"sem.{_prefix()}-" in name}
+    return {name for name in ours if f"/dev/shm/{name}" not in text}
 
 
 def settled(before: set[str], patience_s: float = 60.0) -> set[str]:
