@@ -3,7 +3,8 @@
 Our step with one improvement switched off at a time, with all of them off, and the published step.
 With --safety what safety costs instead: a checkpoint at the beginning of each window (--steps 100:
 every 100 steps), written by a thread as the trainer does, and `run.nonfinite skip`.
-Every variant is a process of its own, and all take turns (`bench.measure.contest`).
+Every variant is a process of its own, and all take turns (`bench.measure.contest`). On a GPU the
+host launches all: not every variant can be a CUDA graph, whose worth `bench.throughput` tells.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def variant(
     factory: str = "our_step",
 ) -> Contestant:
     """A step of the options with some overridden, and without some improvements."""
-    given: dict[str, object] = {"config": dump(parse([*own.rest, *overrides]))}
+    launched = "--run.cuda_graph=off"
+    given: dict[str, object] = {"config": dump(parse([launched, *own.rest, *overrides]))}
     given |= {"without": list(without)} if without else {}
     return Contestant(name, f"bench.steps.contestants:{factory}", given)
 

@@ -200,3 +200,9 @@ def test_variants_that_change_nothing_here_are_left_out() -> None:
         names = " ".join(of("--run.precision", "bf16"))
     assert "torch.compile (eager" in names
     assert "malloc" not in names
+
+
+def test_the_host_launches_every_variant() -> None:
+    """Else what cannot be a CUDA graph would seem to be worth what the graph is."""
+    found = {parse_text(str(one.arguments["config"])).run.cuda_graph for one in of().values()}
+    assert found == {"off"}
