@@ -1,6 +1,6 @@
 """Does it learn the same? Whole runs of our step and of the published one on the same views.
 
-    python -m bench.quality --config FILE [--seeds 3] [dotted overrides]
+    python -m bench.quality --config FILE [--seeds 3 --first 0] [dotted overrides]
 
 Both start from the same weights and queue and see the same batches at the same learning rates. On
 one rank the published step normalizes a whole batch together and shuffles nothing, so ours does
@@ -93,6 +93,7 @@ def curve(config: Config, world: World, name: str) -> dict[str, list[float]]:
 
 PARSER = parser("quality", __doc__, only=False, windows=False, steps=False)
 PARSER.add_argument("--seeds", type=int, default=3)
+PARSER.add_argument("--first", type=int, default=0, help="the smallest seed")
 
 
 @command(PARSER, words=lambda own: [*own.rest, *SAME])
@@ -101,7 +102,7 @@ def main(own: Options) -> Iterator[list[Row]]:
     config = resolve_folders(own.config)
     world = join_world(config)
     settle(world.device)
-    for seed in range(own.seeds):
+    for seed in range(own.first, own.first + own.seeds):
         seeded = replace(config, run=replace(config.run, seed=seed))
         for name in STEPS:
             row = {"benchmark": "quality", "case": case_of(config), "contestant": name}
