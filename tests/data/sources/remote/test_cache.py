@@ -74,7 +74,11 @@ def test_a_part_that_is_written_is_waited_for(name: str, cache: Cache) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", [OTHER_HOST, f"half.{os.getpid()}", "half", "é..-1"])
+@pytest.mark.parametrize(
+    "name",
+    [OTHER_HOST, f"half.{os.getpid()}", "half", "é..-1"],
+    ids=["another host", "an older form", "no writer", "odd"],  # the same in every worker
+)
 def test_a_part_that_nobody_writes_any_more_is_given_up(name: str, cache: Cache) -> None:
     """Also one with the number of a process alone, as earlier versions wrote, and odd names."""
     half = left(cache, name, age_s=2 * cache_module.SILENCE_S)
