@@ -159,6 +159,7 @@ def main() -> None:
     allow_backward_without_driver()
     torch.autograd.set_multithreading_enabled(False)
     arguments = ["--config", str(recipe_path("moco_v2_r50_200ep")), f"--model.arch={arch}"]
+    arguments += ["--run.cuda_graph=off"]  # what a graph launches is the same; none can be here
     if how == "eager" and mechanism == "queue":
         arguments.append("--run.precision=fp16")  # with its gradient scaler
     if mechanism != "queue":  # in bf16: torch's scaler asks the device whether to step torch's SGD
