@@ -31,8 +31,6 @@ PLACE = "FASTMOCO_CAMPAIGN"
 """Environment variable with the folder of a campaign; set once the disk is below it."""
 LIMIT_S = 1800.0
 """A run that takes longer hangs: one takes five seconds on an idle machine."""
-SEMAPHORES = "campaign"
-"""How the names of semaphores begin that a run of a campaign makes, with the campaign's number."""
 OPERATIONS = {"open": 1, "write": 2, "fsync": 4, "rename": 8}
 """Kinds of operations on files, as `disk_faults.c` numbers them."""
 SMALL = [
@@ -191,14 +189,9 @@ def _live(
         os._exit(code)
 
 
-def _prefix() -> str:
-    """Runs are forked by the campaign, or they are it."""
-    return f"{SEMAPHORES}{os.environ.setdefault('FASTMOCO_CAMPAIGN_PID', str(os.getpid()))}"
-
-
 def name_semaphores() -> None:
     """Let this process, and all that it starts by multiprocessing, name them after the campaign."""
-    multiprocessing.current_process()._config["semprefix"] = f"/{_prefix()}"  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["semprefix"] = f"/{Path(os.environ[PLACE]).name}"  # type: ignore[attr-defined]
 
 
 def left_processes(sessions: set[int], patience_s: float = 30.0) -> list[str]:
@@ -239,7 +232,8 @@ def shared_memory() -> set[str]:
         except OSError:
             continue
     text = "\n".join(mapped)
-    ours = {name for name in names if not name.startswith("sem.") or f"sem.{_prefix()}-" in name}
+    made = f"sem.{Path(os.environ[PLACE]).name}-"
+    ours = {name for name in names if not name.startswith("sem.") or name.startswith(made)}
     return {name for name in ours if f"/dev/shm/{name}" not in text}
 
 

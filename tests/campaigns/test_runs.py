@@ -28,7 +28,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_semaphore_that_was_left_is_found_and_those_of_others_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("FASTMOCO_CAMPAIGN_PID", f"{os.getpid()}")
+    monkeypatch.setenv(runs.PLACE, f"/campaign{os.getpid()}")  # no folder of it is needed
     before, files = runs.shared_memory(), set(os.listdir("/dev/shm"))
     for whose in ("others", "ours"):
         done = subprocess.run([sys.executable, "-c", KILLED, whose], cwd=runs.ROOT, check=False)

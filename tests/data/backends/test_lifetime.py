@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.data.backends.choose import has_dali
-from tests.support.runs.sessions import all_ended, members
+from tests.support.runs.sessions import all_ended, begun, members
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = Path("/dev/shm")
@@ -66,15 +66,7 @@ def shared_memory_of(processes: set[int]) -> set[str]:
 def test_nothing_is_left(photos: Path, tmp_path: Path, backend: str, end: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(photos), str(tmp_path / "run"), backend, end],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-    )
+    process = begun(str(program), str(photos), str(tmp_path / "run"), backend, end)
     assert process.stdout is not None
     assert process.stderr is not None
     try:

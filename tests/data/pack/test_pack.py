@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +24,8 @@ from fastmoco.data.sources import shards
 from fastmoco.data.sources.index import load_index
 from fastmoco.machine.owner import Owner
 from tests.support.data.images import npy, png, tiff
-from tests.support.runs.sessions import all_ended, members
+from tests.support.runs.sessions import all_ended, begun, members
 
-ROOT = Path(__file__).resolve().parents[3]
 SIZE = Size(short_side=32, quality=90)
 
 
@@ -264,14 +261,7 @@ def test_nothing_outlives_an_interrupted_pack(tmp_path: Path, how: int, module: 
     for number in range(1, 1000):
         os.link(images / "0.jpg", images / f"{number}.jpg")
     verb = ["pack"] if module == "fastmoco" else []
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *verb, f"--data.root={images}", f"--out={out}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-    )
+    process = begun("-m", module, *verb, f"--data.root={images}", f"--out={out}")
     try:
         while not any(path.stat().st_size for path in out.glob(".000000.tar.*")):
             assert process.poll() is None, process.communicate()

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,11 +33,10 @@ from fastmoco.transfer.datasets.scenes import (
 )
 from fastmoco.transfer.datasets.shapes import KEYPOINTS, SHAPES, Pose
 from fastmoco.transfer.datasets.write_shapes import main, voc_palette, write_shapes
-from tests.support.runs.sessions import all_ended, members
+from tests.support.runs.sessions import all_ended, begun, members
 
 pytest.importorskip("pycocotools", reason="the extra transfer is not installed")
 
-ROOT = Path(__file__).resolve().parents[3]
 # By hand: a circle, a ring with a hole of half its radius, a square of side 1.7, a pentagram of ten
 # triangles between the centre, a tip (radius 1) and a notch (0.45), a triangle of base 1.9.
 AREAS = {
@@ -258,14 +255,7 @@ def test_the_command_refuses_in_a_sentence(
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_nothing_outlives_an_interrupted_drawing(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastmoco", "shapes", f"--out={tmp_path / 'out'}", "--train=99999"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-    )
+    process = begun("-m", "fastmoco", "shapes", f"--out={tmp_path / 'out'}", "--train=99999")
     try:
         while not any(tmp_path.glob(".out*/out/coco/train/*.jpg")):
             assert process.poll() is None, process.communicate()
