@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -135,7 +137,29 @@ def _processes(workers: int) -> tuple[Executor, Collection[BaseProcess]]:
         for _ in range(workers):
             pool.submit(int)
         started = set(multiprocessing.active_children()) - others
+    threading.Thread(target=_end_together, args=(pool, started), daemon=True).start()
     return pool, started
+
+
+def _end_together(pool: ProcessPoolExecutor, started: Collection[BaseProcess]) -> None:
+    """The first that does not end well ends all.
+
+    It may have died in the middle of a result. Then the others wait for the lock it held, and the
+    pool for the rest of the message, as long as anybody could still write it.
+    """
+    waiting = {process.sentinel: process for process in started}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            code = waiting[sentinel].exitcode  # type: ignore[index]
+            if code is None:  # the pool's own thread is asking for it
+                time.sleep(0.01)
+            elif code == 0:
+                del waiting[sentinel]  # type: ignore[arg-type]
+            else:
+                for process in started:
+                    process.terminate()
+                pool._result_queue._writer.close()  # type: ignore[attr-defined]
+                return
 
 
 @contextlib.contextmanager

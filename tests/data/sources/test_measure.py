@@ -195,8 +195,50 @@ if __name__ == "__main__":
 """
 
 
+HALF = """
+import os, signal, sys, time
+from multiprocessing.connection import Connection
+from fastmoco.config import ConfigError
+from fastmoco.data.sources import measure as scan
+
+def half(connection, data):
+    print("begin", flush=True)
+    os.write(connection.fileno(), bytes(data)[:len(data) // 2])
+    {then}
+
+def work(number):
+    if number == 3:  # the others have results of their own to send
+        Connection._send = half
+    return bytes(20_000)
+
+if __name__ == "__main__":
+    try:
+        with scan.in_parallel(many=True, workers=2) as pool:
+            for _ in scan.in_order(pool, work, range(1000)):
+                pass
+    except ConfigError as error:
+        sys.exit(str(error))
+"""
+
+
+def test_a_process_that_dies_as_it_sends_a_result_ends_the_work(tmp_path: Path) -> None:
+    """A message of which no more comes, and a lock that its sender held."""
+    program = tmp_path / "program.py"
+    program.write_text(HALF.format(then="os.kill(os.getpid(), signal.SIGKILL)"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    found = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert (found.returncode, found.stderr) == (1, measure.DIED + "\n")
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("code", [SLOW, BUSY])
+@pytest.mark.parametrize("code", [SLOW, BUSY, HALF.format(then="time.sleep(600)")])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_processes_of_a_scan_end_with_it(tmp_path: Path, code: str, how: int) -> None:
     """Waiting for work, or in the middle of some; after Ctrl-C, and where it is killed."""
