@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -137,15 +138,17 @@ def _processes(workers: int) -> tuple[Executor, Collection[BaseProcess]]:
         for _ in range(workers):
             pool.submit(int)
         started = set(multiprocessing.active_children()) - others
-    threading.Thread(target=_end_together, args=(pool, started), daemon=True).start()
+    # Taken now: a pool that shuts down forgets it.
+    results = pool._result_queue._writer  # type: ignore[attr-defined]
+    threading.Thread(target=_end_together, args=(started, results), daemon=True).start()
     return pool, started
 
 
-def _end_together(pool: ProcessPoolExecutor, started: Collection[BaseProcess]) -> None:
+def _end_together(started: Collection[BaseProcess], results: Connection) -> None:
     """The first that does not end well ends all.
 
     It may have died in the middle of a result. Then the others wait for the lock it held, and the
-    pool for the rest of the message, as long as anybody could still write it.
+    pool for the rest of the message, as long as anybody could still write it into `results`.
     """
     waiting = {process.sentinel: process for process in started}
     while waiting:
@@ -158,7 +161,7 @@ def _end_together(pool: ProcessPoolExecutor, started: Collection[BaseProcess]) -
             else:
                 for process in started:
                     process.terminate()
-                pool._result_queue._writer.close()  # type: ignore[attr-defined]
+                results.close()
                 return
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,7 @@ def test_progress_counts_images_on_a_terminal_and_is_silent_in_a_short_log(
 
 
 SLOW = """
+import threading
 import time
 from fastmoco.data.sources import measure as scan
 
@@ -183,6 +185,7 @@ if __name__ == "__main__":
 
 
 BUSY = """
+import threading
 import time
 from fastmoco.data.sources import measure as scan
 
@@ -235,6 +238,27 @@ def test_a_process_that_dies_as_it_sends_a_result_ends_the_work(tmp_path: Path) 
         check=False,
     )
     assert (found.returncode, found.stderr) == (1, measure.DIED + "\n")
+
+
+def test_processes_may_be_seen_to_end_after_their_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = measure._end_together
+    shut, watched = threading.Event(), threading.Event()
+    faults = []
+
+    def late(*given: Any) -> None:
+        shut.wait()
+        try:
+            watch(*given)
+        except BaseException as fault:
+            faults.append(fault)
+        watched.set()
+
+    monkeypatch.setattr(measure, "_end_together", late)
+    with pytest.raises(KeyboardInterrupt), measure.in_parallel(many=True, workers=1):
+        raise KeyboardInterrupt
+    shut.set()
+    assert watched.wait(60)
+    assert not faults
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
