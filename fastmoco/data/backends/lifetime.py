@@ -24,4 +24,5 @@ def outlast_the_trainer() -> None:
 def _later(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "alarm"):  # Windows ends processes without asking them
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not what the trainer's program does then
         signal.alarm(GRACE_S)

@@ -6,11 +6,18 @@ loader watches.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
+import os
+import re
+import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import IO, Any
 
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -18,6 +25,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastmoco.config import ConfigError, OneRankError
 from fastmoco.data.backends.lifetime import outlast_the_trainer
 from fastmoco.machine import limits
+
+# Free for programs: USR1 and USR2 are those of batch systems.
+_WHERE = getattr(signal, "SIGRTMIN", None)
+# A process that runs writes its stack at once; one that a disk holds in the kernel never does.
+_PATIENCE_S = 2
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 
 
 class _From(Sampler[int]):
@@ -49,6 +62,7 @@ def work_ahead(
     ahead: items in work of each process. timeout_s: after so much silence the next item raises;
     with 0 it waits for as long as the processes live.
     """
+    _stacks()  # before the fork: a process may also be silent at its very beginning
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -71,9 +85,47 @@ def end(items: Iterator[Any]) -> None:
         items._shutdown_workers()
 
 
+@cache
+def _stacks() -> IO[bytes] | None:
+    """The file to which a process that gets the signal writes its stack, this one or a child."""
+    if _WHERE is None or signal.getsignal(_WHERE) is not signal.SIG_DFL:
+        return None
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this process lives
+    faulthandler.register(_WHERE, file)
+    return file
+
+
+def silent_at(items: Iterator[Any]) -> str:
+    """Where the process is that owes the next item: the innermost of its calls, after a comma.
+
+    Empty where that cannot be known.
+    """
+    file = _stacks()
+    try:
+        process = items._workers[items._task_info[items._rcvd_idx][0]]  # type: ignore[attr-defined]
+    except (AttributeError, LookupError):
+        return ""
+    if file is None or _WHERE is None or not process.is_alive():
+        return ""
+    file.seek(0)  # of the processes as well, which share the place
+    file.truncate()
+    os.kill(process.pid, _WHERE)
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline and not os.fstat(file.fileno()).st_size:
+        time.sleep(0.05)
+    time.sleep(0.05)  # it is in the middle of writing
+    # Of several threads the main thread is the last.
+    stack = os.pread(file.fileno(), 1 << 16, 0).decode(errors="replace").rpartition("hread 0x")[2]
+    calls = [
+        f"{name} ({os.path.basename(path)}:{line})"
+        for path, line, name in _FRAME.findall(stack)[:3]
+    ]
+    return f", in {', called by '.join(calls)}" if calls else ""
+
+
 @contextmanager
-def in_own_words() -> Iterator[None]:
-    """Around the taking of an item: what went wrong in a process, in one sentence.
+def in_own_words(items: Iterator[Any]) -> Iterator[None]:
+    """Around the taking of one of the items: what went wrong in a process, in one sentence.
 
     Raises `OneRankError` where storage keeps failing or no sample is good, and `ChildProcessError`
     where a process died or is silent.
@@ -86,8 +138,9 @@ def in_own_words() -> Iterator[None]:
     except RuntimeError as error:  # torch's words for both; any other is a fault of our own
         if not str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise
+        where = silent_at(items) if "timed out" in str(error) else ""
         raise ChildProcessError(
-            f"{str(error).splitlines()[0].rstrip('. ')}: look for too little memory, for other "
-            f"programs that fill {limits.SHARED_MEMORY}, and for a disk that does not answer; "
-            "the same command goes on."
+            f"{str(error).splitlines()[0].rstrip('. ')}{where}: look for too little memory, for "
+            f"other programs that fill {limits.SHARED_MEMORY}, and for a disk that does not "
+            "answer; the same command goes on."
         ) from error

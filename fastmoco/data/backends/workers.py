@@ -230,7 +230,7 @@ class WorkerEngine:
         `ChildProcessError` where a worker died or is silent for `run.timeout_s`.
         """
         self.ring.settle()
-        with in_own_words():
+        with in_own_words(self._items):
             parts = [next(self._items) for _ in range(self.parts)]
         views = self.ring.taken(self._micro_step, self.device)
         self._micro_step += 1

@@ -134,3 +134,39 @@ def test_a_trainer_that_was_spawned_closes_its_readers(photos: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "terminate" not in done.stderr
+
+
+ALARM = """
+import os, signal, sys, time
+from fastmoco.data.backends import lifetime
+
+signal.signal(signal.SIGALRM, lambda *_: sys.exit("the trainer's own alarm"))
+lifetime.GRACE_S = 1
+reader = os.fork()
+if reader:
+    os.write(1, f"{reader}\\n".encode())
+    _, status = os.waitpid(reader, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+else:
+    lifetime.outlast_the_trainer()
+    os.write(1, b"begin\\n")
+    while True:
+        time.sleep(1)
+"""
+
+
+def test_a_reader_outlasts_a_request_for_a_while(tmp_path: Path) -> None:
+    """And ends then, whatever an alarm means to the program that it was forked from."""
+    program = tmp_path / "program.py"
+    program.write_text(ALARM)
+    process = begun(str(program))
+    assert process.stdout is not None
+    try:
+        reader, begin = sorted((process.stdout.readline(), process.stdout.readline()))
+        assert begin == "begin\n"
+        os.kill(int(reader), signal.SIGTERM)
+        status, errors = process.communicate(timeout=60)
+        assert (int(status), errors) == (-signal.SIGALRM, "")
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)

@@ -195,7 +195,7 @@ class Silent(Dataset[int]):
     ("dataset", "timeout_s", "said"),
     [
         (Dies(), 600.0, "killed by signal|exited unexpectedly"),
-        (Silent(), 0.5, "timed out after 0.5 seconds"),
+        (Silent(), 0.5, r"after 0\.5 seconds, in __getitem__ \(test_workers\.py:\d+\), called by"),
     ],
 )
 def test_a_worker_that_dies_or_is_silent_ends_the_wait(

@@ -84,13 +84,15 @@ class NvjpegEngine:
 
     def next(self) -> Batch:
         """The next micro-batch. Raises as `processes.in_own_words`."""
-        with processes.in_own_words():  # torch tells of a dead process in the main thread as well
+        # Torch tells of a dead process in the main thread as well.
+        with processes.in_own_words(self._items):
             try:
                 made = self._made.get(timeout=self.timeout_s or None)
             except queue.Empty:
                 raise ChildProcessError(
-                    f"No batch came for {self.timeout_s:g} seconds: look for a disk that does not "
-                    "answer; the same command goes on."
+                    f"No batch came for {self.timeout_s:g} seconds"
+                    f"{processes.silent_at(self._items)}: look for a disk that does not answer; "
+                    "the same command goes on."
                 ) from None
             if isinstance(made, BaseException):
                 raise made
@@ -117,7 +119,7 @@ class NvjpegEngine:
                 for micro_step in itertools.count(first):
                     if stop.is_set():
                         return
-                    with processes.in_own_words():
+                    with processes.in_own_words(items):
                         delivery = next(items)
                     _put(made, self._make(micro_step, delivery), stop)
         except BaseException as error:  # raised again by `next`
