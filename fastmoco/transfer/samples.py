@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmoco.config import ConfigError
+from fastmoco.data.backends.processes import nothing_collected
 from fastmoco.data.order import EpochOrder, stream_key
 from fastmoco.machine.stopping import SIGNALS
 
@@ -127,12 +128,12 @@ def _deaf(_: int) -> None:
 
 def batches(
     samples: Prepared, deliveries: Deliveries, steps: range, *, rank: int, size: int, workers: int
-) -> DataLoader[list[Sample]]:
+) -> Iterator[list[Sample]]:
     """The samples of this rank, a list for each of `steps`; read by `workers` processes.
 
     0 workers read in this process.
     """
-    return DataLoader(
+    loader = DataLoader(
         samples,
         batch_sampler=_Keys(deliveries, steps, rank, size),
         num_workers=workers,
@@ -140,3 +141,5 @@ def batches(
         worker_init_fn=_deaf if workers else None,
         pin_memory=False,
     )
+    with nothing_collected():
+        return iter(loader)

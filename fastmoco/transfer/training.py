@@ -148,15 +148,13 @@ class Training:
         shared, total = collectives.SharedRequest(self.world), self.schedule.iterations
         if self.done == total:
             return False
-        delivered = iter(
-            batches(
-                self.samples,
-                self.deliveries,
-                range(self.done, total),
-                rank=self.world.rank,
-                size=self.world.size,
-                workers=self.workers,
-            )
+        delivered = batches(
+            self.samples,
+            self.deliveries,
+            range(self.done, total),
+            rank=self.world.rank,
+            size=self.world.size,
+            workers=self.workers,
         )
         window = Window(self, log)
         for number in range(self.done, total):

@@ -7,6 +7,7 @@ loader watches.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import os
 import re
@@ -76,7 +77,23 @@ def work_ahead(
         # those import torch again, for seconds, and abort when they are told to end.
         multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
-    return iter(loader)
+    with nothing_collected():
+        return iter(loader)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Processes that are forked in the block never collect what is garbage of this one by then.
+
+    They have its memory and none of its threads, for which many a destructor waits, as DALI's.
+    """
+    frozen = gc.get_freeze_count()  # by a caller, for good
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def end(items: Iterator[Any]) -> None:

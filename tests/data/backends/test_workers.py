@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from fastmoco.config import (
     OptimConfig,
     RunConfig,
 )
-from fastmoco.data.backends.processes import _in_process
+from fastmoco.data.backends.processes import _in_process, end, work_ahead
 from fastmoco.data.backends.ring import Ring, slot_of
 from fastmoco.data.backends.workers import WorkerEngine, slots, within_limits
 from fastmoco.data.loader import make_plan
@@ -177,6 +179,39 @@ def test_the_ring_takes_the_bytes_of_its_batches(tmp_path: Path) -> None:
         rows, replaced = engine.dataset[1]
         assert not rows
         assert len(replaced) == 50
+
+
+class Collects(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+class Pool:
+    """Joins threads at its end, which a forked process does not have."""
+
+    home = os.getpid()
+
+    def __init__(self) -> None:
+        self.cycle = self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.home:
+            threading.Event().wait()
+
+
+def test_a_worker_ends_nothing_of_the_trainers() -> None:
+    gc.disable()
+    try:
+        Pool()
+        items = work_ahead(Collects(), 7, processes=1, ahead=1, timeout_s=20)
+        try:
+            assert next(items) == 7
+        finally:
+            end(items)
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
 
 
 class Dies(Dataset[int]):
