@@ -31,7 +31,7 @@ from fastmoco.network.resnet import ResNet
 from fastmoco.weights.read import Weights
 
 BATCH_SIZE = 256
-"""Rows of a forward pass where nobody says otherwise: `knn.batch_size` of a run."""
+"""Rows of a forward pass where nobody says otherwise; also of the monitor in training."""
 
 
 def trunk_of(weights: Weights) -> ResNet:
