@@ -165,7 +165,6 @@ def test_progress_counts_images_on_a_terminal_and_is_silent_in_a_short_log(
 
 
 SLOW = """
-import threading
 import time
 from fastmoco.data.sources import measure as scan
 
@@ -185,7 +184,6 @@ if __name__ == "__main__":
 
 
 BUSY = """
-import threading
 import time
 from fastmoco.data.sources import measure as scan
 
